@@ -1,0 +1,313 @@
+"""Checkpoints in the Trainer's layout: whole or absent. Find, save (write, commit, prune), restore."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.config import ConfigError, arg, at_least
+from harness.state import TRAINER_STATE_FILE, write_json
+
+STATE_FILE = "harness_state.json"
+FORMAT_VERSION = 1
+FOLDER = re.compile(r"checkpoint-(\d+)")
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where a run lives and what it keeps."""
+
+    output_dir: str | None = arg(help="Folder of the run; default: a fresh one under runs/.")
+    save_total_limit: int | None = arg(help="Keep so many checkpoints: the newest, and the best one.")
+    save_only_model: bool = arg(False, "Save the weights alone: such a checkpoint can't be resumed.")
+    resume_from_checkpoint: str | None = arg(
+        help="A checkpoint's folder; true: the newest in --output_dir; auto: the newest, or a fresh start.",
+        nargs="?",
+        const="true",
+    )
+
+    def __post_init__(self) -> None:
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ConfigError(
+                f"--save_total_limit={self.save_total_limit} would delete the checkpoint just written; "
+                "use 1 or more, or leave it out to keep all."
+            )
+        at_least(1, save_total_limit=self.save_total_limit)
+        resume = self.resume_from_checkpoint
+        if resume is not None and resume.lower() in ("true", "auto", "false"):
+            object.__setattr__(self, "resume_from_checkpoint", None if resume.lower() == "false" else resume.lower())
+        if self.resume_from_checkpoint in ("true", "auto") and self.output_dir is None:
+            raise ConfigError(
+                f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "
+                "give it, or a checkpoint's folder."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A checkpoint to go on from, and why newer ones were passed over."""
+
+    path: Path | None
+    passed_over: tuple[str, ...] = ()
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders checkpoint-N, oldest first; no leftovers of a save that did not end."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
+    """
+    Local: the checkpoint that `--resume_from_checkpoint` means.
+
+    Raises ConfigError where there must be one and is none: `true`, or a path that holds no whole checkpoint.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return Found(path=None)
+    if wanted not in ("true", "auto"):
+        path = Path(wanted).expanduser()
+        if (fault := why_invalid(path)) is not None:
+            raise ConfigError(f"--resume_from_checkpoint={wanted}: {fault}.")
+        return Found(path=path)
+    passed_over = []
+    for path in reversed(list_checkpoints(output_dir or Path())):
+        if (fault := why_invalid(path)) is None:
+            return Found(path=path, passed_over=tuple(passed_over))
+        passed_over.append(f"{path.name}: {fault}")
+    if wanted == "true":
+        reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
+        raise ConfigError(
+            f"--resume_from_checkpoint=true: no whole checkpoint in {output_dir}{reasons}; "
+            "use auto to start afresh where there is none."
+        )
+    return Found(path=None, passed_over=tuple(passed_over))
+
+
+def why_invalid(path: Path) -> str | None:
+    """What keeps a folder from being resumed; None if nothing does. Reads all of it, to compare digests."""
+    if not path.is_dir():
+        return "no such folder"
+    if not (path / TRAINER_STATE_FILE).is_file():
+        return f"{TRAINER_STATE_FILE} is missing, so it is no checkpoint or was never finished"
+    manifest = path / STATE_FILE
+    if not manifest.is_file():
+        # A Trainer's: it has no manifest, so what a resume needs must at least be there.
+        needed = ("optimizer.pt", "scheduler.pt")
+        missing = [name for name in needed if not (path / name).is_file()]
+        return f"{', '.join(missing)} missing (saved with save_only_model, or never finished)" if missing else None
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{STATE_FILE} can't be read: {error}"
+    if content.get("format_version", 0) > FORMAT_VERSION:
+        return f"{STATE_FILE} has format {content['format_version']}, this version reads up to {FORMAT_VERSION}"
+    if content.get("only_model"):
+        return "it was saved with --save_only_model; use it as --model_name_or_path"
+    for name, facts in content["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["size"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
+        if _digest(file) != facts["sha256"]:
+            return f"{name} is damaged: its digest differs"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """
+    What a save writes. `files` maps names to their torch state, `trainer_state` is the Trainer's JSON.
+
+    `rank_state` is this rank's alone: generators, and what it has not reported. `shared` is ours, plain JSON.
+    """
+
+    step: int
+    write_model: Callable[[Path], None]
+    files: Mapping[str, Any]
+    trainer_state: Mapping[str, Any]
+    rank_state: Mapping[str, Any]
+    shared: Mapping[str, Any]
+
+
+class Checkpoints:
+    """
+    The checkpoints of one run on disk.
+
+    `agree` is collective: it takes this rank's error or None and returns the first error of any rank; it is a
+    barrier too.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        config: CheckpointConfig,
+        *,
+        ranks: tuple[int, int],
+        agree: Callable[[BaseException | None], str | None],
+    ) -> None:
+        self.output_dir, self.config = output_dir, config
+        self.process_index, self.num_processes = ranks
+        self.agree = agree
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes what is not its own alone."""
+        return self.process_index == 0
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.output_dir / f"checkpoint-{step}"
+
+    def save(self, content: Content) -> Path:
+        """
+        Collective: write `checkpoint-N.partial`, its manifest last, then rename it to `checkpoint-N`.
+
+        Raises OSError on all ranks if one of them could not write; an older checkpoint is then untouched.
+        """
+        final = self.path_of(content.step)
+        partial = final.with_name(f"{final.name}.partial")
+        self._together(lambda: _renew(partial) if self.is_writer else None)
+        self._together(lambda: self._write(content, partial))
+        self._together(lambda: self._commit(content, partial, final) if self.is_writer else None)
+        return final
+
+    def _together(self, act: Callable[[], None]) -> None:
+        failure: BaseException | None = None
+        try:
+            act()
+        except Exception as error:  # told to the other ranks, then raised
+            failure = error
+        if (message := self.agree(failure)) is not None:
+            raise failure or OSError(message)
+
+    def _write(self, content: Content, folder: Path) -> None:
+        if not self.config.save_only_model:
+            torch.save(dict(content.rank_state), folder / rng_file(self.process_index, self.num_processes))
+        if not self.is_writer:
+            return
+        content.write_model(folder)
+        if not self.config.save_only_model:
+            for name, state in content.files.items():
+                torch.save(state, folder / name)
+        write_json(folder / TRAINER_STATE_FILE, content.trainer_state)
+
+    def _commit(self, content: Content, partial: Path, final: Path) -> None:
+        files = {}
+        for path in sorted(partial.iterdir()):
+            _sync(path)
+            files[path.name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": content.step,
+            "world_size": self.num_processes,
+            "only_model": self.config.save_only_model,
+            "files": files,
+            **content.shared,
+        }
+        write_json(partial / STATE_FILE, manifest)
+        _sync(partial / STATE_FILE)
+        _sync(partial)
+        if final.exists():  # a run that was resumed before this step writes it again
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(self.output_dir)
+
+    def prune(self, best: str | None) -> None:
+        """Rank zero: delete the oldest checkpoints beyond `save_total_limit`; never the newest, never the best."""
+        limit = self.config.save_total_limit
+        if limit is None or not self.is_writer:
+            return
+        checkpoints = list_checkpoints(self.output_dir)
+        protected = {checkpoints[-1].name} if checkpoints else set()
+        if best is not None:
+            protected.add(Path(best).name)
+        excess = len(checkpoints) - max(limit, len(protected))
+        for path in [path for path in checkpoints if path.name not in protected][: max(excess, 0)]:
+            shutil.rmtree(path)
+
+    def keep_only(self, best: str) -> None:
+        """Rank zero: delete all but the best, as the Trainer does at the end with save_total_limit 1."""
+        if self.is_writer:
+            for path in list_checkpoints(self.output_dir):
+                if path.name != Path(best).name:
+                    shutil.rmtree(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that has been read: torch states by file name, this rank's state, and our JSON (or {})."""
+
+    path: Path
+    files: dict[str, Any]
+    rank_state: dict[str, Any] | None
+    shared: dict[str, Any]
+
+
+def read(path: Path, *, ranks: tuple[int, int], device: torch.device) -> Saved:
+    """
+    Local: read a checkpoint, ours or a Trainer's; nothing is unpickled but tensors and plain values.
+
+    Raises ConfigError if a file holds anything else or can't be read.
+    """
+    # As the Trainer: on one device through the CPU, so that two copies of the optimizer never fill it.
+    where = device if ranks[1] > 1 and device.type != "cpu" else torch.device("cpu")
+    files = {name: _load(path / name, where) for name in ("optimizer.pt", "scheduler.pt", "scaler.pt") if (path / name).is_file()}
+    own = path / rng_file(*ranks)
+    rank_state = _load(own, torch.device("cpu")) if own.is_file() else None
+    manifest = path / STATE_FILE
+    shared = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    return Saved(path=path, files=files, rank_state=rank_state, shared=shared)
+
+
+def rng_file(process_index: int, num_processes: int) -> str:
+    """The name that the Trainer gives a rank's generators."""
+    return "rng_state.pth" if num_processes == 1 else f"rng_state_{process_index}.pth"
+
+
+def _load(path: Path, device: torch.device) -> Any:
+    # The Trainer's rng_state.pth holds numpy's state as an array.
+    arrays = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
+    try:
+        with torch.serialization.safe_globals(arrays):
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises several types for a file that is cut, damaged or crafted
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path} can't be loaded safely: {reason}") from error
+
+
+def _renew(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,369 @@
+"""Training and evaluation batches: their order, their number, and the exact position in them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, send_to_device
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader, SequentialSampler, get_worker_info
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import RemoveColumnsCollator, seed_worker
+from transformers.utils import find_labels
+
+from harness import rng
+from harness.config import ConfigError, arg, at_least, choice
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+Collator = Callable[[list[Any]], Mapping[str, Any]]
+Order = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Batches and how they are loaded."""
+
+    per_device_train_batch_size: int = arg(8, "Samples a device in a micro-batch.")
+    per_device_eval_batch_size: int = arg(8, "Samples a device in a batch of an evaluation.")
+    gradient_accumulation_steps: int = arg(1, "Micro-batches of a device in an optimizer step.")
+    train_sampling_strategy: str = arg("random", "Order of the training data: random, sequential, group_by_length.")
+    length_column_name: str = arg("length", "Column with the lengths for group_by_length; else they are measured.")
+    data_seed: int | None = arg(help="Seed of the order alone; default: --seed.")
+    dataloader_drop_last: bool = arg(False, "Leave out the last batch of an epoch if it is not full.")
+    dataloader_num_workers: int = arg(0, "Processes that load batches; 0: the main process does.")
+    dataloader_pin_memory: bool = arg(True, "Load into pinned memory.")
+    dataloader_persistent_workers: bool = arg(False, "Keep the worker processes between epochs.")
+    dataloader_prefetch_factor: int | None = arg(help="Batches each worker loads ahead; default: torch's 2.")
+    dataloader_multiprocessing_context: str | None = arg(help="How workers start: fork, spawn, forkserver.")
+    dataloader_in_order: bool = arg(True, "Keep the order of the batches with several workers.")
+    remove_unused_columns: bool = arg(True, "Hide the columns that the model's forward does not take.")
+    ignore_data_skip: bool = arg(False, "On resume begin the epoch's data anew: fast, but not the same run.")
+    overfit_batches: int | None = arg(help="Train and evaluate on the first N batches only, to see the loss go to 0.")
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            per_device_eval_batch_size=self.per_device_eval_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            dataloader_prefetch_factor=self.dataloader_prefetch_factor,
+            overfit_batches=self.overfit_batches,
+        )
+        at_least(0, dataloader_num_workers=self.dataloader_num_workers, data_seed=self.data_seed)
+        choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential", "group_by_length"))
+        if self.dataloader_multiprocessing_context is not None:
+            allowed = ("fork", "spawn", "forkserver")
+            choice("dataloader_multiprocessing_context", self.dataloader_multiprocessing_context, allowed)
+        if self.dataloader_num_workers == 0:
+            for name in ("prefetch_factor", "multiprocessing_context"):
+                if getattr(self, f"dataloader_{name}") is not None:
+                    raise ConfigError(f"--dataloader_{name} needs --dataloader_num_workers of 1 or more.")
+            if self.dataloader_persistent_workers:
+                raise ConfigError("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more.")
+        if not self.dataloader_in_order:
+            raise ConfigError(
+                "--dataloader_in_order=false makes the order of the data depend on timing, so no run could be "
+                "resumed or repeated; leave it out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A data set as the model can take it: no unused columns, its collator, lengths where they are needed."""
+
+    dataset: Any
+    collate: Collator
+    lengths: LengthGroupedSampler | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the samples come one after the other, without a length or an index."""
+        return isinstance(self.dataset, torch.utils.data.IterableDataset)
+
+
+class RankBatches:
+    """
+    The index batches of one rank in one epoch, from any position in O(1).
+
+    Batch i of a rank is batch i * num_processes + process_index of the epoch. The last round is filled up with
+    samples from the epoch's beginning, so that all ranks get as many full batches (accelerate's `even_batches`).
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, ranks: tuple[int, int], drop_last: bool) -> None:
+        self.batch_size = batch_size
+        self.process_index, self.num_processes = ranks
+        a_round = batch_size * self.num_processes
+        self.num_batches = num_samples // a_round if drop_last else -(-num_samples // a_round)
+        self.order: Order = np.arange(num_samples)
+        self.start = 0
+
+    def begin(self, order: Order, start: int) -> None:
+        """Take the epoch's order of samples and the position to start from."""
+        missing = self.num_batches * self.batch_size * self.num_processes - len(order)
+        if self.num_processes > 1 and missing > 0:
+            order = np.concatenate([order, np.resize(order[: self.batch_size * self.num_processes], missing)])
+        self.order, self.start = order, start
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for i in range(self.start, self.num_batches):
+            begin = (i * self.num_processes + self.process_index) * self.batch_size
+            yield self.order[begin : begin + self.batch_size].tolist()
+
+
+class RememberingCollator:
+    """
+    A collator that keeps the generators' state from before its last call.
+
+    The loader is one batch ahead of the step that is saved, so a collator that draws random numbers has used the
+    generators once more than the saved state shows. After a resume that one batch is collated again from the
+    state it had, and the generators go on from the saved one. Workers have generators of their own: there
+    nothing is kept.
+    """
+
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
+        self.before: rng.RngState | None = None
+        self._replay: tuple[rng.RngState, rng.RngState] | None = None
+
+    def replay(self, before: rng.RngState, after: rng.RngState) -> None:
+        """Collate the next batch from `before`, then go on from `after`."""
+        self._replay = (before, after)
+
+    def __call__(self, samples: list[Any]) -> Mapping[str, Any]:
+        """Collate, remembering."""
+        if get_worker_info() is not None:
+            return self.collate(samples)
+        if self._replay is None:
+            self.before = rng.capture_host()
+            return self.collate(samples)
+        (self.before, after), self._replay = self._replay, None
+        rng.restore(self.before)
+        batch = self.collate(samples)
+        rng.restore(after)
+        return batch
+
+
+class TrainLoader:
+    """
+    The training batches of one rank, on its device, one batch ahead as accelerate's loader is.
+
+    `num_batches` counts the micro-batches of a rank in an epoch; None for a stream.
+    """
+
+    def __init__(self, samples: Samples, config: DataConfig, accelerator: Accelerator, *, seed: int) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.seed = seed if config.data_seed is None else config.data_seed
+        self.epoch_index, self.batches_drawn = 0, 0
+        self._exhausted = False
+        self._resume: dict[str, Any] | None = None
+        self._epoch_start: rng.RngState | None = None
+        self.collate = RememberingCollator(samples.collate)
+        loader_options: dict[str, Any] = {
+            "collate_fn": self.collate,
+            **worker_options(config),
+            "worker_init_fn": partial(
+                seed_worker, num_workers=config.dataloader_num_workers, rank=accelerator.process_index
+            ),
+        }
+        self.is_stream = samples.is_stream
+        self.num_samples: int | None = None
+        self.num_batches: int | None = None
+        if self.is_stream:
+            batch_size, drop_last = config.per_device_train_batch_size, config.dataloader_drop_last
+            loader = DataLoader(samples.dataset, batch_size=batch_size, drop_last=drop_last, **loader_options)
+            self.loader = accelerator.prepare_data_loader(loader)
+            return
+        self.num_samples = len(samples.dataset)
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        self.batches = RankBatches(
+            self.num_samples,
+            config.per_device_train_batch_size,
+            ranks=ranks,
+            drop_last=config.dataloader_drop_last,
+        )
+        self.num_batches = len(self.batches)
+        self.lengths = samples.lengths
+        self.loader = DataLoader(samples.dataset, batch_sampler=self.batches, **loader_options)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """
+        The rest of an epoch: all of it, or what a restored position leaves.
+
+        Draws one number from torch's global generator at its beginning, as any DataLoader does.
+        """
+        resume, self._resume = self._resume, None
+        start = self.batches_drawn if resume is not None else 0
+        if resume is not None:
+            # At an epoch's beginning nothing was drawn yet: the saved state is the one to begin with.
+            rng.restore(resume["epoch_start"] if start > 0 and resume["epoch_start"] else resume["saved"])
+        self.epoch_index, self.batches_drawn, self._exhausted = epoch, start, False
+        self._epoch_start = rng.capture_host()
+        if self.is_stream:
+            self.loader.set_epoch(epoch)
+            batches = islice(iter(self.loader), start, None)
+        else:
+            self.batches.begin(self._order(epoch), start)
+            batches = self._one_ahead(iter(self.loader)) if start < len(self.batches) else iter(())
+        if resume is not None and start > 0:
+            if resume["ahead"] is not None and start < (self.num_batches or 0):
+                self.collate.replay(before=resume["ahead"], after=resume["saved"])
+            else:
+                rng.restore(resume["saved"])
+        for batch in batches:
+            self.batches_drawn += 1
+            yield batch
+        self._exhausted = True
+
+    def _one_ahead(self, batches: Iterator[Mapping[str, Any]]) -> Iterator[Batch]:
+        current = next(batches, None)
+        while current is not None:
+            current = send_to_device(current, self.accelerator.device)
+            following = next(batches, None)
+            yield current
+            current = following
+
+    def _order(self, epoch: int) -> Order:
+        # What RandomSampler does once accelerate has made it a SeedableRandomSampler.
+        if self.config.train_sampling_strategy == "random":
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            return torch.randperm(self.num_samples or 0, generator=generator).numpy()
+        if self.lengths is None:
+            return np.arange(self.num_samples or 0)
+        # It draws from the global generator, which ranks need not have in common after dropout.
+        order = [list(self.lengths)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(order)
+        return np.asarray(order[0])
+
+    def finish_epoch(self) -> None:
+        """Say that all that belongs to an epoch's end is done: a resume begins with the next one."""
+        if self._exhausted or self.remaining == 0:
+            self.epoch_index, self.batches_drawn = self.epoch_index + 1, 0
+
+    @property
+    def remaining(self) -> int | None:
+        """Batches that this epoch still holds."""
+        return None if self.num_batches is None else self.num_batches - self.batches_drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: plain numbers, the same on all ranks."""
+        return {"epoch": self.epoch_index, "batches": self.batches_drawn}
+
+    def rng_state_dict(self) -> dict[str, Any]:
+        """What this rank's generators were at the epoch's beginning and before the batch drawn ahead."""
+        ahead = self.collate.before if self.config.dataloader_num_workers == 0 and not self.is_stream else None
+        return {"epoch_start": self._epoch_start, "ahead": ahead}
+
+    def load_state_dict(self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState) -> None:
+        """Continue from a position; `saved` is the generators' state at the save, put back when the data is there."""
+        self.epoch_index = position["epoch"]
+        self.batches_drawn = 0 if self.config.ignore_data_skip else position["batches"]
+        self._resume = {"epoch_start": generators.get("epoch_start"), "ahead": generators.get("ahead"), "saved": saved}
+
+
+def step_groups(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step, all drawn before the first forward, as the Trainer draws them."""
+    while window := list(islice(batches, accumulation)):
+        yield window
+
+
+def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Accelerator) -> Any:
+    """
+    A loader over an evaluation set in its order, prepared by accelerate so that `gather_for_metrics` drops padding.
+
+    With group_by_length the set is grouped too, always in the same way (as the Trainer does).
+    """
+    options: dict[str, Any] = {}
+    if not samples.is_stream:
+        options["drop_last"] = config.dataloader_drop_last
+        if samples.lengths is not None:
+            options["sampler"] = samples.lengths
+        elif accelerator.num_processes == 1:
+            options["sampler"] = SequentialSampler(samples.dataset)
+    loader = DataLoader(
+        samples.dataset,
+        batch_size=config.per_device_eval_batch_size,
+        collate_fn=samples.collate,
+        **worker_options(config),
+        **options,
+    )
+    return accelerator.prepare_data_loader(loader)
+
+
+def worker_options(config: DataConfig) -> dict[str, Any]:
+    """The DataLoader's arguments that concern its workers."""
+    return {
+        "num_workers": config.dataloader_num_workers,
+        # torch warns where there is nothing to pin for.
+        "pin_memory": config.dataloader_pin_memory and torch.accelerator.is_available(),
+        "persistent_workers": config.dataloader_persistent_workers,
+        "prefetch_factor": config.dataloader_prefetch_factor,
+        "multiprocessing_context": config.dataloader_multiprocessing_context,
+    }
+
+
+def usable_samples(
+    dataset: Any, collate: Collator, model: torch.nn.Module, config: DataConfig, *, group: LengthGroups | None
+) -> Samples:
+    """
+    Hide what the model's forward does not take: columns of a `datasets` set, keys of other samples.
+
+    Raises ConfigError if nothing is left, or if samples are to be grouped by a length they don't have.
+    """
+    lengths = _length_sampler(dataset, config, group) if group is not None else None
+    if not config.remove_unused_columns:
+        return Samples(dataset=dataset, collate=collate, lengths=lengths)
+    labels = find_labels(model.__class__)
+    wanted = [*inspect.signature(model.forward).parameters, *sorted({"label", "label_ids", *labels})]
+    name = type(model).__name__
+    if not isinstance(dataset, (Dataset, IterableDataset)) or dataset.column_names is None:
+        hiding = RemoveColumnsCollator(collate, wanted, logger=logger, model_name=name)
+        return Samples(dataset=dataset, collate=hiding, lengths=lengths)
+    unused = [column for column in dataset.column_names if column not in wanted]
+    if len(unused) == len(dataset.column_names):
+        raise ConfigError(
+            f"No column of the data ({', '.join(unused)}) is an argument of {name}.forward "
+            f"({', '.join(wanted)}); rename them, or give --remove_unused_columns false."
+        )
+    return Samples(dataset=dataset.remove_columns(unused), collate=collate, lengths=lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthGroups:
+    """How group_by_length groups: samples a group, the key that is measured, a seed (None: the global generator)."""
+
+    size: int
+    input_name: str
+    seed: int | None = None
+
+
+def _length_sampler(dataset: Any, config: DataConfig, group: LengthGroups) -> LengthGroupedSampler:
+    columns = getattr(dataset, "column_names", None) or ()
+    try:
+        return LengthGroupedSampler(
+            group.size,
+            dataset=dataset,
+            lengths=list(dataset[config.length_column_name]) if config.length_column_name in columns else None,
+            model_input_name=group.input_name,
+            generator=None if group.seed is None else torch.Generator().manual_seed(group.seed),
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"--train_sampling_strategy=group_by_length: samples have no {group.input_name} to measure; "
+            "name a column with --length_column_name."
+        ) from error

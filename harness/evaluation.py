@@ -1,0 +1,181 @@
+"""Evaluation and prediction: the Trainer's values, without keeping logits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+
+from harness.config import ConfigError, arg
+from harness.tasks import Metrics
+
+Batch = Mapping[str, Any]
+# (model, batch, number of items) -> (loss, outputs); and the batches of a window -> number of items.
+LossOf = Callable[[torch.nn.Module, Batch, "torch.Tensor | None"], "tuple[torch.Tensor, Any]"]
+ItemsOf = Callable[[list[Batch]], "torch.Tensor | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How evaluations are done."""
+
+    prediction_loss_only: bool = arg(False, "Compute the loss alone, no other metric.")
+    bf16_full_eval: bool = arg(False, "With --do_eval or --do_predict: evaluate in bfloat16 after the training.")
+    fp16_full_eval: bool = arg(False, "With --do_eval or --do_predict: evaluate in float16 after the training.")
+
+    def __post_init__(self) -> None:
+        if self.bf16_full_eval and self.fp16_full_eval:
+            raise ConfigError("--bf16_full_eval and --fp16_full_eval exclude each other; give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """A prepared loader over one evaluation set and the prefix of its metrics: eval, eval_<name> or test."""
+
+    prefix: str
+    loader: Any
+    batch_size: int
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples in the set; None for a stream."""
+        dataset = self.loader.dataset
+        return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """
+    The outcome: `metrics` in the Trainer's names and order; `extras` of ours, with a slash, for the trackers alone.
+
+    `predictions` and `labels` hold what Metrics.predictions made of the logits, if they were to be kept.
+    """
+
+    metrics: dict[str, float]
+    extras: dict[str, float] = field(default_factory=dict)
+    predictions: npt.NDArray[Any] | None = None
+
+
+class Evaluator:
+    """
+    Runs a model over evaluation sets.
+
+    Mirrors Trainer.evaluation_loop and Trainer.prediction_step: eval_loss is the mean over samples of the means of
+    their batches. Beside it stands the loss weighted by tokens, which does not depend on the batch size.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        loss: LossOf,
+        num_items: ItemsOf,
+        label_names: list[str],
+        metrics: Callable[[], Metrics] | None,
+        drops_non_finite: bool,
+    ) -> None:
+        self.accelerator, self.loss, self.num_items = accelerator, loss, num_items
+        self.label_names, self.metrics, self.drops_non_finite = label_names, metrics, drops_non_finite
+
+    def metric_names(self) -> set[str]:
+        """What an evaluation yields, without prefix, known without running one."""
+        timing = {"runtime", "samples_per_second", "steps_per_second"}
+        return {"loss", *timing, *(self.metrics().names if self.metrics is not None else ())}
+
+    @torch.no_grad()
+    def run(self, model: torch.nn.Module, data: EvalSet, *, keep_predictions: bool = False) -> Evaluation:
+        """Collective: evaluate `model` on one set, in eval mode; it is left in eval mode."""
+        started_at = time.monotonic()
+        model.eval()
+        metrics = self.metrics() if self.metrics is not None else None
+        losses: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
+        # Summed loss and tokens, for the loss per token.
+        totals = torch.zeros(2, device=self.accelerator.device)
+        seen = 0
+        for batch in data.loader:
+            labels = self._labels(batch)
+            outputs: Any
+            if labels is None:
+                outputs = model(**batch)
+            else:
+                num_items = self.num_items([batch])
+                loss, outputs = self.loss(model, batch, num_items)
+                loss = loss.mean()
+                losses.append(self.accelerator.gather_for_metrics(loss.repeat(data.batch_size)))
+                if num_items is not None:
+                    totals += torch.stack([loss * num_items, num_items])
+            seen += data.batch_size * self.accelerator.num_processes
+            if metrics is not None:
+                predictions = self._update(metrics, model, outputs, labels)
+                if keep_predictions:
+                    kept.append(predictions.cpu())
+        num_samples = data.num_samples if data.num_samples is not None else seen
+        values = self._values(data.prefix, losses, metrics)
+        steps = math.ceil(num_samples / (data.batch_size * self.accelerator.num_processes))
+        values |= _speed(data.prefix, time.monotonic() - started_at, num_samples, steps)
+        return Evaluation(
+            metrics=values,
+            extras=self._per_token(data.prefix, totals),
+            predictions=torch.cat(kept).numpy() if kept else None,
+        )
+
+    def _labels(self, batch: Batch) -> Any:
+        labels = tuple(batch.get(name) for name in self.label_names)
+        if not labels or any(label is None for label in labels):
+            return None
+        return labels[0] if len(labels) == 1 else labels
+
+    def _update(self, metrics: Metrics, model: torch.nn.Module, outputs: Any, labels: Any) -> torch.Tensor:
+        gather, pad = self.accelerator.gather_for_metrics, self.accelerator.pad_across_processes
+        config = getattr(self.accelerator.unwrap_model(model), "config", None)
+        logits = _logits(outputs, getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))
+        predictions: torch.Tensor = gather(pad(metrics.predictions(logits, labels), dim=1, pad_index=-100))
+        if labels is not None:
+            metrics.update(predictions, gather(pad(labels, dim=1, pad_index=-100)))
+        return predictions
+
+    def _values(self, prefix: str, losses: list[torch.Tensor], metrics: Metrics | None) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if losses:
+            every = torch.cat(losses).float().cpu().numpy()
+            finite = np.isfinite(every)
+            if self.drops_non_finite and finite.any():
+                every = every[finite]
+            values[f"{prefix}_loss"] = every.mean().item()
+            if metrics is not None:
+                values |= {f"{prefix}_{name}": value for name, value in metrics.compute().items()}
+        return values
+
+    def _per_token(self, prefix: str, totals: torch.Tensor) -> dict[str, float]:
+        summed = self.accelerator.gather(totals.unsqueeze(0)).sum(0).tolist()
+        if summed[1] == 0:
+            return {}
+        # Each rank has added the items of all ranks, and a loss that is already scaled to their mean.
+        group = prefix.replace("_", "/", 1) if "_" in prefix else prefix
+        num_tokens = summed[1] / self.accelerator.num_processes
+        return {f"{group}/loss_per_token": summed[0] / summed[1], f"{group}/num_tokens": num_tokens}
+
+
+def _logits(outputs: Any, ignored: list[str]) -> Any:
+    if isinstance(outputs, Mapping):
+        logits = tuple(value for key, value in outputs.items() if key not in {*ignored, "loss"})
+    else:
+        logits = tuple(outputs[1:])
+    return logits[0] if len(logits) == 1 else logits
+
+
+def _speed(prefix: str, seconds: float, num_samples: int, num_steps: int) -> dict[str, float]:
+    seconds = max(seconds, 1e-9)
+    return {
+        f"{prefix}_runtime": round(seconds, 4),
+        f"{prefix}_samples_per_second": round(num_samples / seconds, 3),
+        f"{prefix}_steps_per_second": round(num_steps / seconds, 3),
+    }

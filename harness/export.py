@@ -1,0 +1,72 @@
+"""Whole weights in a folder that `from_pretrained` loads, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from harness.config import ConfigError
+
+
+def save_model(model: torch.nn.Module, processing_class: Any, folder: Path) -> None:
+    """
+    Write weights, config and processing class as the Trainer writes them. Call it on one rank.
+
+    A model that is no PreTrainedModel has its state dict in model.safetensors; tied tensors are written once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+    else:
+        seen: set[int] = set()
+        tensors = {
+            name: tensor.contiguous()
+            for name, tensor in model.state_dict().items()
+            if not (tensor.data_ptr() in seen or seen.add(tensor.data_ptr()))  # type: ignore[func-returns-value]
+        }
+        save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    if hasattr(processing_class, "save_pretrained"):
+        processing_class.save_pretrained(folder)
+
+
+def has_model(folder: Path) -> bool:
+    """Whether the folder holds weights in a form that `load_weights` reads."""
+    return (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """
+    Load safetensors, whole or in shards, into a model that is not wrapped yet.
+
+    Raises ConfigError if they belong to another model or can't be read.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            files = [SAFE_WEIGHTS_NAME]
+        tensors: dict[str, torch.Tensor] = {}
+        for name in files:
+            tensors |= load_file(folder / name)
+    except Exception as error:  # safetensors raises its own type, which it does not export
+        raise ConfigError(f"The weights in {folder} can't be read: {error}") from error
+    own = model.state_dict(keep_vars=True)
+    unexpected = sorted(set(tensors) - set(own))
+    # Of tied tensors one name is saved; the others share its storage and are loaded with it.
+    loaded = {own[name].data_ptr() for name in tensors if name in own}
+    missing = sorted(name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in loaded)
+    misshapen = sorted(name for name in tensors if name in own and tensors[name].shape != own[name].shape)
+    if unexpected or missing or misshapen:
+        first = (unexpected + missing + misshapen)[0]
+        raise ConfigError(
+            f"{folder} is of another model: {len(unexpected)} weights are unknown, {len(missing)} are missing, "
+            f"{len(misshapen)} have another shape (the first: {first}). Use the model it was saved from."
+        )
+    model.load_state_dict(tensors, strict=False)

@@ -1,0 +1,199 @@
+"""The training loop. `fit` is read from top to bottom and is the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from harness import rng
+from harness.best import BestModel
+from harness.checkpoint import Checkpoints, Content
+from harness.console import Console
+from harness.data import Batch, TrainLoader, step_groups
+from harness.evaluation import EvalSet, Evaluator
+from harness.export import load_weights, save_model
+from harness.metrics import Clock, Window, Work, speed
+from harness.modeling import Loss, ModelingConfig
+from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
+from harness.plan import Due, Plan
+from harness.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that a training needs, built once by train.py. `model` is the wrapped one."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    processing_class: Any
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    loader: TrainLoader
+    plan: Plan
+    evaluator: Evaluator
+    eval_sets: tuple[EvalSet, ...]
+    best: BestModel
+    checkpoints: Checkpoints
+    window: Window
+    work: Work
+    clock: Clock
+    console: Console
+    modeling: ModelingConfig
+    optim: OptimConfig
+
+
+def fit(run: Run, state: TrainState) -> dict[str, float]:
+    """Collective: train from where `state` stands to the end of the plan; returns the metrics of the training."""
+    if run.plan.config.eval_on_start and state.global_step == 0:
+        evaluate(run, state, at_start=True)
+    run.model.train()
+    for epoch in range(run.loader.epoch_index, run.plan.num_train_epochs):
+        for window in step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps):
+            train_step(run, state, window)
+            state.global_step += 1
+            state.epoch = epoch + run.loader.batches_drawn / run.plan.batches_per_epoch
+            run.console.advance(state.global_step)
+            follow(run, state, run.plan.at_step(state))
+            if is_over(run, state):
+                break
+        if run.loader.batches_drawn == 0:
+            run.console.line(f"The stream has ended at step {state.global_step} of {run.plan.max_steps}.")
+            break
+        run.loader.finish_epoch()
+        follow(run, state, run.plan.at_epoch_end(state))
+        if is_over(run, state):
+            break
+    return finish(run, state)
+
+
+def is_over(run: Run, state: TrainState) -> bool:
+    """Whether the plan is fulfilled or early stopping has struck."""
+    return state.should_stop or state.global_step >= run.plan.max_steps
+
+
+def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
+    """Collective: one optimizer step over its micro-batches, without a host sync."""
+    num_items = run.loss.num_items(window)
+    for i, batch in enumerate(window):
+        is_last = i == len(window) - 1
+        run.accelerator.gradient_state._set_sync_gradients(is_last)
+        with nullcontext() if is_last else run.accelerator.no_sync(run.model):
+            loss, _ = run.loss(run.model, batch, num_items, micro_batches=len(window))
+            run.accelerator.backward(loss)
+        run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
+        run.work.add(batch)
+    parameters, limit = run.model.parameters(), run.modeling.max_grad_norm or float("inf")
+    run.window.grad_norm = run.accelerator.clip_grad_norm_(parameters, limit)
+    run.optimizer.step()
+    run.window.learning_rate = current_learning_rate(run.scheduler, run.optimizer, run.optim)
+    if run.optim.lr_scheduler_type not in BY_METRIC and not run.accelerator.optimizer_step_was_skipped:
+        run.scheduler.step()
+    run.model.zero_grad()
+    if run.modeling.torch_empty_cache_steps and state.global_step % run.modeling.torch_empty_cache_steps == 0:
+        torch.accelerator.empty_cache()
+
+
+def follow(run: Run, state: TrainState, due: Due) -> None:
+    """Collective: log, evaluate and save, as far as they are due: Trainer._maybe_log_save_evaluate."""
+    if due.log and state.global_step > state.last_logged_step:
+        report(run, state)
+    is_best = evaluate(run, state) if due.evaluate else False
+    if is_best if run.plan.config.save_strategy == "best" else due.save:
+        save(run, state)
+
+
+def report(run: Run, state: TrainState) -> None:
+    """Collective: what the steps since the last report come to. The one place where a step waits for the device."""
+    total, num_nonfinite = run.window.drain()
+    logs = {"loss": total / (state.global_step - state.last_logged_step), **run.window.last_step()}
+    state.total_loss += total
+    state.last_logged_step = state.global_step
+    run.work.settle_flos(state)
+    rate = run.clock.window_rate(state, run.work.samples_per_step)
+    logs = emit(run, state, logs, {"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}, timed=True)
+    run.console.report(logs, step=state.global_step, rate=f"{rate:.1f} samples/s")
+
+
+def emit(
+    run: Run, state: TrainState, logs: Mapping[str, float], extras: Mapping[str, float], *, timed: bool = False
+) -> dict[str, float]:
+    """Collective: complete an event, put it into the history and give it, with `extras` of ours, to the trackers."""
+    row = {**logs, "epoch": state.epoch}
+    if run.work.counts != "no":
+        run.work.settle_tokens(state)
+        row["num_input_tokens_seen"] = state.num_input_tokens_seen
+        if timed:
+            row |= run.clock.token_rate(state)
+    state.log_history.append({**row, "step": state.global_step})
+    run.accelerator.log({**row, **extras}, step=state.global_step)
+    return row
+
+
+def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
+    """Collective: evaluate on all sets; returns whether this was the best evaluation so far."""
+    if hasattr(run.optimizer, "eval"):
+        run.optimizer.eval()
+    metrics: dict[str, float] = {}
+    for data in run.eval_sets:
+        outcome = run.evaluator.run(run.model, data)
+        emit(run, state, outcome.metrics, outcome.extras)
+        run.console.evaluation(outcome.metrics, step=state.global_step)
+        metrics |= outcome.metrics
+    run.model.train()
+    if hasattr(run.optimizer, "train"):
+        run.optimizer.train()
+    if run.optim.lr_scheduler_type in BY_METRIC and not at_start:
+        run.scheduler.step(metrics[run.best.metric])
+    return run.best.update(metrics, state)
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Collective: write checkpoint-N. Raises OSError if it could not be written."""
+    run.work.settle_flos(state)
+    best = state.best_global_step
+    if best and (best == state.global_step or run.checkpoints.path_of(best).is_dir()):
+        state.best_model_checkpoint = str(run.checkpoints.path_of(best))
+    world_size = run.accelerator.num_processes
+    files = {"optimizer.pt": run.optimizer.state_dict(), "scheduler.pt": run.scheduler.state_dict()}
+    if run.accelerator.scaler is not None:
+        files["scaler.pt"] = run.accelerator.scaler.state_dict()
+    model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
+    content = Content(
+        step=state.global_step,
+        write_model=lambda folder: save_model(model, run.processing_class, folder),
+        files=files,
+        trainer_state=state.trainer_state(early_stopping=run.best.early_stopping),
+        # One file a rank: the Trainer reads its own keys from it and leaves ours alone.
+        rank_state=rng.capture(world_size=world_size)
+        | {"harness": {"data": run.loader.rng_state_dict(), "window": run.window.state_dict()}},
+        shared={"state": state.state_dict(), "data": run.loader.state_dict()},
+    )
+    run.checkpoints.save(content)
+    run.checkpoints.prune(state.best_model_checkpoint)
+
+
+def finish(run: Run, state: TrainState) -> dict[str, float]:
+    """Collective: the metrics of the whole training; the best weights, if they are wanted."""
+    # The Trainer adds what rank zero has left; the mean over the ranks would be another number.
+    state.total_loss += run.window.undrained()
+    steps = state.global_step - run.clock.first_step
+    samples = run.plan.num_samples * steps / max(run.plan.max_steps, 1)
+    metrics = speed("train", run.clock.seconds(), num_samples=samples, num_steps=steps)
+    run.work.settle_flos(state)
+    metrics["total_flos"] = state.total_flos
+    metrics["train_loss"] = state.total_loss / max(state.global_step - state.loss_from_step, 0.001)
+    emit(run, state, metrics, {})
+    best = state.best_model_checkpoint
+    if best is not None and run.best.config.load_best_model_at_end:
+        load_weights(run.accelerator.unwrap_model(run.model, keep_torch_compile=False), Path(best))
+    if best is not None and run.checkpoints.config.save_total_limit == 1:
+        run.accelerator.wait_for_everyone()  # nobody may still read what is deleted
+        run.checkpoints.keep_only(best)
+    return metrics

@@ -1,0 +1,49 @@
+"""The random generators of a process: seed them, capture them, put them back."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import enable_full_determinism, set_seed
+
+RngState = dict[str, Any]
+
+
+def seed_everything(seed: int, *, full_determinism: bool) -> None:
+    """Seed Python, numpy and torch with the same seed on all ranks, as the Trainer does."""
+    if full_determinism:
+        enable_full_determinism(seed)
+    else:
+        set_seed(seed)
+
+
+def capture(*, world_size: int = 1) -> RngState:
+    """
+    The state of all generators, in the keys and types of the Trainer's `rng_state.pth`.
+
+    With more than one process "cuda" holds the states of all visible devices, as the Trainer's does.
+    """
+    state: RngState = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all() if world_size > 1 else torch.cuda.get_rng_state()
+    return state
+
+
+def restore(state: RngState) -> None:
+    """Put back what `capture` gave, or what a Trainer saved."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        if isinstance(state["cuda"], list):
+            torch.cuda.set_rng_state_all(state["cuda"])
+        else:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+def capture_host() -> RngState:
+    """The generators that a collator or a sampler may draw from. Costs some microseconds, no device sync."""
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}

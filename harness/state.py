@@ -1,0 +1,96 @@
+"""What must outlive the process besides tensors: plain JSON, with the Trainer's `trainer_state.json` inside."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """
+    The counters and the history of a run; the fields are those of transformers.TrainerState that it needs.
+
+    `epoch` is a fraction: 1.5 is the middle of the second epoch. `total_loss` is the sum of the losses of all reported
+    steps since `loss_from_step`: what `train_loss` is made of.
+    """
+
+    epoch: float = 0
+    global_step: int = 0
+    max_steps: int = 0
+    num_train_epochs: int = 0
+    logging_steps: int = 500
+    eval_steps: int = 500
+    save_steps: int = 500
+    train_batch_size: int = 8
+    num_input_tokens_seen: int = 0
+    total_flos: float = 0
+    log_history: list[dict[str, float]] = field(default_factory=list)
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    early_stopping_patience_counter: int = 0
+    last_logged_step: int = 0
+    total_loss: float = 0.0
+    loss_from_step: int = 0
+    should_stop: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The part that `trainer_state.json` has no place for."""
+        return {name: getattr(self, name) for name in _OURS}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; unknown keys of a newer version are left alone."""
+        for name in _OURS:
+            if name in saved:
+                setattr(self, name, saved[name])
+
+    def trainer_state(self, *, early_stopping: dict[str, Any] | None) -> dict[str, Any]:
+        """
+        The content of `trainer_state.json` as transformers.TrainerState writes it, so that its readers work.
+
+        `early_stopping` holds the arguments of EarlyStoppingCallback where early stopping is on.
+        """
+        # The Trainer rests its control when it saves at a log or an evaluation; only the stop is news to a reader.
+        control = dict.fromkeys(
+            ("should_epoch_stop", "should_evaluate", "should_log", "should_save", "should_training_stop"), False
+        )
+        control |= {"should_save": True, "should_training_stop": self.should_stop}
+        callbacks: dict[str, Any] = {}
+        if early_stopping is not None:
+            counter = {"early_stopping_patience_counter": self.early_stopping_patience_counter}
+            callbacks["EarlyStoppingCallback"] = {"args": early_stopping, "attributes": counter}
+        callbacks["TrainerControl"] = {"args": control, "attributes": {}}
+        ours = {name: value for name, value in asdict(self).items() if name not in _OURS}
+        return ours | {
+            "is_hyper_param_search": False,
+            "is_local_process_zero": True,
+            "is_world_process_zero": True,
+            "stateful_callbacks": callbacks,
+            "trial_name": None,
+            "trial_params": None,
+        }
+
+    def load_trainer_state(self, path: Path) -> None:
+        """Take the counters and the history from a `trainer_state.json`, ours or a Trainer's."""
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for item in fields(self):
+            if item.name in saved and item.name not in (*_OURS, *_OF_THE_PLAN):
+                setattr(self, item.name, saved[item.name])
+        counter = saved.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+        self.early_stopping_patience_counter = counter.get("early_stopping_patience_counter", 0)
+        # A Trainer keeps neither the loss it has not logged nor the sum of what it has.
+        self.last_logged_step = self.loss_from_step = self.global_step
+
+
+_OURS = ("early_stopping_patience_counter", "last_logged_step", "total_loss", "loss_from_step", "should_stop")
+_OF_THE_PLAN = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON as the Trainer writes it: two spaces, sorted keys, a newline at the end."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

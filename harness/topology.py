@@ -1,0 +1,241 @@
+"""Processes and devices: build the Accelerator, check that the launch is what it seems, agree among ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, broadcast_object_list, gather_object
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+from transformers.utils.import_utils import enable_tf32
+
+from harness.config import ConfigError, arg, at_least, choice
+
+Answer = TypeVar("Answer")
+
+PRECISIONS = ("no", "bf16", "fp16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyConfig:
+    """Devices, precision, DDP. How many processes there are belongs to the launch config."""
+
+    use_cpu: bool = arg(False, "Train on the CPU even if there is an accelerator.")
+    expect_num_processes: int | None = arg(help="Refuse to start unless the launcher started so many processes.")
+    bf16: bool = arg(False, "Mixed precision with bfloat16.")
+    fp16: bool = arg(False, "Mixed precision with float16 and loss scaling.")
+    tf32: bool | None = arg(help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True)
+    seed: int = arg(42, "Seed of all random generators.")
+    full_determinism: bool = arg(False, "Deterministic kernels where there are any; slower.")
+    torch_compile: bool = arg(False, "Compile the model with torch.compile.")
+    torch_compile_backend: str | None = arg(help="Backend of torch.compile; turns it on. Default: inductor.")
+    torch_compile_mode: str | None = arg(help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}.")
+    ddp_backend: str | None = arg(help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl.")
+    ddp_timeout: int = arg(1800, "Seconds until a collective that hangs raises.")
+    ddp_find_unused_parameters: bool | None = arg(
+        help="Default: true unless activations are checkpointed.", nargs="?", const=True
+    )
+    ddp_bucket_cap_mb: int | None = arg(help="Size of DDP's gradient buckets in MB.")
+    ddp_broadcast_buffers: bool | None = arg(help="Broadcast buffers before each forward.", nargs="?", const=True)
+    ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", nargs="?", const=True)
+
+    def __post_init__(self) -> None:
+        at_least(0, seed=self.seed)
+        at_least(
+            1,
+            expect_num_processes=self.expect_num_processes,
+            ddp_timeout=self.ddp_timeout,
+            ddp_bucket_cap_mb=self.ddp_bucket_cap_mb,
+        )
+        if self.bf16 and self.fp16:
+            raise ConfigError("--bf16 and --fp16 exclude each other; give one of them.")
+        if self.torch_compile_mode is not None:
+            choice("torch_compile_mode", self.torch_compile_mode, COMPILE_MODES)
+        if self.torch_compile_backend is not None:
+            choice("torch_compile_backend", self.torch_compile_backend, torch.compiler.list_backends(exclude_tags=()))
+        if self.ddp_backend is not None:
+            choice("ddp_backend", self.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """What the flags ask for; None leaves it to the launch config."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else None
+
+
+def build_accelerator(
+    config: TopologyConfig,
+    *,
+    activation_checkpointing: bool,
+    seeds: tuple[int, int | None],
+    trackers: Sequence[Any] = (),
+    project_dir: str | None = None,
+) -> Accelerator:
+    """
+    Collective: make the Accelerator as the Trainer makes its own and check the launch.
+
+    `seeds` are (seed, data_seed). Raises ConfigError for a launch that would do something else than it says.
+    """
+    _check_launch_config(config)
+    on_cpu = config.use_cpu or _launched_without_accelerator()
+    ddp: dict[str, Any] = {"find_unused_parameters": not activation_checkpointing}
+    for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph"):
+        if (value := getattr(config, f"ddp_{name}")) is not None:
+            ddp[name] = value
+    compiled = config.torch_compile or config.torch_compile_backend or config.torch_compile_mode
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=config.mixed_precision,
+        # The loop draws and counts the micro-batches itself; accelerate must not divide by their number again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=seeds[1], even_batches=True, non_blocking=False
+        ),
+        dynamo_plugin=TorchDynamoPlugin(
+            backend=(config.torch_compile_backend or "inductor") if compiled else None, mode=config.torch_compile_mode
+        ),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(**ddp),
+            InitProcessGroupKwargs(
+                backend=config.ddp_backend or ("gloo" if on_cpu else None),
+                timeout=timedelta(seconds=config.ddp_timeout),
+            ),
+        ],
+        log_with=list(trackers) or None,
+        project_dir=project_dir,
+    )
+    _check_processes(accelerator, config)
+    _set_precision(accelerator, config)
+    return accelerator
+
+
+def _launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _launched_without_accelerator() -> bool:
+    # Without this a MULTI_GPU launch config on a machine without accelerator starts processes that know nothing of
+    # each other: each trains its own copy.
+    return _launched_processes() > 1 and not torch.accelerator.is_available()
+
+
+def _check_launch_config(config: TopologyConfig) -> None:
+    for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise ConfigError(
+                f"The launch config says distributed_type: {what}, which this version does not support: "
+                "use launch_configs/ddp.yaml or launch_configs/single.yaml."
+            )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in PRECISIONS:
+        raise ConfigError(f"mixed_precision: {launched} in the launch config is not supported; use no, bf16 or fp16.")
+    if config.mixed_precision and launched not in ("no", config.mixed_precision):
+        raise ConfigError(
+            f"--{config.mixed_precision} contradicts mixed_precision: {launched} in the launch config; change one."
+        )
+    expected = config.expect_num_processes
+    if expected is not None and expected != _launched_processes():
+        raise ConfigError(
+            f"--expect_num_processes={expected}, but the launcher started {_launched_processes()}: "
+            "check num_processes and distributed_type of the launch config (MULTI_CPU starts one process; "
+            "use MULTI_GPU, it falls back to CPU processes by itself)."
+        )
+
+
+def _check_processes(accelerator: Accelerator, config: TopologyConfig) -> None:
+    launched = _launched_processes()
+    in_group = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    separate = launched > 1 and accelerator.distributed_type == DistributedType.NO
+    if separate or not launched == in_group == accelerator.num_processes:
+        raise ConfigError(
+            f"The launcher started {launched} processes, the process group has {in_group} and accelerate "
+            f"{accelerator.num_processes} ({accelerator.distributed_type}): each would train a copy of its own. "
+            "Use distributed_type: MULTI_GPU in the launch config (launch_configs/ddp.yaml), "
+            "or start one process: accelerate launch --num_processes 1."
+        )
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        raise ConfigError(
+            f"distributed_type: {accelerator.distributed_type.value} is not supported by this version; "
+            "use launch_configs/ddp.yaml or launch_configs/single.yaml."
+        )
+    if accelerator.device.type == "cpu" and config.fp16:
+        raise ConfigError("--fp16 needs an accelerator; on the CPU use --bf16.")
+    if accelerator.device.type == "cuda" and config.bf16 and not is_torch_bf16_gpu_available():
+        raise ConfigError("--bf16 needs an Ampere GPU or newer; use --fp16.")
+
+
+def _set_precision(accelerator: Accelerator, config: TopologyConfig) -> None:
+    if config.tf32 is not None:
+        if is_torch_tf32_available():
+            enable_tf32(config.tf32)
+        elif config.tf32:
+            raise ConfigError("--tf32 needs an Ampere GPU or newer; leave it out.")
+    elif config.torch_compile and accelerator.device.type == "cuda" and is_torch_tf32_available():
+        enable_tf32(True)  # as the Trainer does when it compiles
+
+
+def idle_accelerators(accelerator: Accelerator) -> int:
+    """How many devices of this machine a single process leaves unused."""
+    if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
+        return 0
+    return int(torch.accelerator.device_count()) - 1
+
+
+def tell_all(accelerator: Accelerator, answer: Callable[[], Answer]) -> Answer:
+    """
+    Collective: rank zero alone runs `answer`; every rank gets its result, or its ConfigError.
+
+    The result must be picklable: it goes through torch.distributed's object broadcast among our own ranks.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = answer()
+        except ConfigError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ConfigError(outcome[1])
+    result: Answer = outcome[0]
+    return result
+
+
+def agree(accelerator: Accelerator, error: BaseException | None) -> str | None:
+    """Collective: the first error message of any rank, the same on all; None if no rank has one."""
+    message = None if error is None else f"{error}" or type(error).__name__
+    if accelerator.num_processes == 1:
+        return message
+    messages: list[str | None] = gather_object([message])
+    return next((found for found in messages if found is not None), None)
+
+
+def local_main_first(accelerator: Accelerator, build: Callable[[], Answer]) -> Answer:
+    """
+    Collective: run `build` on the first rank of each node, then on the others, which find its caches filled.
+
+    A ConfigError of one rank is raised on all: nobody waits for a rank that has gone.
+    """
+    results: list[Answer] = []
+    for turn in (True, False):
+        failure: ConfigError | None = None
+        if accelerator.is_local_main_process == turn:
+            try:
+                results.append(build())
+            except ConfigError as error:
+                failure = error
+        if (message := agree(accelerator, failure)) is not None:
+            raise ConfigError(message) from failure
+    return results[0]
