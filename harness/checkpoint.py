@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,10 @@ class CheckpointConfig:
             )
 
 
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the older ones are as they were."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """A checkpoint to go on from, and why newer ones were passed over."""
@@ -96,6 +103,42 @@ def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
             "use auto to start afresh where there is none."
         )
     return Found(path=None, passed_over=tuple(passed_over))
+
+
+def choose_output_dir(config: CheckpointConfig) -> Path:
+    """The folder of the run: as given, or a fresh one named by the time."""
+    if config.output_dir is not None:
+        return Path(config.output_dir).expanduser()
+    name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    candidates = (Path("runs") / (f"{name}-{i}" if i else name) for i in itertools.count())
+    return next(path for path in candidates if not path.exists())
+
+
+def check_output_dir(output_dir: Path, *, may_hold_run: bool) -> None:
+    """Raise ConfigError if the folder holds another run, or can't be written to. Leaves nothing behind."""
+    holds_run = bool(list_checkpoints(output_dir)) or (output_dir / TRAINER_STATE_FILE).is_file()
+    if holds_run and not may_hold_run:
+        raise ConfigError(
+            f"--output_dir={output_dir} holds another run: go on with it by --resume_from_checkpoint true, "
+            "or take another folder, or delete it."
+        )
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    try:
+        # Asking for permissions says nothing on a full or read-only disk.
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0" * CHUNK_BYTES)
+    except OSError as error:
+        raise ConfigError(f"--output_dir={output_dir} can't be written to: {error}. Choose another folder.") from error
+
+
+def describe_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between the values a position was counted in and today's; empty if nothing does."""
+    position = ("epoch", "batches")
+    return ", ".join(
+        f"{name} {saved[name]} (now {now[name]})"
+        for name in now
+        if name not in position and name in saved and saved[name] != now[name]
+    )
 
 
 def why_invalid(path: Path) -> str | None:
@@ -178,7 +221,7 @@ class Checkpoints:
         """
         Collective: write `checkpoint-N.partial`, its manifest last, then rename it to `checkpoint-N`.
 
-        Raises OSError on all ranks if one of them could not write; an older checkpoint is then untouched.
+        Raises CheckpointError on all ranks if one of them could not write; an older checkpoint is then untouched.
         """
         final = self.path_of(content.step)
         partial = final.with_name(f"{final.name}.partial")
@@ -193,8 +236,14 @@ class Checkpoints:
             act()
         except Exception as error:  # told to the other ranks, then raised
             failure = error
-        if (message := self.agree(failure)) is not None:
-            raise failure or OSError(message)
+        message = self.agree(failure)
+        if failure is not None and not isinstance(failure, OSError):
+            raise failure
+        if message is not None:
+            raise CheckpointError(
+                f"A checkpoint could not be written to {self.output_dir}: {message}. The older ones are untouched; "
+                "make room, then go on with --resume_from_checkpoint true."
+            ) from failure
 
     def _write(self, content: Content, folder: Path) -> None:
         if not self.config.save_only_model:

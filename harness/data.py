@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader, SequentialSampler, get_worker_info
+from torch.utils.data import DataLoader, SequentialSampler, Subset, get_worker_info
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import RemoveColumnsCollator, seed_worker
 from transformers.utils import find_labels
@@ -106,23 +106,29 @@ class RankBatches:
         self.process_index, self.num_processes = ranks
         a_round = batch_size * self.num_processes
         self.num_batches = num_samples // a_round if drop_last else -(-num_samples // a_round)
-        self.order: Order = np.arange(num_samples)
+        self.order: Callable[[], Order] = lambda: np.arange(num_samples)
         self.start = 0
 
-    def begin(self, order: Order, start: int) -> None:
-        """Take the epoch's order of samples and the position to start from."""
-        missing = self.num_batches * self.batch_size * self.num_processes - len(order)
-        if self.num_processes > 1 and missing > 0:
-            order = np.concatenate([order, np.resize(order[: self.batch_size * self.num_processes], missing)])
+    def begin(self, order: Callable[[], Order], start: int) -> None:
+        """
+        Take the epoch's order of samples and the position to start from.
+
+        The order is asked for with the first batch: the loader draws its own random number before that, as torch's
+        samplers have it.
+        """
         self.order, self.start = order, start
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        missing = self.num_batches * self.batch_size * self.num_processes - len(order)
+        if self.num_processes > 1 and missing > 0:
+            order = np.concatenate([order, np.resize(order[: self.batch_size * self.num_processes], missing)])
         for i in range(self.start, self.num_batches):
             begin = (i * self.num_processes + self.process_index) * self.batch_size
-            yield self.order[begin : begin + self.batch_size].tolist()
+            yield order[begin : begin + self.batch_size].tolist()
 
 
 class RememberingCollator:
@@ -217,7 +223,7 @@ class TrainLoader:
             self.loader.set_epoch(epoch)
             batches = islice(iter(self.loader), start, None)
         else:
-            self.batches.begin(self._order(epoch), start)
+            self.batches.begin(partial(self._order, epoch), start)
             batches = self._one_ahead(iter(self.loader)) if start < len(self.batches) else iter(())
         if resume is not None and start > 0:
             if resume["ahead"] is not None and start < (self.num_batches or 0):
@@ -261,8 +267,17 @@ class TrainLoader:
         return None if self.num_batches is None else self.num_batches - self.batches_drawn
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: plain numbers, the same on all ranks."""
-        return {"epoch": self.epoch_index, "batches": self.batches_drawn}
+        """The position, and what it counts: plain values, the same on all ranks."""
+        return {
+            "epoch": self.epoch_index,
+            "batches": self.batches_drawn,
+            "num_samples": self.num_samples,
+            "num_processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.config.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
+            "train_sampling_strategy": self.config.train_sampling_strategy,
+            "seed": self.seed,
+        }
 
     def rng_state_dict(self) -> dict[str, Any]:
         """What this rank's generators were at the epoch's beginning and before the batch drawn ahead."""
@@ -271,9 +286,34 @@ class TrainLoader:
 
     def load_state_dict(self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState) -> None:
         """Continue from a position; `saved` is the generators' state at the save, put back when the data is there."""
+        self.load_position(position)
+        self._resume = {"epoch_start": generators.get("epoch_start"), "ahead": generators.get("ahead"), "saved": saved}
+
+    def load_position(self, position: Mapping[str, int]) -> None:
+        """Continue from a position without generators: the order is right, what is drawn at random is not."""
         self.epoch_index = position["epoch"]
         self.batches_drawn = 0 if self.config.ignore_data_skip else position["batches"]
-        self._resume = {"epoch_start": generators.get("epoch_start"), "ahead": generators.get("ahead"), "saved": saved}
+        now = rng.capture_host()
+        self._resume = {"epoch_start": None, "ahead": None, "saved": now}
+
+    def peek(self) -> Batch:
+        """The first micro-batch of the order, collated without moving a generator or the position."""
+        before = rng.capture_host()
+        if self.is_stream:
+            batch = next(iter(self.loader))
+        else:
+            indices = self._order(0)[: self.config.per_device_train_batch_size].tolist()
+            batch = self.collate.collate([self.loader.dataset[i] for i in indices])
+        rng.restore(before)
+        return dict(send_to_device(batch, self.accelerator.device))
+
+
+def first_samples(dataset: Any, count: int) -> Any:
+    """The first samples of a data set. Raises ConfigError for a stream."""
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        raise ConfigError("--overfit_batches needs data with a length; with --streaming use --max_train_samples.")
+    count = min(count, len(dataset))
+    return dataset.select(range(count)) if isinstance(dataset, Dataset) else Subset(dataset, range(count))
 
 
 def step_groups(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]:

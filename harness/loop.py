@@ -54,8 +54,11 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
     if run.plan.config.eval_on_start and state.global_step == 0:
         evaluate(run, state, at_start=True)
     run.model.train()
-    for epoch in range(run.loader.epoch_index, run.plan.num_train_epochs):
+    first_epoch = run.loader.epoch_index
+    for epoch in range(first_epoch, run.plan.num_train_epochs if not state.is_ended else first_epoch):
         for window in step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps):
+            if is_over(run, state):  # resumed from the last step, before what belongs to the end
+                break
             train_step(run, state, window)
             state.global_step += 1
             state.epoch = epoch + run.loader.batches_drawn / run.plan.batches_per_epoch
@@ -67,6 +70,7 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
             run.console.line(f"The stream has ended at step {state.global_step} of {run.plan.max_steps}.")
             break
         run.loader.finish_epoch()
+        state.is_ended = is_over(run, state)
         follow(run, state, run.plan.at_epoch_end(state))
         if is_over(run, state):
             break
@@ -155,7 +159,7 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Collective: write checkpoint-N. Raises OSError if it could not be written."""
+    """Collective: write checkpoint-N. Raises CheckpointError if it could not be written."""
     run.work.settle_flos(state)
     best = state.best_global_step
     if best and (best == state.global_step or run.checkpoints.path_of(best).is_dir()):

@@ -142,6 +142,10 @@ class Clock:
     """Seconds, samples and tokens of this process's life."""
 
     def __init__(self, state: TrainState) -> None:
+        self.begin(state)
+
+    def begin(self, state: TrainState) -> None:
+        """Start, or start again after a checkpoint has been read into the state."""
         self.started_at = time.monotonic()
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
         self._last_report = (self.started_at, state.global_step)

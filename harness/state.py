@@ -37,6 +37,7 @@ class TrainState:
     last_logged_step: int = 0
     total_loss: float = 0.0
     loss_from_step: int = 0
+    is_ended: bool = False
     should_stop: bool = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class TrainState:
             counter = {"early_stopping_patience_counter": self.early_stopping_patience_counter}
             callbacks["EarlyStoppingCallback"] = {"args": early_stopping, "attributes": counter}
         callbacks["TrainerControl"] = {"args": control, "attributes": {}}
-        ours = {name: value for name, value in asdict(self).items() if name not in _OURS}
+        ours = {name: value for name, value in asdict(self).items() if name not in (*_OURS, "should_stop")}
         return ours | {
             "is_hyper_param_search": False,
             "is_local_process_zero": True,
@@ -87,7 +88,7 @@ class TrainState:
         self.last_logged_step = self.loss_from_step = self.global_step
 
 
-_OURS = ("early_stopping_patience_counter", "last_logged_step", "total_loss", "loss_from_step", "should_stop")
+_OURS = ("early_stopping_patience_counter", "last_logged_step", "total_loss", "loss_from_step", "is_ended")
 _OF_THE_PLAN = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size")
 
 

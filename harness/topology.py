@@ -89,6 +89,8 @@ def build_accelerator(
     """
     _check_launch_config(config)
     on_cpu = config.use_cpu or _launched_without_accelerator()
+    # accelerate takes a backend as the word that there is a process group.
+    backend = (config.ddp_backend or ("gloo" if on_cpu else None)) if _launched_processes() > 1 else None
     ddp: dict[str, Any] = {"find_unused_parameters": not activation_checkpointing}
     for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph"):
         if (value := getattr(config, f"ddp_{name}")) is not None:
@@ -107,10 +109,7 @@ def build_accelerator(
         ),
         kwargs_handlers=[
             DistributedDataParallelKwargs(**ddp),
-            InitProcessGroupKwargs(
-                backend=config.ddp_backend or ("gloo" if on_cpu else None),
-                timeout=timedelta(seconds=config.ddp_timeout),
-            ),
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.ddp_timeout)),
         ],
         log_with=list(trackers) or None,
         project_dir=project_dir,
@@ -184,6 +183,11 @@ def _set_precision(accelerator: Accelerator, config: TopologyConfig) -> None:
             raise ConfigError("--tf32 needs an Ampere GPU or newer; leave it out.")
     elif config.torch_compile and accelerator.device.type == "cuda" and is_torch_tf32_available():
         enable_tf32(True)  # as the Trainer does when it compiles
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all, also before there is an Accelerator."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def idle_accelerators(accelerator: Accelerator) -> int:

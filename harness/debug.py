@@ -1,0 +1,146 @@
+"""The debugging mode: little data, everything shown, a stop at the first value that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.debug_utils import DebugUnderflowOverflow
+
+from harness.config import arg, choice
+
+# What a bare --debug gives to the flags that were not given.
+DEBUG_DEFAULTS: dict[str, Any] = {
+    "max_train_samples": 64,
+    "max_eval_samples": 16,
+    "max_steps": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "report_to": ["none"],
+    "dataloader_num_workers": 0,
+    "full_determinism": True,
+    "disable_tqdm": True,
+}
+SHOWN_TOKENS = 60
+SLOWEST_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Debugging."""
+
+    debug: str = arg(
+        "",
+        "Bare: few samples and steps, nothing saved or tracked, all shown, stop at NaN. "
+        "underflow_overflow: the Trainer's report of activations.",
+        nargs="?",
+        const="on",
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "debug", {"true": "on", "false": ""}.get(self.debug.lower(), self.debug))
+        choice("debug", self.debug, ("", "on", "underflow_overflow"))
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this is the debugging mode, not the Trainer's report."""
+        return self.debug == "on"
+
+
+class NonFiniteError(Exception):
+    """A module gave NaN or infinity; the message names the first one."""
+
+
+@contextmanager
+def watch_training(config: DebugConfig, model: torch.nn.Module, show: Callable[[str], None]) -> Iterator[None]:
+    """
+    Around the training: stop at the first NaN, then show peak memory and the slowest parts.
+
+    Raises NonFiniteError out of the forward pass, and torch's anomaly detection its own RuntimeError out of the
+    backward pass.
+    """
+    if config.debug == "underflow_overflow":
+        DebugUnderflowOverflow(model)
+    if not config.is_on:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    stop_at_non_finite(model)
+    with torch.autograd.set_detect_anomaly(True), torch.profiler.profile(activities=activities) as profile:
+        yield
+    sort_by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    show("slowest parts:")
+    show(profile.key_averages().table(sort_by=sort_by, row_limit=SLOWEST_SHOWN, max_name_column_width=40))
+    show(f"peak memory: {peak_memory()}")
+
+
+def stop_at_non_finite(model: torch.nn.Module) -> None:
+    """Hook each module: the first whose output holds NaN or infinity raises NonFiniteError with its name."""
+
+    def check(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                # An attention mask is made of -inf; NaN never has a place.
+                if tensor.is_floating_point() and (tensor.isnan().any() or tensor.isposinf().any()):
+                    kind = "NaN" if tensor.isnan().any() else "infinity"
+                    shape = tuple(tensor.shape)
+                    raise NonFiniteError(
+                        f"{kind} first appears in the output of {name or 'the model'} "
+                        f"({type(module).__name__}, shape {shape}). Look at its inputs and weights there."
+                    )
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(check(name))
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def describe_batch(batch: Mapping[str, Any], processing_class: Any) -> str:
+    """The first micro-batch as text: a line for each tensor, its first sample decoded if it is text."""
+    lines = ["first batch:"]
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            lines.append(f"  {name}: {type(value).__name__}")
+            continue
+        lines.append(f"  {name}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}")
+    tokens = batch.get("input_ids")
+    if isinstance(tokens, torch.Tensor) and hasattr(processing_class, "decode"):
+        shown = tokens[0][:SHOWN_TOKENS]
+        lines.append(f"  sample 0, decoded: {processing_class.decode(shown)!r}")
+        labels = batch.get("labels")
+        if isinstance(labels, torch.Tensor) and labels.shape == tokens.shape:
+            counted = labels[0][labels[0] != -100][:SHOWN_TOKENS]
+            lines.append(f"  its labels, decoded: {processing_class.decode(counted)!r}")
+        elif isinstance(labels, torch.Tensor):
+            lines.append(f"  its label: {labels[0].tolist()}")
+    return "\n".join(lines)
+
+
+def peak_memory() -> str:
+    """The most memory held: on the device if there is one, else by the process."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on {torch.cuda.get_device_name()}"
+    import resource
+    import sys
+
+    # Linux counts in KiB, macOS in bytes.
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{math.ceil(used / 2**20)} MiB of host memory"

@@ -1,0 +1,156 @@
+"""Tokenizer, config and model: from a folder, from the Hub or from scratch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+
+from harness.config import ConfigError
+from harness.tasks import TaskConfig
+
+
+def load_tokenizer(config: TaskConfig) -> Any:
+    """Load the tokenizer of --tokenizer_name or of the model. Raises ConfigError where there is none."""
+    name = config.tokenizer_name or config.model_name_or_path
+    flag = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
+    if name is None:
+        raise ConfigError(
+            "No tokenizer; give --tokenizer_name, or --model_name_or_path with a model that has one."
+        )
+    with _user_model(f"--{flag}={name}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **_hub(config))
+    # A folder without tokenizer files gives a tokenizer that knows its special tokens and nothing else.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(f"--{flag}={name} holds no tokenizer; name one by --tokenizer_name.")
+    return tokenizer
+
+
+def load_config(config: TaskConfig, tokenizer: Any) -> Any:
+    """
+    Load the model's config, or make that of --model_type to fit the tokenizer, and apply --config_overrides.
+
+    Raises ConfigError for an unknown model or type and for overrides that don't fit.
+    """
+    name = config.config_name or config.model_name_or_path
+    if name is not None:
+        flag = "config_name" if config.config_name else "model_name_or_path"
+        with _user_model(f"--{flag}={name}: its config"):
+            model_config = AutoConfig.from_pretrained(name, **_hub(config))
+    elif config.model_type is not None:
+        model_config = _fresh_config(config.model_type, tokenizer)
+    else:
+        raise ConfigError(
+            "No model; give --model_name_or_path, or --model_type (or --config_name) with --tokenizer_name "
+            "to train from scratch."
+        )
+    if config.config_overrides:
+        try:
+            model_config.update_from_string(config.config_overrides)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"--config_overrides={config.config_overrides}: {error}; write name=value pairs of the "
+                f"{model_config.model_type} config, separated by commas."
+            ) from error
+    return model_config
+
+
+def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer: Any) -> Any:
+    """
+    Load the model's weights, or make new ones where no --model_name_or_path is given.
+
+    The embeddings grow to the tokenizer's size where that is larger. Raises ConfigError for weights that
+    can't be loaded, don't fit the config, or belong to an architecture without this head.
+    """
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.dtype is not None:
+        options["dtype"] = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.model_name_or_path is None:
+        if options.get("dtype") == "auto":
+            del options["dtype"]  # there are no weights to take it from
+        with _user_model(f"A new {model_config.model_type} model"):
+            model = auto_class.from_config(model_config, **options)
+    else:
+        options |= _hub(config) | {"ignore_mismatched_sizes": config.ignore_mismatched_sizes}
+        with _user_model(f"--model_name_or_path={config.model_name_or_path}: the model"):
+            model = auto_class.from_pretrained(config.model_name_or_path, config=model_config, **options)
+    embeddings = model.get_input_embeddings()
+    # Not the weight's shape: it is zero where DeepSpeed has partitioned it.
+    if len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def longest_sequence(tokenizer: Any, model_config: Any) -> int:
+    """The most tokens that both model and tokenizer take; a very large number where neither has a limit."""
+    positions = getattr(model_config, "max_position_embeddings", None) or 0
+    limits = [tokenizer.model_max_length, *([positions] if positions > 0 else [])]
+    return int(min(limits))
+
+
+def check_length(flag: str, length: int, tokenizer: Any, model_config: Any) -> None:
+    """Refuse sequences that the model or tokenizer has no positions for. Raises ConfigError."""
+    longest = longest_sequence(tokenizer, model_config)
+    if length > longest:
+        raise ConfigError(f"--{flag}={length} is more than the model's maximum; use {longest} or less.")
+
+
+def require_padding(tokenizer: Any) -> None:
+    """Refuse a tokenizer that can't pad. Raises ConfigError."""
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.name_or_path} has no padding token, and samples of unequal length "
+            "need one; load it, set `tokenizer.pad_token = tokenizer.eos_token`, save it by "
+            "`save_pretrained(FOLDER)` and give --tokenizer_name FOLDER."
+        )
+
+
+def _fresh_config(model_type: str, tokenizer: Any) -> Any:
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
+        hint = (
+            f"Did you mean {' or '.join(near)}?"
+            if near
+            else "Use an architecture of Transformers, e.g. gpt2."
+        )
+        raise ConfigError(f"--model_type={model_type} is not known. {hint}")
+    fitting: dict[str, Any] = {"vocab_size": len(tokenizer)}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        # The defaults belong to the original model's vocabulary; BERT's padding 0 is in every vocabulary.
+        if token is not None or name != "pad_token_id":
+            fitting[name] = token
+    return AutoConfig.for_model(model_type, **fitting)
+
+
+def _hub(config: TaskConfig) -> dict[str, Any]:
+    return {
+        "cache_dir": config.cache_dir,
+        "revision": config.model_revision,
+        "token": config.token,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+@contextmanager
+def _user_model(what: str) -> Iterator[None]:
+    """Turn what Transformers raises for files it can't load into ConfigError; use it around one call."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{what} can't be loaded: {reason[0]}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(
+            f"{what} has weights of another shape than its config says; give "
+            "--ignore_mismatched_sizes to make them anew, or a config that fits."
+        ) from error

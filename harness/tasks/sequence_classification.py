@@ -1,0 +1,188 @@
+"""Classification and regression of texts and pairs, as Transformers' run_classification and run_glue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, default_data_collator
+
+from harness.config import ConfigError, choice
+from harness.tasks import Metrics, Task, TaskConfig
+from harness.tasks.glue import GLUE, with_glue
+from harness.tasks.labels import MULTI, REGRESSION, SINGLE, Labels, coded_names, read_labels, use_labels
+from harness.tasks.pretrained import (
+    check_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_sequence,
+    require_padding,
+)
+from harness.tasks.scores import (
+    LABEL_METRICS,
+    MULTI_LABEL_METRICS,
+    REGRESSION_METRICS,
+    LabelScores,
+    MultiLabelScores,
+    RegressionScores,
+)
+from harness.tasks.text import (
+    SPLITS,
+    column_names,
+    cut,
+    first_row,
+    hold_out,
+    joined,
+    load_splits,
+    require_columns,
+    source,
+    string_columns,
+    transform,
+)
+
+DEFAULT_LENGTH = 128
+
+
+def build(config: TaskConfig) -> Task:
+    """
+    Read labelled texts, learn the labels from the training data and load or make the model.
+
+    A sample holds the tokenizer's keys and, except those to predict on, "label": an id, a float, or a 0.0 or
+    1.0 for each label. Raises ConfigError for input that the user can put right.
+    """
+    config = with_glue(config)
+    splits = load_splits(config)
+    label_column = _label_column(config, splits)
+    columns = _text_columns(config, splits, label_column)
+    tokenizer = load_tokenizer(config)
+    require_padding(tokenizer)
+    model_config = load_config(config, tokenizer)
+    length = _sequence_length(config, tokenizer, model_config)
+    labels = read_labels(splits["train"], label_column, source(config, "train"), config.do_regression)
+    labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
+    metrics = _metrics(config, labels)
+    if model_config.pad_token_id is None:
+        model_config.pad_token_id = tokenizer.pad_token_id
+    tokenise = _tokeniser(config, columns, tokenizer, length)
+    samples = _samples(config, hold_out(splits, config, shuffled=True), labels, tokenise)
+    eval_dataset = samples.get("validation")
+    if "validation_mismatched" in samples:
+        eval_dataset = {"mnli": eval_dataset, "mnli-mm": samples["validation_mismatched"]}
+    return Task(
+        model=load_model(config, AutoModelForSequenceClassification, model_config, tokenizer),
+        train_dataset=samples["train"],
+        eval_dataset=eval_dataset,
+        test_dataset=samples.get("test"),
+        data_collator=default_data_collator
+        if config.pad_to_max_length
+        else DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        metrics=metrics,
+        describe_predictions=labels.describe,
+    )
+
+
+def _label_column(config: TaskConfig, splits: Mapping[str, Any]) -> str:
+    given = source(config, "train")
+    present = list(first_row(splits["train"], given))
+    column = config.label_column_name or next((name for name in ("label", "labels") if name in present), None)
+    if column is None:
+        raise ConfigError(
+            f"{given} has no column `label` or `labels`, only: {', '.join(present)}; "
+            "name one by --label_column_name."
+        )
+    for split in ("train", "validation"):
+        if split in splits:
+            require_columns("label_column_name", [column], splits[split], source(config, split))
+    return column
+
+
+def _text_columns(config: TaskConfig, splits: Mapping[str, Any], label_column: str) -> list[str]:
+    given = source(config, "train")
+    strings = [name for name in string_columns(splits["train"], given) if name != label_column]
+    if config.text_column_names:
+        columns = column_names(config)
+    elif {"sentence1", "sentence2"} <= set(strings):
+        columns = ["sentence1", "sentence2"]
+    elif "text" in strings or "sentence" in strings:
+        columns = ["text" if "text" in strings else "sentence"]
+    elif 1 <= len(strings) <= 2:
+        columns = strings
+    else:
+        present = ", ".join(first_row(splits["train"], given))
+        raise ConfigError(
+            f"{given}: which of its columns hold the text? They are: {present}; give --text_column_names."
+        )
+    for split in SPLITS:
+        if split in splits:
+            require_columns("text_column_names", columns, splits[split], source(config, split))
+    return columns
+
+
+def _sequence_length(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
+    if config.max_seq_length is None:
+        return min(longest_sequence(tokenizer, model_config), DEFAULT_LENGTH)
+    check_length("max_seq_length", config.max_seq_length, tokenizer, model_config)
+    return config.max_seq_length
+
+
+def _metrics(config: TaskConfig, labels: Labels) -> Callable[[], Metrics]:
+    known, default = {
+        SINGLE: (LABEL_METRICS, "accuracy"),
+        MULTI: (MULTI_LABEL_METRICS, "f1"),
+        REGRESSION: (REGRESSION_METRICS, "mse"),
+    }[labels.kind]
+    names: tuple[str, ...] = (config.metric_name or default,)
+    if config.task_name and config.metric_name is None:
+        names = GLUE[config.task_name].metrics
+    for name in names:
+        choice("metric_name", name, known)
+    if labels.kind == SINGLE:
+        return lambda: LabelScores(names, len(labels.names))
+    return lambda: MultiLabelScores(names) if labels.kind == MULTI else RegressionScores(names)
+
+
+def _tokeniser(
+    config: TaskConfig, columns: Sequence[str], tokenizer: Any, length: int
+) -> Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]]:
+    def tokenise(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        texts = (
+            [joined(batch, [column], "") for column in columns]
+            if len(columns) == 2
+            else [joined(batch, columns, config.text_column_delimiter)]
+        )
+        padding = "max_length" if config.pad_to_max_length else False
+        return dict(tokenizer(*texts, padding=padding, max_length=length, truncation=True))
+
+    return tokenise
+
+
+def _samples(
+    config: TaskConfig,
+    splits: Mapping[str, Any],
+    labels: Labels,
+    tokenise: Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]],
+) -> dict[str, Any]:
+    limits = {"train": config.max_train_samples, "test": config.max_predict_samples}
+    samples = {}
+    for split in (*SPLITS, "validation_mismatched"):
+        if split not in splits:
+            continue
+        given = source(config, split)
+        rows = cut(splits[split], limits.get(split, config.max_eval_samples))
+        coded = coded_names(rows, labels.column)
+
+        def prepared(
+            batch: Mapping[str, Sequence[Any]],
+            labelled: bool = split != "test",
+            coded: tuple[str, ...] = coded,
+            given: str = given,
+        ) -> dict[str, Any]:
+            tokens = tokenise(batch)
+            if labelled:
+                tokens["label"] = labels.encode(batch[labels.column], coded, given)
+            return tokens
+
+        samples[split] = transform(rows, prepared, config, remove=list(first_row(rows, given)))
+    return samples

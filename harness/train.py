@@ -1,0 +1,195 @@
+"""
+The script: a table of contents. Builds, trains, closes.
+
+`accelerate launch harness/train.py`, `python harness/train.py`, `python -m harness.train` and `harness-train` are
+the same. Exit codes: 0 finished, 1 failed, 2 bad input or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Run as a script this folder would come first and its files shadow modules; its parent belongs there.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from harness.arguments import Config, parse
+from harness.assemble import Session, assemble, build_run, eval_set, eval_sets, restore, weights_dtype
+from harness.checkpoint import CheckpointError, Found, check_output_dir, choose_output_dir, find, read
+from harness.config import ConfigError
+from harness.console import set_up_logging
+from harness.debug import NonFiniteError, describe_batch, watch_training
+from harness.export import save_model
+from harness.loop import Run, fit
+from harness.state import TRAINER_STATE_FILE, TrainState, write_json
+from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, tell_all
+from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers
+
+logger = logging.getLogger("harness")
+
+
+def script() -> None:
+    """The installed command."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code. Errors that are not the user's raise with their traceback."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        if config.run.print_config:
+            sys.stdout.write(config.as_yaml())
+            return 0
+        run_command(config)
+    except ConfigError as error:
+        return _fail(2, str(error))
+    except (CheckpointError, NonFiniteError) as error:
+        return _fail(1, str(error))
+    except torch.OutOfMemoryError as error:
+        remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
+        return _fail(1, f"Out of memory: {remedy}. ({str(error).splitlines()[0]})")
+    except KeyboardInterrupt:
+        return _fail(130, "Interrupted.")
+    return 0
+
+
+def _fail(code: int, message: str) -> int:
+    if is_first_rank():  # ranks fail together, with one message
+        print(f"harness-train: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def run_command(config: Config) -> None:
+    """Collective: everything that a command line asks for."""
+    accelerator = build_accelerator(
+        config.topology,
+        activation_checkpointing=config.modeling.checkpoints_activations,
+        seeds=(config.topology.seed, config.data.data_seed),
+    )
+    set_up_logging(
+        config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process
+    )
+    if (idle := idle_accelerators(accelerator)) > 0:
+        logger.warning("%d more accelerators are idle; to use them: accelerate launch --multi_gpu ...", idle)
+    found, output_dir = tell_all(accelerator, lambda: locate(config))
+    for reason in found.passed_over:
+        logger.warning("Passed over %s.", reason)
+    session = assemble(config, accelerator, output_dir, weights=found.path)
+    state = TrainState()
+    run = build_run(session, state) if config.run.trains else None
+    if run is not None and found.path is not None:
+        restore_together(run, state, found.path)
+    tell_all(accelerator, lambda: begin_output(session))
+    open_trackers(accelerator, config.tracking, output_dir=output_dir, model=session.task.model, arguments=config.flat())
+    failed = True
+    try:
+        results = train(session, run, state) if run is not None else {}
+        results |= evaluate_and_predict(session, run, state)
+        if accelerator.is_main_process:
+            write_json(output_dir / "all_results.json", results)
+            show_end(session, state, results)
+        failed = False
+    finally:
+        session.console.close()
+        close_trackers(accelerator, exit_code=int(failed))
+    accelerator.end_training()
+
+
+def locate(config: Config) -> tuple[Found, Path]:
+    """Rank zero: the checkpoint to go on from, and the folder of the run. Raises ConfigError, writes nothing."""
+    output_dir = choose_output_dir(config.checkpoint)
+    found = find(config.checkpoint, output_dir)
+    check_output_dir(output_dir, may_hold_run=found.path is not None or not config.run.trains)
+    return found, output_dir
+
+
+def begin_output(session: Session) -> None:
+    """Rank zero: make the folder of the run and write the configuration into it: the first thing written."""
+    session.output_dir.mkdir(parents=True, exist_ok=True)
+    (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
+
+
+def restore_together(run: Run, state: TrainState, path: Path) -> None:
+    """Collective: every rank restores, or none goes on. Raises ConfigError on all."""
+    accelerator = run.accelerator
+    failure: ConfigError | None = None
+    try:
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        restore(run, state, read(path, ranks=ranks, device=accelerator.device))
+    except ConfigError as error:
+        failure = error
+    if (message := agree(accelerator, failure)) is not None:
+        raise ConfigError(message) from failure
+    run.console.line(f"Going on from {path}, step {state.global_step} of {run.plan.max_steps}.")
+
+
+def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
+    """Collective: the training, then the final model and state in the folder of the run."""
+    console, config = session.console, session.config
+    console.start(run.plan.max_steps, state.global_step, "step")
+    if config.debug.is_on:
+        console.line(describe_batch(run.loader.peek(), session.task.processing_class))
+    with watch_training(config.debug, session.task.model, console.line):
+        results = fit(run, state)
+    console.close()
+    if session.accelerator.is_main_process:
+        save_model(session.task.model, session.task.processing_class, session.output_dir)
+        final = state.trainer_state(early_stopping=run.best.early_stopping)
+        write_json(session.output_dir / TRAINER_STATE_FILE, final)
+    return results
+
+
+def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -> dict[str, float]:
+    """Collective: what --do_eval and --do_predict ask for, after the training as in Transformers' example scripts."""
+    asked = session.config.run
+    if not (asked.do_eval or asked.do_predict):
+        return {}
+    accelerator, task = session.accelerator, session.task
+    model = accelerator.prepare_model(task.model, evaluation_mode=True) if run is None else run.model
+    if (dtype := weights_dtype(session.config)) is not None:
+        model = model.to(dtype)
+    results: dict[str, float] = {}
+    sets = [*(eval_sets(session) if asked.do_eval else ())]
+    if asked.do_predict:
+        sets.append(eval_set(session, task.test_dataset, "test"))
+    for data in sets:
+        outcome = session.evaluator.run(model, data, keep_predictions=data.prefix == "test")
+        session.console.evaluation(outcome.metrics, step=state.global_step)
+        accelerator.log({**outcome.metrics, "epoch": state.epoch, **outcome.extras}, step=state.global_step)
+        results |= outcome.metrics
+        if outcome.predictions is not None and task.describe_predictions and accelerator.is_main_process:
+            lines = task.describe_predictions(outcome.predictions)
+            (session.output_dir / "predict_results.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return results
+
+
+def show_end(session: Session, state: TrainState, results: dict[str, float]) -> None:
+    """Rank zero: a text sampled from the model, and a short table of what came out and where it is."""
+    console, task, accelerator = session.console, session.task, session.accelerator
+    if task.sample is not None and session.config.run.trains:
+        console.line(f"sample: {task.sample(task.model.eval())}")
+    rows = []
+    if state.best_metric is not None:
+        rows.append((f"best {session.config.best_metric}", f"{state.best_metric:.4f} at step {state.best_global_step}"))
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    if evaluations:
+        rows.append(("last eval_loss", f"{evaluations[-1]['eval_loss']:.4f} (first: {evaluations[0]['eval_loss']:.4f})"))
+    if "train_runtime" in results:
+        rate, seconds = results["train_samples_per_second"], results["train_runtime"]
+        rows.append(("speed", f"{rate:.1f} samples/s, {seconds:.1f} s in all"))
+    if session.config.run.trains:
+        rows.append(("model", str(session.output_dir)))
+        if session.config.plan.save_strategy != "no":
+            rows.append(("checkpoints", f"{session.output_dir}/checkpoint-*"))
+    rows += describe_trackers(accelerator)
+    console.table(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What every test needs: no network, caches of its own, one thread, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+# Before the libraries are imported: they read these once.
+_CACHE = tempfile.TemporaryDirectory(prefix="harness-tests-")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HOME=_CACHE.name,
+    HF_DATASETS_CACHE=f"{_CACHE.name}/datasets",
+    # Sums differ in the last bits with another number of threads.
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    WANDB_DATA_DIR=f"{_CACHE.name}/wandb-data",
+    WANDB_CACHE_DIR=f"{_CACHE.name}/wandb-cache",
+    WANDB_CONFIG_DIR=f"{_CACHE.name}/wandb-config",
+)
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaks environment variables, threads or a process group; reset accelerate's singletons."""
+    environment, threads = dict(os.environ), set(threading.enumerate())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.use_deterministic_algorithms(deterministic)
+    assert not torch.distributed.is_initialized()
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "KMP_", "WANDB_"))}
+    before = {name: value for name, value in environment.items() if not name.startswith(("PYTEST_", "KMP_", "WANDB_"))}
+    changed = {name for name in {*ours, *before} if ours.get(name) != before.get(name)}
+    os.environ.clear()
+    os.environ.update(environment)
+    assert not changed, f"the test left changed environment variables: {changed}"
+    left = [thread for thread in set(threading.enumerate()) - threads if not thread.daemon]
+    assert not left, f"the test left threads: {left}"

@@ -1,0 +1,154 @@
+"""The same numbers as transformers.Trainer 5.23, to the last bit, from the same flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.parity import (
+    TRAINING,
+    assert_equal_runs,
+    assert_equal_weights,
+    history,
+    keys_of_history,
+    run_harness,
+    run_trainer,
+)
+
+EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+EVERY_4 = {"eval_strategy": "steps", "eval_steps": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "dropout, padding, masked labels": {},
+    "accumulation 2, ragged": {"gradient_accumulation_steps": 2},
+    "accumulation 4, ragged": {"gradient_accumulation_steps": 4, "logging_steps": 2},
+    "warmup steps, cosine": {"warmup_steps": 5, "lr_scheduler_type": "cosine"},
+    "warmup share, polynomial": {"warmup_steps": 0.2, "lr_scheduler_type": "polynomial"},
+    "constant with warmup": {"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup"},
+    "inverse square root": {"warmup_steps": 3, "lr_scheduler_type": "inverse_sqrt"},
+    "cosine with restarts": {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
+    "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, **EVERY_4},
+    "weight decay": {"weight_decay": 0.1},
+    "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2, **EVERY_4},
+    "AdamW, not fused": {"optim": "adamw_torch"},
+    "Adafactor": {"optim": "adafactor"},
+    "SGD": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1},
+    "group by length": {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2, **EVERY_EPOCH},
+    "sequential": {"train_sampling_strategy": "sequential", "dataloader_drop_last": True},
+    "data seed": {"data_seed": 7},
+    "max_steps inside an epoch": {"max_steps": 19, **EVERY_4, "logging_steps": 3, "save_strategy": "steps", "save_steps": 8},
+    "fraction of an epoch": {"num_train_epochs": 1.5, "logging_steps": 0.1, **EVERY_EPOCH},
+    "logging per epoch, first step": {"logging_strategy": "epoch", "logging_first_step": True, **EVERY_EPOCH},
+    "evaluation at the start, delayed later": {"eval_on_start": True, **EVERY_4, "eval_delay": 9, "prediction_loss_only": True},
+    "best model by accuracy": {
+        **EVERY_EPOCH,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+        "learning_rate": 5e-2,
+        "save_total_limit": 1,
+    },
+    "saved when best": {**EVERY_4, "save_strategy": "best", "metric_for_best_model": "eval_loss", "learning_rate": 2e-2},
+    "gradient checkpointing": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+    "bf16": {"bf16": True, "gradient_accumulation_steps": 2, **EVERY_4},
+    "no clipping": {"max_grad_norm": 0.0},
+    "workers": {"dataloader_num_workers": 2, **EVERY_EPOCH},
+    "NEFTune": {"neftune_noise_alpha": 5.0},
+    "tokens seen": {"include_num_input_tokens_seen": "non_padding", "logging_steps": 4, **EVERY_EPOCH},
+    "not averaged across devices": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_history_and_weights_are_the_trainers(name: str, tmp_path: Path) -> None:
+    arguments = {**TRAINING, **CASES[name]}
+    run_trainer(tmp_path / "trainer", arguments)
+    run_harness(tmp_path / "ours", arguments)
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+    assert keys_of_history(tmp_path / "trainer") == keys_of_history(tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({"llama": True}, {"gradient_accumulation_steps": 2}),
+        ({"random_collator": True}, {"gradient_accumulation_steps": 2, **EVERY_EPOCH}),
+        ({"sets": 2}, {**EVERY_EPOCH, "metric_for_best_model": "far_loss", "load_best_model_at_end": True}),
+    ],
+    ids=["shifted count of a Llama", "random collator", "two evaluation sets"],
+)
+def test_other_models_and_data_are_the_trainers(options: Any, arguments: Any, tmp_path: Path) -> None:
+    arguments = {**TRAINING, **arguments}
+    run_trainer(tmp_path / "trainer", arguments, task_config={"task_args": options})
+    run_harness(tmp_path / "ours", arguments, task_config={"task_args": options})
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+
+
+def test_early_stopping_is_the_callbacks(tmp_path: Path) -> None:
+    arguments = {**TRAINING, **EVERY_4, "metric_for_best_model": "loss", "learning_rate": 5e-2, "num_train_epochs": 4}
+    stopping = {"early_stopping_patience": 2, "early_stopping_threshold": 0.01}
+    run_trainer(tmp_path / "trainer", arguments, early_stopping=stopping)
+    run_harness(tmp_path / "ours", {**arguments, **stopping})
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+    steps = json.loads((tmp_path / "ours" / "trainer_state.json").read_text())["global_step"]
+    assert steps < 60, "it never stopped early, so nothing was compared"
+
+
+def test_checkpoints_hold_the_trainers_files_and_state(tmp_path: Path) -> None:
+    arguments = {**TRAINING, **EVERY_EPOCH, "load_best_model_at_end": True}
+    run_trainer(tmp_path / "trainer", arguments)
+    run_harness(tmp_path / "ours", arguments)
+    theirs, ours = (tmp_path / name / "checkpoint-15" for name in ("trainer", "ours"))
+    names = {path.name for path in ours.iterdir()}
+    # Its arguments are pickled: nobody can load them safely, and no resume needs them.
+    assert {path.name for path in theirs.iterdir()} - names == {"training_args.bin"}
+    assert names - {path.name for path in theirs.iterdir()} == {"harness_state.json"}
+    a, b = (json.loads((folder / "trainer_state.json").read_text()) for folder in (theirs, ours))
+    for state in (a, b):
+        del state["log_history"]
+        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "logging_steps": 3},
+        {"random_collator": True},
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_num_workers": 1},
+        {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss", "include_num_input_tokens_seen": "all"},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_resume_in_mid_epoch_is_the_uninterrupted_trainer(options: dict[str, Any], tmp_path: Path) -> None:
+    options = dict(options)
+    task_config = {"task_args": {"random_collator": options.pop("random_collator", False)}}
+    arguments = {**TRAINING, "save_strategy": "steps", "save_steps": 5, **options}
+    run_trainer(tmp_path / "trainer", arguments, task_config=task_config)
+    run_harness(tmp_path / "ours", arguments, task_config=task_config)
+    for step in (5, 10, 15):
+        resumed = tmp_path / f"resumed-{step}"
+        resume = {"resume_from_checkpoint": tmp_path / "ours" / f"checkpoint-{step}"}
+        run_harness(resumed, {**arguments, **resume}, task_config=task_config)
+        assert_equal_runs(tmp_path / "trainer", resumed)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_checkpoints_cross_between_the_two(accumulation: int, tmp_path: Path) -> None:
+    arguments = {**TRAINING, "save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": accumulation}
+    run_trainer(tmp_path / "trainer", arguments)
+    run_harness(tmp_path / "ours", arguments)
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+    ours_from_theirs, theirs_from_ours = tmp_path / "ours-from-theirs", tmp_path / "theirs-from-ours"
+    theirs = tmp_path / "trainer" / "checkpoint-5"
+    run_harness(ours_from_theirs, {**arguments, "resume_from_checkpoint": theirs})
+    run_trainer(theirs_from_ours, arguments, resume=str(tmp_path / "ours" / "checkpoint-5"))
+    for folder in (ours_from_theirs, theirs_from_ours):
+        assert_equal_weights(tmp_path / "trainer", folder)
+        # train_loss is of the steps that a Trainer's checkpoint does not hold.
+        assert history(folder)[:-1] == history(tmp_path / "trainer")[:-1]
