@@ -49,7 +49,9 @@ class CheckpointConfig:
         at_least(1, save_total_limit=self.save_total_limit)
         resume = self.resume_from_checkpoint
         if resume is not None and resume.lower() in ("true", "auto", "false"):
-            object.__setattr__(self, "resume_from_checkpoint", None if resume.lower() == "false" else resume.lower())
+            object.__setattr__(
+                self, "resume_from_checkpoint", None if resume.lower() == "false" else resume.lower()
+            )
         if self.resume_from_checkpoint in ("true", "auto") and self.output_dir is None:
             raise ConfigError(
                 f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "
@@ -128,7 +130,9 @@ def check_output_dir(output_dir: Path, *, may_hold_run: bool) -> None:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"0" * CHUNK_BYTES)
     except OSError as error:
-        raise ConfigError(f"--output_dir={output_dir} can't be written to: {error}. Choose another folder.") from error
+        raise ConfigError(
+            f"--output_dir={output_dir} can't be written to: {error}. Choose another folder."
+        ) from error
 
 
 def describe_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -152,13 +156,19 @@ def why_invalid(path: Path) -> str | None:
         # A Trainer's: it has no manifest, so what a resume needs must at least be there.
         needed = ("optimizer.pt", "scheduler.pt")
         missing = [name for name in needed if not (path / name).is_file()]
-        return f"{', '.join(missing)} missing (saved with save_only_model, or never finished)" if missing else None
+        return (
+            f"{', '.join(missing)} missing (saved with save_only_model, or never finished)"
+            if missing
+            else None
+        )
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{STATE_FILE} can't be read: {error}"
     if content.get("format_version", 0) > FORMAT_VERSION:
-        return f"{STATE_FILE} has format {content['format_version']}, this version reads up to {FORMAT_VERSION}"
+        return (
+            f"{STATE_FILE} has format {content['format_version']}, this version reads up to {FORMAT_VERSION}"
+        )
     if content.get("only_model"):
         return "it was saved with --save_only_model; use it as --model_name_or_path"
     for name, facts in content["files"].items():
@@ -316,7 +326,11 @@ def read(path: Path, *, ranks: tuple[int, int], device: torch.device) -> Saved:
     """
     # As the Trainer: on one device through the CPU, so that two copies of the optimizer never fill it.
     where = device if ranks[1] > 1 and device.type != "cpu" else torch.device("cpu")
-    files = {name: _load(path / name, where) for name in ("optimizer.pt", "scheduler.pt", "scaler.pt") if (path / name).is_file()}
+    files = {
+        name: _load(path / name, where)
+        for name in ("optimizer.pt", "scheduler.pt", "scaler.pt")
+        if (path / name).is_file()
+    }
     own = path / rng_file(*ranks)
     rank_state = _load(own, torch.device("cpu")) if own.is_file() else None
     manifest = path / STATE_FILE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ class Console:
         self._unit, self._total_steps = unit, total_steps
         self._initial_step = self._step = initial_step
         self._started_at = time.monotonic()
-        if self._enabled and self._progress and sys.stderr.isatty():
+        if self._enabled and self._progress and _is_on_terminal():
             self._bar = _Bar(self, total_steps, initial_step, unit)
 
     def advance(self, global_step: int) -> None:
@@ -225,6 +226,14 @@ def _set_up_libraries(level: int | None, *, shows_progress: bool) -> None:
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]  # lazily exported
+
+
+def _is_on_terminal() -> bool:
+    """Whether stderr is a terminal that tells its size; on others (some containers) tqdm shows nothing."""
+    if not sys.stderr.isatty():
+        return False
+    size = os.get_terminal_size(sys.stderr.fileno())
+    return size.columns > 0 and size.lines > 2
 
 
 def _given(text: str | None) -> list[str]:

@@ -38,8 +38,12 @@ class DataConfig:
     per_device_train_batch_size: int = arg(8, "Samples a device in a micro-batch.")
     per_device_eval_batch_size: int = arg(8, "Samples a device in a batch of an evaluation.")
     gradient_accumulation_steps: int = arg(1, "Micro-batches of a device in an optimizer step.")
-    train_sampling_strategy: str = arg("random", "Order of the training data: random, sequential, group_by_length.")
-    length_column_name: str = arg("length", "Column with the lengths for group_by_length; else they are measured.")
+    train_sampling_strategy: str = arg(
+        "random", "Order of the training data: random, sequential, group_by_length."
+    )
+    length_column_name: str = arg(
+        "length", "Column with the lengths for group_by_length; else they are measured."
+    )
     data_seed: int | None = arg(help="Seed of the order alone; default: --seed.")
     dataloader_drop_last: bool = arg(False, "Leave out the last batch of an epoch if it is not full.")
     dataloader_num_workers: int = arg(0, "Processes that load batches; 0: the main process does.")
@@ -50,7 +54,9 @@ class DataConfig:
     dataloader_in_order: bool = arg(True, "Keep the order of the batches with several workers.")
     remove_unused_columns: bool = arg(True, "Hide the columns that the model's forward does not take.")
     ignore_data_skip: bool = arg(False, "On resume begin the epoch's data anew: fast, but not the same run.")
-    overfit_batches: int | None = arg(help="Train and evaluate on the first N batches only, to see the loss go to 0.")
+    overfit_batches: int | None = arg(
+        help="Train and evaluate on the first N batches only, to see the loss go to 0."
+    )
 
     def __post_init__(self) -> None:
         at_least(
@@ -62,7 +68,11 @@ class DataConfig:
             overfit_batches=self.overfit_batches,
         )
         at_least(0, dataloader_num_workers=self.dataloader_num_workers, data_seed=self.data_seed)
-        choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential", "group_by_length"))
+        choice(
+            "train_sampling_strategy",
+            self.train_sampling_strategy,
+            ("random", "sequential", "group_by_length"),
+        )
         if self.dataloader_multiprocessing_context is not None:
             allowed = ("fork", "spawn", "forkserver")
             choice("dataloader_multiprocessing_context", self.dataloader_multiprocessing_context, allowed)
@@ -71,7 +81,9 @@ class DataConfig:
                 if getattr(self, f"dataloader_{name}") is not None:
                     raise ConfigError(f"--dataloader_{name} needs --dataloader_num_workers of 1 or more.")
             if self.dataloader_persistent_workers:
-                raise ConfigError("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more.")
+                raise ConfigError(
+                    "--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more."
+                )
         if not self.dataloader_in_order:
             raise ConfigError(
                 "--dataloader_in_order=false makes the order of the data depend on timing, so no run could be "
@@ -281,13 +293,21 @@ class TrainLoader:
 
     def rng_state_dict(self) -> dict[str, Any]:
         """What this rank's generators were at the epoch's beginning and before the batch drawn ahead."""
-        ahead = self.collate.before if self.config.dataloader_num_workers == 0 and not self.is_stream else None
+        ahead = (
+            self.collate.before if self.config.dataloader_num_workers == 0 and not self.is_stream else None
+        )
         return {"epoch_start": self._epoch_start, "ahead": ahead}
 
-    def load_state_dict(self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState) -> None:
+    def load_state_dict(
+        self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState
+    ) -> None:
         """Continue from a position; `saved` is the generators' state at the save, put back when the data is there."""
         self.load_position(position)
-        self._resume = {"epoch_start": generators.get("epoch_start"), "ahead": generators.get("ahead"), "saved": saved}
+        self._resume = {
+            "epoch_start": generators.get("epoch_start"),
+            "ahead": generators.get("ahead"),
+            "saved": saved,
+        }
 
     def load_position(self, position: Mapping[str, int]) -> None:
         """Continue from a position without generators: the order is right, what is drawn at random is not."""
@@ -311,7 +331,9 @@ class TrainLoader:
 def first_samples(dataset: Any, count: int) -> Any:
     """The first samples of a data set. Raises ConfigError for a stream."""
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        raise ConfigError("--overfit_batches needs data with a length; with --streaming use --max_train_samples.")
+        raise ConfigError(
+            "--overfit_batches needs data with a length; with --streaming use --max_train_samples."
+        )
     count = min(count, len(dataset))
     return dataset.select(range(count)) if isinstance(dataset, Dataset) else Subset(dataset, range(count))
 
@@ -332,7 +354,7 @@ def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Acceler
     if not samples.is_stream:
         options["drop_last"] = config.dataloader_drop_last
         if samples.lengths is not None:
-            options["sampler"] = samples.lengths
+            options["sampler"] = list(samples.lengths)  # drawn once: the same in each evaluation
         elif accelerator.num_processes == 1:
             options["sampler"] = SequentialSampler(samples.dataset)
     loader = DataLoader(
@@ -398,7 +420,9 @@ def _length_sampler(dataset: Any, config: DataConfig, group: LengthGroups) -> Le
         return LengthGroupedSampler(
             group.size,
             dataset=dataset,
-            lengths=list(dataset[config.length_column_name]) if config.length_column_name in columns else None,
+            lengths=list(dataset[config.length_column_name])
+            if config.length_column_name in columns
+            else None,
             model_input_name=group.input_name,
             generator=None if group.seed is None else torch.Generator().manual_seed(group.seed),
         )

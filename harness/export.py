@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from harness.config import ConfigError
 
@@ -22,7 +22,11 @@ def save_model(model: torch.nn.Module, processing_class: Any, folder: Path) -> N
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PreTrainedModel):
+        shows_bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # a bar for each save would break up the training's own
         model.save_pretrained(folder)
+        if shows_bars:
+            logging.enable_progress_bar()
     else:
         seen: set[int] = set()
         tensors = {
@@ -61,7 +65,9 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     unexpected = sorted(set(tensors) - set(own))
     # Of tied tensors one name is saved; the others share its storage and are loaded with it.
     loaded = {own[name].data_ptr() for name in tensors if name in own}
-    missing = sorted(name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in loaded)
+    missing = sorted(
+        name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in loaded
+    )
     misshapen = sorted(name for name in tensors if name in own and tensors[name].shape != own[name].shape)
     if unexpected or missing or misshapen:
         first = (unexpected + missing + misshapen)[0]

@@ -23,6 +23,7 @@ from harness.modeling import Loss, ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.plan import Due, Plan
 from harness.state import TrainState
+from harness.tracking import rewrite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +122,19 @@ def report(run: Run, state: TrainState) -> None:
     state.last_logged_step = state.global_step
     run.work.settle_flos(state)
     rate = run.clock.window_rate(state, run.work.samples_per_step)
-    logs = emit(run, state, logs, {"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}, timed=True)
+    logs = emit(
+        run, state, logs, {"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}, timed=True
+    )
     run.console.report(logs, step=state.global_step, rate=f"{rate:.1f} samples/s")
 
 
 def emit(
-    run: Run, state: TrainState, logs: Mapping[str, float], extras: Mapping[str, float], *, timed: bool = False
+    run: Run,
+    state: TrainState,
+    logs: Mapping[str, float],
+    extras: Mapping[str, float],
+    *,
+    timed: bool = False,
 ) -> dict[str, float]:
     """Collective: complete an event, put it into the history and give it, with `extras` of ours, to the trackers."""
     row = {**logs, "epoch": state.epoch}
@@ -136,7 +144,7 @@ def emit(
         if timed:
             row |= run.clock.token_rate(state)
     state.log_history.append({**row, "step": state.global_step})
-    run.accelerator.log({**row, **extras}, step=state.global_step)
+    run.accelerator.log(rewrite({**row, **extras}), step=state.global_step)
     return row
 
 

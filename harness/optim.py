@@ -72,7 +72,9 @@ class OptimConfig:
             if mapping and mapping.count("=") != 1:
                 raise ConfigError(f"--optim_args={self.optim_args}: write key=value,key=value.")
         if self.optim_target_modules is not None and not self.optim.startswith(("galore", "apollo")):
-            raise ConfigError(f"--optim_target_modules is for galore_* and apollo_*, not for --optim {self.optim}.")
+            raise ConfigError(
+                f"--optim_target_modules is for galore_* and apollo_*, not for --optim {self.optim}."
+            )
 
     def num_warmup_steps(self, max_steps: int) -> int:
         """Optimizer steps of warmup: the number itself, or a share of all steps rounded up."""

@@ -26,7 +26,11 @@ def capture(*, world_size: int = 1) -> RngState:
 
     With more than one process "cuda" holds the states of all visible devices, as the Trainer's does.
     """
-    state: RngState = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    state: RngState = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all() if world_size > 1 else torch.cuda.get_rng_state()
     return state

@@ -58,7 +58,8 @@ class TrainState:
         """
         # The Trainer rests its control when it saves at a log or an evaluation; only the stop is news to a reader.
         control = dict.fromkeys(
-            ("should_epoch_stop", "should_evaluate", "should_log", "should_save", "should_training_stop"), False
+            ("should_epoch_stop", "should_evaluate", "should_log", "should_save", "should_training_stop"),
+            False,
         )
         control |= {"should_save": True, "should_training_stop": self.should_stop}
         callbacks: dict[str, Any] = {}
@@ -89,7 +90,14 @@ class TrainState:
 
 
 _OURS = ("early_stopping_patience_counter", "last_logged_step", "total_loss", "loss_from_step", "is_ended")
-_OF_THE_PLAN = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size")
+_OF_THE_PLAN = (
+    "max_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "train_batch_size",
+)
 
 
 def write_json(path: Path, content: Any) -> None:

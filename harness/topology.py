@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +17,12 @@ from accelerate import (
     DistributedType,
     InitProcessGroupKwargs,
 )
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, broadcast_object_list, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+)
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 from transformers.utils.import_utils import enable_tf32
 
@@ -33,22 +39,32 @@ class TopologyConfig:
     """Devices, precision, DDP. How many processes there are belongs to the launch config."""
 
     use_cpu: bool = arg(False, "Train on the CPU even if there is an accelerator.")
-    expect_num_processes: int | None = arg(help="Refuse to start unless the launcher started so many processes.")
+    expect_num_processes: int | None = arg(
+        help="Refuse to start unless the launcher started so many processes."
+    )
     bf16: bool = arg(False, "Mixed precision with bfloat16.")
     fp16: bool = arg(False, "Mixed precision with float16 and loss scaling.")
-    tf32: bool | None = arg(help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True)
+    tf32: bool | None = arg(
+        help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True
+    )
     seed: int = arg(42, "Seed of all random generators.")
     full_determinism: bool = arg(False, "Deterministic kernels where there are any; slower.")
     torch_compile: bool = arg(False, "Compile the model with torch.compile.")
     torch_compile_backend: str | None = arg(help="Backend of torch.compile; turns it on. Default: inductor.")
-    torch_compile_mode: str | None = arg(help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}.")
-    ddp_backend: str | None = arg(help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl.")
+    torch_compile_mode: str | None = arg(
+        help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}."
+    )
+    ddp_backend: str | None = arg(
+        help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl."
+    )
     ddp_timeout: int = arg(1800, "Seconds until a collective that hangs raises.")
     ddp_find_unused_parameters: bool | None = arg(
         help="Default: true unless activations are checkpointed.", nargs="?", const=True
     )
     ddp_bucket_cap_mb: int | None = arg(help="Size of DDP's gradient buckets in MB.")
-    ddp_broadcast_buffers: bool | None = arg(help="Broadcast buffers before each forward.", nargs="?", const=True)
+    ddp_broadcast_buffers: bool | None = arg(
+        help="Broadcast buffers before each forward.", nargs="?", const=True
+    )
     ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", nargs="?", const=True)
 
     def __post_init__(self) -> None:
@@ -64,7 +80,11 @@ class TopologyConfig:
         if self.torch_compile_mode is not None:
             choice("torch_compile_mode", self.torch_compile_mode, COMPILE_MODES)
         if self.torch_compile_backend is not None:
-            choice("torch_compile_backend", self.torch_compile_backend, torch.compiler.list_backends(exclude_tags=()))
+            choice(
+                "torch_compile_backend",
+                self.torch_compile_backend,
+                torch.compiler.list_backends(exclude_tags=()),
+            )
         if self.ddp_backend is not None:
             choice("ddp_backend", self.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
 
@@ -105,7 +125,8 @@ def build_accelerator(
             use_seedable_sampler=True, data_seed=seeds[1], even_batches=True, non_blocking=False
         ),
         dynamo_plugin=TorchDynamoPlugin(
-            backend=(config.torch_compile_backend or "inductor") if compiled else None, mode=config.torch_compile_mode
+            backend=(config.torch_compile_backend or "inductor") if compiled else None,
+            mode=config.torch_compile_mode,
         ),
         kwargs_handlers=[
             DistributedDataParallelKwargs(**ddp),
@@ -138,7 +159,9 @@ def _check_launch_config(config: TopologyConfig) -> None:
             )
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in PRECISIONS:
-        raise ConfigError(f"mixed_precision: {launched} in the launch config is not supported; use no, bf16 or fp16.")
+        raise ConfigError(
+            f"mixed_precision: {launched} in the launch config is not supported; use no, bf16 or fp16."
+        )
     if config.mixed_precision and launched not in ("no", config.mixed_precision):
         raise ConfigError(
             f"--{config.mixed_precision} contradicts mixed_precision: {launched} in the launch config; change one."
@@ -195,6 +218,17 @@ def idle_accelerators(accelerator: Accelerator) -> int:
     if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
         return 0
     return int(torch.accelerator.device_count()) - 1
+
+
+def settle() -> None:
+    """
+    Local: let gloo's threads free the tensors of the last collective; call it before a process may end.
+
+    They need the interpreter's lock for that, and torch's destructor of the process group waits for them while it
+    holds the lock: a rank that ends right after a collective then hangs for ever (seen with torch 2.13).
+    """
+    if torch.distributed.is_initialized():
+        time.sleep(0.1)
 
 
 def tell_all(accelerator: Accelerator, answer: Callable[[], Answer]) -> Answer:

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator
 
 from harness.arguments import Config, parse
 from harness.assemble import Session, assemble, build_run, eval_set, eval_sets, restore, weights_dtype
@@ -28,7 +29,8 @@ from harness.debug import NonFiniteError, describe_batch, watch_training
 from harness.export import save_model
 from harness.loop import Run, fit
 from harness.state import TRAINER_STATE_FILE, TrainState, write_json
-from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, tell_all
+from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
+from harness.tracking import rewrite
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers
 
 logger = logging.getLogger("harness")
@@ -72,6 +74,15 @@ def run_command(config: Config) -> None:
         activation_checkpointing=config.modeling.checkpoints_activations,
         seeds=(config.topology.seed, config.data.data_seed),
     )
+    try:
+        run_on(accelerator, config)
+    finally:
+        settle()
+    accelerator.end_training()
+
+
+def run_on(accelerator: Accelerator, config: Config) -> None:
+    """Collective: find, assemble, train, evaluate, show."""
     set_up_logging(
         config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process
     )
@@ -86,7 +97,9 @@ def run_command(config: Config) -> None:
     if run is not None and found.path is not None:
         restore_together(run, state, found.path)
     tell_all(accelerator, lambda: begin_output(session))
-    open_trackers(accelerator, config.tracking, output_dir=output_dir, model=session.task.model, arguments=config.flat())
+    open_trackers(
+        accelerator, config.tracking, output_dir=output_dir, model=session.task.model, arguments=config.flat()
+    )
     failed = True
     try:
         results = train(session, run, state) if run is not None else {}
@@ -98,7 +111,7 @@ def run_command(config: Config) -> None:
     finally:
         session.console.close()
         close_trackers(accelerator, exit_code=int(failed))
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
 
 
 def locate(config: Config) -> tuple[Found, Path]:
@@ -161,7 +174,8 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
     for data in sets:
         outcome = session.evaluator.run(model, data, keep_predictions=data.prefix == "test")
         session.console.evaluation(outcome.metrics, step=state.global_step)
-        accelerator.log({**outcome.metrics, "epoch": state.epoch, **outcome.extras}, step=state.global_step)
+        row = {**outcome.metrics, "epoch": state.epoch, **outcome.extras}
+        accelerator.log(rewrite(row), step=state.global_step)
         results |= outcome.metrics
         if outcome.predictions is not None and task.describe_predictions and accelerator.is_main_process:
             lines = task.describe_predictions(outcome.predictions)
@@ -176,10 +190,20 @@ def show_end(session: Session, state: TrainState, results: dict[str, float]) -> 
         console.line(f"sample: {task.sample(task.model.eval())}")
     rows = []
     if state.best_metric is not None:
-        rows.append((f"best {session.config.best_metric}", f"{state.best_metric:.4f} at step {state.best_global_step}"))
+        rows.append(
+            (
+                f"best {session.config.best_metric}",
+                f"{state.best_metric:.4f} at step {state.best_global_step}",
+            )
+        )
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     if evaluations:
-        rows.append(("last eval_loss", f"{evaluations[-1]['eval_loss']:.4f} (first: {evaluations[0]['eval_loss']:.4f})"))
+        rows.append(
+            (
+                "last eval_loss",
+                f"{evaluations[-1]['eval_loss']:.4f} (first: {evaluations[0]['eval_loss']:.4f})",
+            )
+        )
     if "train_runtime" in results:
         rate, seconds = results["train_samples_per_second"], results["train_runtime"]
         rows.append(("speed", f"{rate:.1f} samples/s, {seconds:.1f} s in all"))

@@ -30,6 +30,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(1)
 
+# pytest names the running test; torch and wandb leave these when they are used.
+SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")
+
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
@@ -41,9 +44,8 @@ def nothing_left_behind() -> Iterator[None]:
     GradientState._reset_state()
     torch.use_deterministic_algorithms(deterministic)
     assert not torch.distributed.is_initialized()
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "KMP_", "WANDB_"))}
-    before = {name: value for name, value in environment.items() if not name.startswith(("PYTEST_", "KMP_", "WANDB_"))}
-    changed = {name for name in {*ours, *before} if ours.get(name) != before.get(name)}
+    changed = {name for name in {*environment, *os.environ} if environment.get(name) != os.environ.get(name)}
+    changed = {name for name in changed if not name.startswith(SET_BY_LIBRARIES)}
     os.environ.clear()
     os.environ.update(environment)
     assert not changed, f"the test left changed environment variables: {changed}"

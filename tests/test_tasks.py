@@ -472,8 +472,9 @@ class TestSequenceClassification:
         with pytest.raises(ConfigError, match=r"--validation_file=.*v\.csv.*'cow'.*cat, dog"):
             classification.build(TaskConfig(**bert, validation_file=validation))
 
-    def test_row_without_label_is_refused(self, bert: dict[str, Any], tmp_path: Path) -> None:
-        rows = [{"text": text, "label": "" if index == 3 else "x"} for index, text in enumerate(SENTENCES)]
+    @pytest.mark.parametrize("label", ["x", 1, 0.5])
+    def test_row_without_label_is_refused(self, label: Any, bert: dict[str, Any], tmp_path: Path) -> None:
+        rows = [{"text": text, "label": "" if index == 3 else label} for index, text in enumerate(SENTENCES)]
         with pytest.raises(ConfigError, match="rows without a value in 'label'"):
             self.build(bert, rows, tmp_path / "a.csv")
 
@@ -508,8 +509,9 @@ class TestSequenceClassification:
         with pytest.raises(ConfigError, match=r"`label` or `labels`, only: text, kind.*--label_column_name"):
             self.build(bert, [{"text": "a", "kind": "b"}], tmp_path / "a.csv")
 
-    def test_stream_learns_the_labels_too(self, bert: dict[str, Any]) -> None:
-        task = classification.build(TaskConfig(**bert, streaming=True))
+    def test_stream_learns_the_labels_too(self, bert: dict[str, Any], tmp_path: Path) -> None:
+        rows = [{"text": text, "label": "cat" if "cat" in text else "dog"} for text in SENTENCES]
+        task = self.build(bert, rows, tmp_path / "a.jsonl", streaming=True)
         assert list(task.model.config.label2id) == ["cat", "dog"]
         assert next(iter(task.train_dataset))["label"] == 0
 

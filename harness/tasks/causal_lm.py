@@ -13,8 +13,8 @@ from harness.tasks.pretrained import check_length, load_config, load_model, load
 from harness.tasks.scores import TokenAccuracy
 from harness.tasks.text import (
     SPLITS,
+    columns_of,
     cut,
-    first_row,
     grouped,
     hold_out,
     joined,
@@ -80,7 +80,7 @@ def _blocks(
         blocks = grouped(batch, size)
         return {**blocks, "labels": [list(ids) for ids in blocks["input_ids"]]}
 
-    tokens = transform(dataset, tokenised, config, remove=list(first_row(dataset, given)))
+    tokens = transform(dataset, tokenised, config, remove=columns_of(dataset, given))
     blocks = transform(tokens, cut_to_blocks, config)
     require_samples(
         blocks, given, f"fewer tokens than one block of {size}; lower --block_size or give more text."

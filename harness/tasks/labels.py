@@ -123,16 +123,20 @@ def _sorted(labels: Iterable[Any]) -> list[Any]:
 
 def _name(value: Any, coded: Sequence[str], column: str, given: str) -> str:
     if value is None or (coded and value == -1):
-        raise ConfigError(
-            f"{given} has rows without a value in {column!r}; give each a label or remove them."
-        )
+        raise _missing(column, given)
     return coded[value] if coded else str(value)
 
 
 def _number(value: Any, column: str, given: str) -> float:
+    if value is None:
+        raise _missing(column, given)
     try:
         return float(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{given} has {value!r} in {column!r}, no number; correct it, or leave --do_regression out."
         ) from error
+
+
+def _missing(column: str, given: str) -> ConfigError:
+    return ConfigError(f"{given} has rows without a value in {column!r}; give each a label or remove them.")

@@ -21,8 +21,8 @@ from harness.tasks.pretrained import (
 from harness.tasks.scores import TokenAccuracy
 from harness.tasks.text import (
     SPLITS,
+    columns_of,
     cut,
-    first_row,
     grouped,
     hold_out,
     joined,
@@ -102,7 +102,7 @@ def _samples(
     def cut_to_size(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         return dict(grouped(batch, size))
 
-    remove = list(first_row(dataset, given))
+    remove = columns_of(dataset, given)
     if config.line_by_line:
         samples = transform(dataset, lines, config, remove=remove)
         reason = "no line with text; give text, or leave --line_by_line out."

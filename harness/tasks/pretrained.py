@@ -23,7 +23,7 @@ def load_tokenizer(config: TaskConfig) -> Any:
         raise ConfigError(
             "No tokenizer; give --tokenizer_name, or --model_name_or_path with a model that has one."
         )
-    with _user_model(f"--{flag}={name}: its tokenizer"):
+    with _user_model(f"--{flag}={name}: its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **_hub(config))
     # A folder without tokenizer files gives a tokenizer that knows its special tokens and nothing else.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -40,7 +40,7 @@ def load_config(config: TaskConfig, tokenizer: Any) -> Any:
     name = config.config_name or config.model_name_or_path
     if name is not None:
         flag = "config_name" if config.config_name else "model_name_or_path"
-        with _user_model(f"--{flag}={name}: its config"):
+        with _user_model(f"--{flag}={name}: its config can't be loaded"):
             model_config = AutoConfig.from_pretrained(name, **_hub(config))
     elif config.model_type is not None:
         model_config = _fresh_config(config.model_type, tokenizer)
@@ -75,11 +75,11 @@ def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer
     if config.model_name_or_path is None:
         if options.get("dtype") == "auto":
             del options["dtype"]  # there are no weights to take it from
-        with _user_model(f"A new {model_config.model_type} model"):
+        with _user_model(f"A new {model_config.model_type} model can't be made"):
             model = auto_class.from_config(model_config, **options)
     else:
         options |= _hub(config) | {"ignore_mismatched_sizes": config.ignore_mismatched_sizes}
-        with _user_model(f"--model_name_or_path={config.model_name_or_path}: the model"):
+        with _user_model(f"--model_name_or_path={config.model_name_or_path}: the model can't be loaded"):
             model = auto_class.from_pretrained(config.model_name_or_path, config=model_config, **options)
     embeddings = model.get_input_embeddings()
     # Not the weight's shape: it is zero where DeepSpeed has partitioned it.
@@ -146,11 +146,11 @@ def _user_model(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{what} can't be loaded: {reason[0]}") from error
+        raise ConfigError(f"{what}: {reason[0]}") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ConfigError(
-            f"{what} has weights of another shape than its config says; give "
+            f"{what}: weights have another shape than the config says; give "
             "--ignore_mismatched_sizes to make them anew, or a config that fits."
         ) from error

@@ -163,6 +163,8 @@ def _label_score(
     if name == "accuracy":
         return float(weights[true == predicted].sum() / weights.sum())
     if name == "matthews_correlation":
+        if len({*true, *predicted}) < 2:
+            return 0.0  # sklearn's value too, but with a warning
         return float(sklearn.metrics.matthews_corrcoef(true, predicted, sample_weight=weights))
     score = getattr(sklearn.metrics, f"{name}_score")
     return float(score(true, predicted, sample_weight=weights, average=average, zero_division=0.0))

@@ -30,8 +30,8 @@ from harness.tasks.scores import (
 from harness.tasks.text import (
     SPLITS,
     column_names,
+    columns_of,
     cut,
-    first_row,
     hold_out,
     joined,
     load_splits,
@@ -42,6 +42,7 @@ from harness.tasks.text import (
 )
 
 DEFAULT_LENGTH = 128
+RAW_LABEL = "label as read"
 
 
 def build(config: TaskConfig) -> Task:
@@ -65,7 +66,18 @@ def build(config: TaskConfig) -> Task:
     if model_config.pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     tokenise = _tokeniser(config, columns, tokenizer, length)
-    samples = _samples(config, hold_out(splits, config, shuffled=True), labels, tokenise)
+    splits = hold_out(splits, config, shuffled=True)
+    samples = {
+        split: _samples(
+            cut(splits[split], _limit(config, split)),
+            None if split == "test" else labels,
+            tokenise,
+            config,
+            source(config, split),
+        )
+        for split in (*SPLITS, "validation_mismatched")
+        if split in splits
+    }
     eval_dataset = samples.get("validation")
     if "validation_mismatched" in samples:
         eval_dataset = {"mnli": eval_dataset, "mnli-mm": samples["validation_mismatched"]}
@@ -85,7 +97,7 @@ def build(config: TaskConfig) -> Task:
 
 def _label_column(config: TaskConfig, splits: Mapping[str, Any]) -> str:
     given = source(config, "train")
-    present = list(first_row(splits["train"], given))
+    present = columns_of(splits["train"], given)
     column = config.label_column_name or next((name for name in ("label", "labels") if name in present), None)
     if column is None:
         raise ConfigError(
@@ -110,7 +122,7 @@ def _text_columns(config: TaskConfig, splits: Mapping[str, Any], label_column: s
     elif 1 <= len(strings) <= 2:
         columns = strings
     else:
-        present = ", ".join(first_row(splits["train"], given))
+        present = ", ".join(columns_of(splits["train"], given))
         raise ConfigError(
             f"{given}: which of its columns hold the text? They are: {present}; give --text_column_names."
         )
@@ -158,31 +170,26 @@ def _tokeniser(
     return tokenise
 
 
-def _samples(
-    config: TaskConfig,
-    splits: Mapping[str, Any],
-    labels: Labels,
-    tokenise: Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]],
-) -> dict[str, Any]:
+def _limit(config: TaskConfig, split: str) -> int | None:
     limits = {"train": config.max_train_samples, "test": config.max_predict_samples}
-    samples = {}
-    for split in (*SPLITS, "validation_mismatched"):
-        if split not in splits:
-            continue
-        given = source(config, split)
-        rows = cut(splits[split], limits.get(split, config.max_eval_samples))
-        coded = coded_names(rows, labels.column)
+    return limits.get(split, config.max_eval_samples)
 
-        def prepared(
-            batch: Mapping[str, Sequence[Any]],
-            labelled: bool = split != "test",
-            coded: tuple[str, ...] = coded,
-            given: str = given,
-        ) -> dict[str, Any]:
-            tokens = tokenise(batch)
-            if labelled:
-                tokens["label"] = labels.encode(batch[labels.column], coded, given)
-            return tokens
 
-        samples[split] = transform(rows, prepared, config, remove=list(first_row(rows, given)))
-    return samples
+def _samples(
+    rows: Any,
+    labels: Labels | None,
+    tokenise: Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]],
+    config: TaskConfig,
+    given: str,
+) -> Any:
+    """Tokenise a split, with its labels as numbers or, for None, without any."""
+    if labels is None:
+        return transform(rows, tokenise, config, remove=columns_of(rows, given))
+    known, coded = labels, coded_names(rows, labels.column)
+    # `datasets` would cast the ids back to the type of a column of the same name.
+    rows = rows.rename_column(labels.column, RAW_LABEL)
+
+    def labelled(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        return {**tokenise(batch), "label": known.encode(batch[RAW_LABEL], coded, given)}
+
+    return transform(rows, labelled, config, remove=columns_of(rows, given))

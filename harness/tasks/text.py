@@ -93,18 +93,22 @@ def first_row(dataset: Any, given: str) -> dict[str, Any]:
     return dict(row)
 
 
+def columns_of(dataset: Any, given: str) -> list[str]:
+    """Name the columns; a stream may know them from its first row only."""
+    return list(dataset.column_names or first_row(dataset, given))
+
+
 def string_columns(dataset: Any, given: str) -> list[str]:
     """Name the columns of strings, judged by the features or, in a stream without, by its first row."""
     if dataset.features is not None:
-        return [
-            name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) == "string"
-        ]
+        kinds = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
+        return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     return [name for name, value in first_row(dataset, given).items() if isinstance(value, str)]
 
 
 def require_columns(flag: str, names: Sequence[str], dataset: Any, given: str) -> None:
     """Refuse names that are no columns of the data. Raises ConfigError with the columns there are."""
-    present = list(first_row(dataset, given))
+    present = columns_of(dataset, given)
     for name in names:
         if name not in present:
             raise ConfigError(f"--{flag}: {given} has no column {name!r}; its columns: {', '.join(present)}.")
@@ -123,7 +127,7 @@ def text_columns(config: TaskConfig, splits: Mapping[str, Any]) -> list[str]:
     elif strings:
         columns = ["text" if "text" in strings else strings[0]]
     else:
-        present = ", ".join(first_row(splits["train"], given))
+        present = ", ".join(columns_of(splits["train"], given))
         raise ConfigError(
             f"{given} has no column of strings, only: {present}; name one by --text_column_names."
         )
