@@ -89,9 +89,7 @@ GONE = {
 class RunConfig:
     """What the command does."""
 
-    config: str | None = arg(
-        help="YAML file of flags, or the name of a shipped recipe; flags given here win."
-    )
+    config: str | None = arg(help="YAML file of flags, or the name of a shipped recipe; flags given here win.")
     print_config: bool = arg(False, "Print the resolved configuration as YAML and end.")
     do_train: bool = arg(False, "Train. Without any --do_* flag training is what is done.")
     do_eval: bool = arg(False, "Evaluate the final (or best, or given) model once more at the end.")
@@ -133,18 +131,12 @@ class Config:
                 "give --eval_strategy steps or epoch."
             )
         if best.early_stopping_patience is not None and not evaluates:
-            raise ConfigError(
-                "--early_stopping_patience counts evaluations: give --eval_strategy steps or epoch."
-            )
+            raise ConfigError("--early_stopping_patience counts evaluations: give --eval_strategy steps or epoch.")
         if self.best_metric is None and best.early_stopping_patience is not None:
             raise ConfigError("--early_stopping_patience needs --metric_for_best_model, e.g. loss.")
         if self.best_metric is None and plan.save_strategy == "best":
             raise ConfigError("--save_strategy=best needs --metric_for_best_model, e.g. loss.")
-        if (
-            self.best_metric is not None
-            and self.evaluation.prediction_loss_only
-            and "loss" not in self.best_metric
-        ):
+        if self.best_metric is not None and self.evaluation.prediction_loss_only and "loss" not in self.best_metric:
             raise ConfigError(
                 f"--metric_for_best_model={best.metric_for_best_model} is not computed with --prediction_loss_only."
             )
@@ -159,16 +151,12 @@ class Config:
                 f"--save_strategy {plan.save_strategy}; make them equal, or give --save_strategy best."
             )
         if plan.eval_strategy == "no":
-            raise ConfigError(
-                "--load_best_model_at_end needs evaluations: give --eval_strategy steps or epoch."
-            )
+            raise ConfigError("--load_best_model_at_end needs evaluations: give --eval_strategy steps or epoch.")
         eval_steps = plan.logging_steps if plan.eval_steps is None else plan.eval_steps
         mixed = (eval_steps < 1) != (plan.save_steps < 1)
         # Shares are compared as whole millionths: their floats are not exact.
         scale = 1_000_000 if eval_steps < 1 else 1
-        if plan.eval_strategy == "steps" and (
-            mixed or round(plan.save_steps * scale) % round(eval_steps * scale)
-        ):
+        if plan.eval_strategy == "steps" and (mixed or round(plan.save_steps * scale) % round(eval_steps * scale)):
             raise ConfigError(
                 f"--load_best_model_at_end needs --save_steps ({plan.save_steps:g}) to be a multiple of "
                 f"--eval_steps ({eval_steps:g}): the best evaluation must have a checkpoint."
@@ -189,11 +177,7 @@ class Config:
     def as_yaml(self) -> str:
         """The values by flag name; `--config` reads them again."""
         skipped = ("config", "print_config", "token")
-        values = {
-            name: dict(v) if isinstance(v, dict) else v
-            for name, v in self.flat().items()
-            if name not in skipped
-        }
+        values = {name: dict(v) if isinstance(v, dict) else v for name, v in self.flat().items() if name not in skipped}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

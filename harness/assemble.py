@@ -59,11 +59,11 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
 
     Raises ConfigError for all that the flags ask for and the task does not have. Writes nothing.
     """
-    seeding = {"seed": config.topology.seed, "full_determinism": config.topology.full_determinism}
+    seed, full_determinism = config.topology.seed, config.topology.full_determinism
     # As Transformers' example scripts: a new head is drawn from the seed; then the Trainer seeds again.
-    rng.seed_everything(**seeding)
+    rng.seed_everything(seed, full_determinism=full_determinism)
     task = local_main_first(accelerator, lambda: resolve(config.task.task)(config.task))
-    rng.seed_everything(**seeding)
+    rng.seed_everything(seed, full_determinism=full_determinism)
     _check_data(config, task)
     if config.data.overfit_batches is not None:
         per_batch = config.data.per_device_train_batch_size * accelerator.num_processes
@@ -98,20 +98,12 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
 def _check_data(config: Config, task: Task) -> None:
     needs_eval = config.plan.eval_strategy != "no" or config.plan.eval_on_start or config.run.do_eval
     if config.run.trains and task.train_dataset is None:
-        raise ConfigError(
-            f"--task={config.task.task} has no training data: give --train_file or --dataset_name."
-        )
+        raise ConfigError(f"--task={config.task.task} has no training data: give --train_file or --dataset_name.")
     if config.run.trains and hasattr(task.train_dataset, "__len__") and len(task.train_dataset) == 0:
         raise ConfigError("The training data is empty.")
     if needs_eval and task.eval_dataset is None and config.data.overfit_batches is None:
-        flag = (
-            f"--eval_strategy {config.plan.eval_strategy}"
-            if config.plan.eval_strategy != "no"
-            else "An evaluation"
-        )
-        raise ConfigError(
-            f"{flag} needs validation data: give --validation_file, or a data set that has some."
-        )
+        flag = f"--eval_strategy {config.plan.eval_strategy}" if config.plan.eval_strategy != "no" else "An evaluation"
+        raise ConfigError(f"{flag} needs validation data: give --validation_file, or a data set that has some.")
     if config.run.do_predict and task.test_dataset is None:
         raise ConfigError("--do_predict needs test data: give --test_file, or a data set with a test split.")
 
@@ -167,9 +159,7 @@ def build_run(session: Session, state: TrainState) -> Run:
     if data.overfit_batches is not None:
         data = replace(data, train_sampling_strategy="sequential")
     accumulation = data.gradient_accumulation_steps
-    samples = _samples(
-        session, task.train_dataset, data.per_device_train_batch_size * accumulation, seed=None
-    )
+    samples = _samples(session, task.train_dataset, data.per_device_train_batch_size * accumulation, seed=None)
     loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed)
     samples_per_step = data.per_device_train_batch_size * accumulation * accelerator.num_processes
     plan = resolve_plan(
@@ -238,17 +228,13 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
         updates, accumulation = run.plan.updates_per_epoch, run.loader.config.gradient_accumulation_steps
         epoch, steps = divmod(state.global_step, updates)
         position = {"epoch": epoch, "batches": steps * accumulation}
-    elif (
-        change := describe_change(position, run.loader.state_dict())
-    ) and not run.loader.config.ignore_data_skip:
+    elif (change := describe_change(position, run.loader.state_dict())) and not run.loader.config.ignore_data_skip:
         raise ConfigError(
             f"{saved.path} was saved with {change}: the data would come in another order. "
             "Use the same values, or --ignore_data_skip to begin the epoch's data anew."
         )
     if saved.rank_state is None:
-        logger.warning(
-            "%s has no random state for this rank: the run goes on, but not to the bit.", saved.path
-        )
+        logger.warning("%s has no random state for this rank: the run goes on, but not to the bit.", saved.path)
         run.loader.load_position(position)
     else:
         ours = saved.rank_state.get("harness", {})
@@ -261,6 +247,4 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
 def weights_dtype(config: Config) -> torch.dtype | None:
     """What --bf16_full_eval and --fp16_full_eval ask for."""
     evaluation = config.evaluation
-    return (
-        torch.bfloat16 if evaluation.bf16_full_eval else torch.float16 if evaluation.fp16_full_eval else None
-    )
+    return torch.bfloat16 if evaluation.bf16_full_eval else torch.float16 if evaluation.fp16_full_eval else None

@@ -19,9 +19,7 @@ class BestConfig:
     """The best model and early stopping, with the meaning of the Trainer and its EarlyStoppingCallback."""
 
     load_best_model_at_end: bool = arg(False, "End with the weights of the best evaluation.")
-    metric_for_best_model: str | None = arg(
-        help="The metric that decides, with or without eval_; default: loss."
-    )
+    metric_for_best_model: str | None = arg(help="The metric that decides, with or without eval_; default: loss.")
     greater_is_better: bool | None = arg(
         help="Default: true unless the metric's name ends with loss.", nargs="?", const=True
     )
@@ -32,9 +30,7 @@ class BestConfig:
         at_least(1, early_stopping_patience=self.early_stopping_patience)
         at_least(0, early_stopping_threshold=self.early_stopping_threshold)
         if self.early_stopping_threshold and self.early_stopping_patience is None:
-            raise ConfigError(
-                "--early_stopping_threshold does nothing without --early_stopping_patience; give both."
-            )
+            raise ConfigError("--early_stopping_threshold does nothing without --early_stopping_patience; give both.")
 
     def metric(self, *, wanted: bool) -> str | None:
         """The metric's name with eval_, or None if none decides; `wanted` if something else needs one."""

@@ -49,9 +49,7 @@ class CheckpointConfig:
         at_least(1, save_total_limit=self.save_total_limit)
         resume = self.resume_from_checkpoint
         if resume is not None and resume.lower() in ("true", "auto", "false"):
-            object.__setattr__(
-                self, "resume_from_checkpoint", None if resume.lower() == "false" else resume.lower()
-            )
+            object.__setattr__(self, "resume_from_checkpoint", None if resume.lower() == "false" else resume.lower())
         if self.resume_from_checkpoint in ("true", "auto") and self.output_dir is None:
             raise ConfigError(
                 f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "
@@ -93,7 +91,7 @@ def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
         if (fault := why_invalid(path)) is not None:
             raise ConfigError(f"--resume_from_checkpoint={wanted}: {fault}.")
         return Found(path=path)
-    passed_over = []
+    passed_over: list[str] = []
     for path in reversed(list_checkpoints(output_dir or Path())):
         if (fault := why_invalid(path)) is None:
             return Found(path=path, passed_over=tuple(passed_over))
@@ -130,9 +128,7 @@ def check_output_dir(output_dir: Path, *, may_hold_run: bool) -> None:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"0" * CHUNK_BYTES)
     except OSError as error:
-        raise ConfigError(
-            f"--output_dir={output_dir} can't be written to: {error}. Choose another folder."
-        ) from error
+        raise ConfigError(f"--output_dir={output_dir} can't be written to: {error}. Choose another folder.") from error
 
 
 def describe_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -156,30 +152,25 @@ def why_invalid(path: Path) -> str | None:
         # A Trainer's: it has no manifest, so what a resume needs must at least be there.
         needed = ("optimizer.pt", "scheduler.pt")
         missing = [name for name in needed if not (path / name).is_file()]
-        return (
-            f"{', '.join(missing)} missing (saved with save_only_model, or never finished)"
-            if missing
-            else None
-        )
+        return f"{', '.join(missing)} missing (saved with save_only_model, or never finished)" if missing else None
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{STATE_FILE} can't be read: {error}"
     if content.get("format_version", 0) > FORMAT_VERSION:
-        return (
-            f"{STATE_FILE} has format {content['format_version']}, this version reads up to {FORMAT_VERSION}"
-        )
+        return f"{STATE_FILE} has format {content['format_version']}, this version reads up to {FORMAT_VERSION}"
     if content.get("only_model"):
         return "it was saved with --save_only_model; use it as --model_name_or_path"
-    for name, facts in content["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
-        if _digest(file) != facts["sha256"]:
-            return f"{name} is damaged: its digest differs"
-    return None
+    faults = (_why_damaged(path / name, facts) for name, facts in content["files"].items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _why_damaged(file: Path, facts: Mapping[str, Any]) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if file.stat().st_size != facts["size"]:
+        return f"{file.name} has {file.stat().st_size} bytes instead of {facts['size']}"
+    return f"{file.name} is damaged: its digest differs" if _digest(file) != facts["sha256"] else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,9 +94,7 @@ def parse_sections(
         if count > 1:
             raise ConfigError(f"--{name} is given {count} times; give it once.")
     # A value of the base that the command line replaces must not reach argparse: `nargs="+"` fields would mix.
-    from_base = {
-        name: value for name, value in (base or {}).items() if name not in given and value is not None
-    }
+    from_base = {name: value for name, value in (base or {}).items() if name not in given and value is not None}
     namespace, rest = parser.parse_known_args([*_as_argv(from_base), *argv])
     if rest:
         raise ConfigError(f"{rest[0]} belongs to no flag; values follow their flag: --flag value.")
@@ -140,9 +138,7 @@ class _NoDuplicates(yaml.SafeLoader):
         keys = Counter(key.value for key, _ in node.value)
         for key, count in keys.items():
             if count > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"`{key}` is given {count} times", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given {count} times", node.start_mark)
         return dict(super().construct_mapping(node, deep))
 
 

@@ -29,9 +29,7 @@ class ConsoleConfig:
     disable_tqdm: bool | None = arg(
         help="No progress bar; default: none if --log_level is error or critical.", nargs="?", const=True
     )
-    log_level: str = arg(
-        "passive", f"Level of the main process: {', '.join(LOG_LEVELS)}. passive: info for ours only."
-    )
+    log_level: str = arg("passive", f"Level of the main process: {', '.join(LOG_LEVELS)}. passive: info for ours only.")
     log_level_replica: str = arg("warning", "Level of the other processes, same values.")
     log_on_each_node: bool = arg(True, "With several nodes, let the first process of each use --log_level.")
 
@@ -102,9 +100,7 @@ class Console:
         self._step = step
         shown = [_pair(name, value) for name, value in logs.items() if name not in NOT_IN_A_LINE]
         if self._bar is None:
-            self.line(
-                "  ".join([f"{self._position()}{self._share()}", *shown, *_given(rate), f"ETA {self.eta()}"])
-            )
+            self.line("  ".join([f"{self._position()}{self._share()}", *shown, *_given(rate), f"ETA {self.eta()}"]))
             return
         self.advance(step)
         brief = [_pair(name, logs[name]) for name in ("loss", "learning_rate") if name in logs]

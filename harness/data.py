@@ -38,12 +38,8 @@ class DataConfig:
     per_device_train_batch_size: int = arg(8, "Samples a device in a micro-batch.")
     per_device_eval_batch_size: int = arg(8, "Samples a device in a batch of an evaluation.")
     gradient_accumulation_steps: int = arg(1, "Micro-batches of a device in an optimizer step.")
-    train_sampling_strategy: str = arg(
-        "random", "Order of the training data: random, sequential, group_by_length."
-    )
-    length_column_name: str = arg(
-        "length", "Column with the lengths for group_by_length; else they are measured."
-    )
+    train_sampling_strategy: str = arg("random", "Order of the training data: random, sequential, group_by_length.")
+    length_column_name: str = arg("length", "Column with the lengths for group_by_length; else they are measured.")
     data_seed: int | None = arg(help="Seed of the order alone; default: --seed.")
     dataloader_drop_last: bool = arg(False, "Leave out the last batch of an epoch if it is not full.")
     dataloader_num_workers: int = arg(0, "Processes that load batches; 0: the main process does.")
@@ -54,9 +50,7 @@ class DataConfig:
     dataloader_in_order: bool = arg(True, "Keep the order of the batches with several workers.")
     remove_unused_columns: bool = arg(True, "Hide the columns that the model's forward does not take.")
     ignore_data_skip: bool = arg(False, "On resume begin the epoch's data anew: fast, but not the same run.")
-    overfit_batches: int | None = arg(
-        help="Train and evaluate on the first N batches only, to see the loss go to 0."
-    )
+    overfit_batches: int | None = arg(help="Train and evaluate on the first N batches only, to see the loss go to 0.")
 
     def __post_init__(self) -> None:
         at_least(
@@ -81,9 +75,7 @@ class DataConfig:
                 if getattr(self, f"dataloader_{name}") is not None:
                     raise ConfigError(f"--dataloader_{name} needs --dataloader_num_workers of 1 or more.")
             if self.dataloader_persistent_workers:
-                raise ConfigError(
-                    "--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more."
-                )
+                raise ConfigError("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more.")
         if not self.dataloader_in_order:
             raise ConfigError(
                 "--dataloader_in_order=false makes the order of the data depend on timing, so no run could be "
@@ -233,7 +225,7 @@ class TrainLoader:
         self._epoch_start = rng.capture_host()
         if self.is_stream:
             self.loader.set_epoch(epoch)
-            batches = islice(iter(self.loader), start, None)
+            batches: Iterator[Batch] = islice(iter(self.loader), start, None)
         else:
             self.batches.begin(partial(self._order, epoch), start)
             batches = self._one_ahead(iter(self.loader)) if start < len(self.batches) else iter(())
@@ -293,14 +285,10 @@ class TrainLoader:
 
     def rng_state_dict(self) -> dict[str, Any]:
         """What this rank's generators were at the epoch's beginning and before the batch drawn ahead."""
-        ahead = (
-            self.collate.before if self.config.dataloader_num_workers == 0 and not self.is_stream else None
-        )
+        ahead = self.collate.before if self.config.dataloader_num_workers == 0 and not self.is_stream else None
         return {"epoch_start": self._epoch_start, "ahead": ahead}
 
-    def load_state_dict(
-        self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState
-    ) -> None:
+    def load_state_dict(self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState) -> None:
         """Continue from a position; `saved` is the generators' state at the save, put back when the data is there."""
         self.load_position(position)
         self._resume = {
@@ -331,9 +319,7 @@ class TrainLoader:
 def first_samples(dataset: Any, count: int) -> Any:
     """The first samples of a data set. Raises ConfigError for a stream."""
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        raise ConfigError(
-            "--overfit_batches needs data with a length; with --streaming use --max_train_samples."
-        )
+        raise ConfigError("--overfit_batches needs data with a length; with --streaming use --max_train_samples.")
     count = min(count, len(dataset))
     return dataset.select(range(count)) if isinstance(dataset, Dataset) else Subset(dataset, range(count))
 
@@ -420,9 +406,7 @@ def _length_sampler(dataset: Any, config: DataConfig, group: LengthGroups) -> Le
         return LengthGroupedSampler(
             group.size,
             dataset=dataset,
-            lengths=list(dataset[config.length_column_name])
-            if config.length_column_name in columns
-            else None,
+            lengths=list(dataset[config.length_column_name]) if config.length_column_name in columns else None,
             model_input_name=group.input_name,
             generator=None if group.seed is None else torch.Generator().manual_seed(group.seed),
         )

@@ -57,9 +57,7 @@ class NonFiniteError(Exception):
 
 
 @contextmanager
-def watch_training(
-    config: DebugConfig, model: torch.nn.Module, show: Callable[[str], None]
-) -> Iterator[None]:
+def watch_training(config: DebugConfig, model: torch.nn.Module, show: Callable[[str], None]) -> Iterator[None]:
     """
     Around the training: stop at the first NaN, then show peak memory and the slowest parts.
 
@@ -122,9 +120,7 @@ def describe_batch(batch: Mapping[str, Any], processing_class: Any) -> str:
         if not isinstance(value, torch.Tensor):
             lines.append(f"  {name}: {type(value).__name__}")
             continue
-        lines.append(
-            f"  {name}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
-        )
+        lines.append(f"  {name}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}")
     tokens = batch.get("input_ids")
     if isinstance(tokens, torch.Tensor) and hasattr(processing_class, "decode"):
         shown = tokens[0][:SHOWN_TOKENS]

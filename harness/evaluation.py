@@ -27,12 +27,8 @@ class EvaluationConfig:
     """How evaluations are done."""
 
     prediction_loss_only: bool = arg(False, "Compute the loss alone, no other metric.")
-    bf16_full_eval: bool = arg(
-        False, "With --do_eval or --do_predict: evaluate in bfloat16 after the training."
-    )
-    fp16_full_eval: bool = arg(
-        False, "With --do_eval or --do_predict: evaluate in float16 after the training."
-    )
+    bf16_full_eval: bool = arg(False, "With --do_eval or --do_predict: evaluate in bfloat16 after the training.")
+    fp16_full_eval: bool = arg(False, "With --do_eval or --do_predict: evaluate in float16 after the training.")
 
     def __post_init__(self) -> None:
         if self.bf16_full_eval and self.fp16_full_eval:

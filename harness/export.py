@@ -41,7 +41,8 @@ def save_model(model: torch.nn.Module, processing_class: Any, folder: Path) -> N
 
 def has_model(folder: Path) -> bool:
     """Whether the folder holds weights in a form that `load_weights` reads."""
-    return (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
+    names: tuple[str, ...] = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return any((folder / name).is_file() for name in names)
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
@@ -65,9 +66,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     unexpected = sorted(set(tensors) - set(own))
     # Of tied tensors one name is saved; the others share its storage and are loaded with it.
     loaded = {own[name].data_ptr() for name in tensors if name in own}
-    missing = sorted(
-        name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in loaded
-    )
+    missing = sorted(name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in loaded)
     misshapen = sorted(name for name in tensors if name in own and tensors[name].shape != own[name].shape)
     if unexpected or missing or misshapen:
         first = (unexpected + missing + misshapen)[0]

@@ -122,9 +122,7 @@ def report(run: Run, state: TrainState) -> None:
     state.last_logged_step = state.global_step
     run.work.settle_flos(state)
     rate = run.clock.window_rate(state, run.work.samples_per_step)
-    logs = emit(
-        run, state, logs, {"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}, timed=True
-    )
+    logs = emit(run, state, logs, {"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}, timed=True)
     run.console.report(logs, step=state.global_step, rate=f"{rate:.1f} samples/s")
 
 
@@ -161,7 +159,7 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     run.model.train()
     if hasattr(run.optimizer, "train"):
         run.optimizer.train()
-    if run.optim.lr_scheduler_type in BY_METRIC and not at_start:
+    if run.best.metric is not None and run.optim.lr_scheduler_type in BY_METRIC and not at_start:
         run.scheduler.step(metrics[run.best.metric])
     return run.best.update(metrics, state)
 

@@ -103,9 +103,8 @@ class Work:
         self.accelerator, self.pad_token_id = accelerator, pad_token_id
         self.counts, self.samples_per_step = config.include_num_input_tokens_seen, samples_per_step
         self.input_name: str = getattr(model, "main_input_name", "input_ids")
-        self.flos_per_element = (
-            6 * model.num_parameters(exclude_embeddings=True) if hasattr(model, "num_parameters") else 0
-        )
+        count: Any = getattr(model, "num_parameters", None)
+        self.flos_per_element: int = 6 * count(exclude_embeddings=True) if count is not None else 0
         self.flos = 0.0
         self.tokens = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
@@ -117,9 +116,7 @@ class Work:
         if self.counts == "no":
             return
         if main_input is None:
-            raise ConfigError(
-                f"--include_num_input_tokens_seen: a batch has no {self.input_name}; leave it out."
-            )
+            raise ConfigError(f"--include_num_input_tokens_seen: a batch has no {self.input_name}; leave it out.")
         if self.counts == "non_padding" and "attention_mask" in batch:
             self.tokens += batch["attention_mask"].sum()
         elif self.counts == "non_padding" and self.pad_token_id is not None:

@@ -30,21 +30,15 @@ class ModelingConfig:
     activation_checkpointing: bool | None = arg(
         help="Compute activations again in the backward pass: less memory, more time.", nargs="?", const=True
     )
-    activation_checkpointing_kwargs: Json | None = arg(
-        help="JSON: use_reentrant, every_n_layers, offload, ..."
-    )
+    activation_checkpointing_kwargs: Json | None = arg(help="JSON: use_reentrant, every_n_layers, offload, ...")
     gradient_checkpointing: bool | None = arg(
         help="The older name of --activation_checkpointing.", nargs="?", const=True
     )
-    gradient_checkpointing_kwargs: Json | None = arg(
-        help="The older name of --activation_checkpointing_kwargs."
-    )
+    gradient_checkpointing_kwargs: Json | None = arg(help="The older name of --activation_checkpointing_kwargs.")
     use_liger_kernel: bool = arg(False, "Use Liger's kernels; needs liger-kernel.")
     liger_kernel_config: Json | None = arg(help='JSON for Liger: {"rope": true, "swiglu": false, ...}.')
     use_cache: bool = arg(False, "Let the model keep keys and values for generation while it trains.")
-    neftune_noise_alpha: float | None = arg(
-        help="Noise on the embeddings (NEFTune, arXiv 2310.05914), e.g. 5."
-    )
+    neftune_noise_alpha: float | None = arg(help="Noise on the embeddings (NEFTune, arXiv 2310.05914), e.g. 5.")
     label_smoothing_factor: float = arg(0.0, "Label smoothing; 0 is off.")
     average_tokens_across_devices: bool = arg(True, "Divide the loss by the number of items on all devices.")
     max_grad_norm: float = arg(1.0, "Clip the norm of the gradients; 0 is off.")
@@ -80,11 +74,10 @@ def prepare_model(
         _apply_liger(model, config)
     if config.checkpoints_activations:
         kwargs = dict(config.activation_checkpointing_kwargs or config.gradient_checkpointing_kwargs or {})
-        if not hasattr(model, "activation_checkpointing_enable"):
-            raise ConfigError(
-                f"--activation_checkpointing: {type(model).__name__} does not offer it; leave it out."
-            )
-        model.activation_checkpointing_enable(
+        enable: Any = getattr(model, "activation_checkpointing_enable", None)
+        if enable is None:
+            raise ConfigError(f"--activation_checkpointing: {type(model).__name__} does not offer it; leave it out.")
+        enable(
             every_n_layers=kwargs.pop("every_n_layers", 1),
             offload=kwargs.pop("offload", False),
             activation_checkpointing_kwargs=kwargs or None,
@@ -131,12 +124,8 @@ class Loss:
         self.accepts_num_items = bool(accepts)
         # A causal loss shifts the labels itself: the first position is never a target.
         causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-        self.shifts_labels = causal and not getattr(
-            getattr(model, "config", None), "is_encoder_decoder", False
-        )
-        self.smoother = (
-            LabelSmoother(config.label_smoothing_factor) if config.label_smoothing_factor else None
-        )
+        self.shifts_labels = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.smoother = LabelSmoother(config.label_smoothing_factor) if config.label_smoothing_factor else None
         self.smooths_shifted = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         if self.smoother is not None and problem_type == "multi_label_classification":
@@ -175,9 +164,7 @@ class Loss:
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items)
         elif self.smoother is not None and labels is not None:
-            loss = self.smoother(
-                outputs, labels, shift_labels=self.smooths_shifted, num_items_in_batch=num_items
-            )
+            loss = self.smoother(outputs, labels, shift_labels=self.smooths_shifted, num_items_in_batch=num_items)
         else:
             loss = _loss_of(outputs)
         scaled = num_items is not None and (self.accepts_num_items or self.compute_loss_func is not None)

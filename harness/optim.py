@@ -72,9 +72,7 @@ class OptimConfig:
             if mapping and mapping.count("=") != 1:
                 raise ConfigError(f"--optim_args={self.optim_args}: write key=value,key=value.")
         if self.optim_target_modules is not None and not self.optim.startswith(("galore", "apollo")):
-            raise ConfigError(
-                f"--optim_target_modules is for galore_* and apollo_*, not for --optim {self.optim}."
-            )
+            raise ConfigError(f"--optim_target_modules is for galore_* and apollo_*, not for --optim {self.optim}.")
 
     def num_warmup_steps(self, max_steps: int) -> int:
         """Optimizer steps of warmup: the number itself, or a share of all steps rounded up."""
@@ -148,8 +146,5 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_s
 
 def current_learning_rate(scheduler: Any, optimizer: torch.optim.Optimizer, config: OptimConfig) -> float:
     """The learning rate of the first group. Those stepped by a metric don't keep it themselves."""
-    if config.lr_scheduler_type in BY_METRIC:
-        rate = optimizer.param_groups[0]["lr"]
-    else:
-        rate = scheduler.get_last_lr()[0]
-    return float(rate)
+    by_metric = config.lr_scheduler_type in BY_METRIC
+    return float(optimizer.param_groups[0]["lr"] if by_metric else scheduler.get_last_lr()[0])

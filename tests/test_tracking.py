@@ -181,9 +181,7 @@ assert "wandb" not in sys.modules
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
     """No credentials, no wandb settings, no home but `folder`'s."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
     places = {f"WANDB_{kind}_DIR": str(folder / "wandb-dirs" / kind) for kind in ("CONFIG", "CACHE", "DATA")}
     home = {"HOME": str(folder / "home"), "NETRC": str(folder / "netrc"), "PYTHONPATH": str(ROOT)}
     return {**kept, **places, **home, "WANDB_SILENT": "true", **variables}
@@ -442,9 +440,7 @@ class TestTrackers:
 
     def test_several_are_given_on_the_command_line(self) -> None:
         pytest.importorskip("tensorboard")
-        (config,), _ = parse_sections(
-            [TrackingConfig], ["--report_to", "wandb", "tensorboard", "wandb"], refused={}
-        )
+        (config,), _ = parse_sections([TrackingConfig], ["--report_to", "wandb", "tensorboard", "wandb"], refused={})
         assert config.tracker_names() == ["wandb", "tensorboard"]
 
     @pytest.mark.parametrize("value", ["true", "TRUE", "1", "yes", "On"])
@@ -459,9 +455,7 @@ class TestTrackers:
 
     @pytest.mark.parametrize("value", ["", "false", "False", '"false"'])
     @pytest.mark.parametrize("name", ["WANDB_LOG_MODEL", "WANDB_WATCH"])
-    def test_what_is_switched_off_is_accepted(
-        self, name: str, value: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_is_switched_off_is_accepted(self, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
         assert len(trackers(TrackingConfig(), dir="out")) == 1
 
@@ -484,9 +478,7 @@ class TestTrackers:
             trackers(TrackingConfig(), dir="out")
 
     def test_an_unknown_tracker_is_refused_with_the_known_ones(self) -> None:
-        with pytest.raises(
-            ConfigError, match=r"wandb_ is not known; use one of: none, all, .*tensorboard.*Did you"
-        ):
+        with pytest.raises(ConfigError, match=r"wandb_ is not known; use one of: none, all, .*tensorboard.*Did you"):
             TrackingConfig(report_to=["wandb_"])
 
     def test_a_tracker_that_is_not_installed_is_refused_with_the_remedy(self) -> None:
@@ -536,9 +528,7 @@ def test_other_trackers_get_scalars_without_secrets() -> None:
             self.values = values
 
     tracker = Keeps()
-    store_configuration(
-        [tracker], {"a": 1, "b": None, "c": {"d": [1]}, "e": {"my_token": SECRET}, "api_key": SECRET}
-    )
+    store_configuration([tracker], {"a": 1, "b": None, "c": {"d": [1]}, "e": {"my_token": SECRET}, "api_key": SECRET})
     assert tracker.values == {
         "a": 1,
         "b": "null",

@@ -27,9 +27,7 @@ class TaskConfig:
     task_args: Json | None = arg(help="JSON for a task of your own; it reads what it likes from it.")
 
     model_name_or_path: str | None = arg(help="Model on the Hub or folder to start from.")
-    model_type: str | None = arg(
-        help="Architecture to train from scratch, e.g. gpt2; see --config_overrides."
-    )
+    model_type: str | None = arg(help="Architecture to train from scratch, e.g. gpt2; see --config_overrides.")
     config_name: str | None = arg(help="Config on the Hub or folder; defaults to the model's.")
     config_overrides: str | None = arg(help="Changes to the config: n_embd=64,n_layer=2,resid_pdrop=0.1.")
     tokenizer_name: str | None = arg(help="Tokenizer on the Hub or folder; defaults to the model's.")
@@ -50,13 +48,9 @@ class TaskConfig:
     train_split_name: str = arg("train", "Split to train on.")
     validation_split_name: str | None = arg(help="Split to evaluate on; default: validation, dev or test.")
     test_split_name: str | None = arg(help="Split to predict on; default: test.")
-    validation_split_percentage: int = arg(
-        5, "Share of the training data to hold out where there is no validation."
-    )
+    validation_split_percentage: int = arg(5, "Share of the training data to hold out where there is no validation.")
     streaming: bool = arg(False, "Read the data set as a stream; needs --max_steps.")
-    text_column_names: str | None = arg(
-        help="Columns that hold the text, separated by commas; two make pairs."
-    )
+    text_column_names: str | None = arg(help="Columns that hold the text, separated by commas; two make pairs.")
     text_column_delimiter: str = arg(" ", "Put between the columns when more than two are joined.")
     label_column_name: str | None = arg(help="Column that holds the label; default: label or labels.")
     max_train_samples: int | None = arg(help="Use only the first N training samples.")
@@ -65,22 +59,16 @@ class TaskConfig:
     preprocessing_num_workers: int | None = arg(help="Processes that prepare the data.")
     overwrite_cache: bool = arg(False, "Prepare the data again even if the prepared form is cached.")
 
-    block_size: int | None = arg(
-        help="causal-lm: tokens a training sample; default: the model's maximum, up to 1024."
-    )
+    block_size: int | None = arg(help="causal-lm: tokens a training sample; default: the model's maximum, up to 1024.")
     keep_linebreaks: bool = arg(True, "causal-lm: keep the line breaks of txt files.")
     max_seq_length: int | None = arg(help="Longest sequence after tokenisation; longer ones are cut.")
-    pad_to_max_length: bool = arg(
-        False, "Pad all samples to --max_seq_length instead of to the batch's longest."
-    )
+    pad_to_max_length: bool = arg(False, "Pad all samples to --max_seq_length instead of to the batch's longest.")
     mlm_probability: float = arg(0.15, "masked-lm: share of the tokens to mask.")
     line_by_line: bool = arg(False, "masked-lm: each line is a sample of its own.")
     do_regression: bool | None = arg(
         help="sequence-classification: the label is a number; default: by its type.", nargs="?", const=True
     )
-    metric_name: str | None = arg(
-        help="sequence-classification: accuracy, f1, matthews_correlation, pearson, ..."
-    )
+    metric_name: str | None = arg(help="sequence-classification: accuracy, f1, matthews_correlation, pearson, ...")
 
     def __post_init__(self) -> None:
         at_least(
@@ -93,9 +81,7 @@ class TaskConfig:
             max_seq_length=self.max_seq_length,
         )
         if not 0 < self.validation_split_percentage < 100:
-            raise ConfigError(
-                f"--validation_split_percentage={self.validation_split_percentage}: use 1 to 99."
-            )
+            raise ConfigError(f"--validation_split_percentage={self.validation_split_percentage}: use 1 to 99.")
         if not 0 < self.mlm_probability < 1:
             raise ConfigError(f"--mlm_probability={self.mlm_probability}: use a share between 0 and 1.")
         if self.dtype is not None:
@@ -103,9 +89,7 @@ class TaskConfig:
         if ":" not in self.task:
             choice("task", self.task, tuple(SHIPPED))
         if self.dataset_name and self.train_file:
-            raise ConfigError(
-                "--dataset_name and --train_file both name the training data; give one of them."
-            )
+            raise ConfigError("--dataset_name and --train_file both name the training data; give one of them.")
 
 
 class Metrics(Protocol):

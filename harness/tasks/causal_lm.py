@@ -69,9 +69,7 @@ def _block_size(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
     return config.block_size
 
 
-def _blocks(
-    dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int
-) -> Any:
+def _blocks(dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int) -> Any:
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         # Longer than the model takes is no concern here: the blocks are cut afterwards.
         return dict(tokenizer(joined(batch, columns, config.text_column_delimiter), verbose=False))
@@ -82,9 +80,7 @@ def _blocks(
 
     tokens = transform(dataset, tokenised, config, remove=columns_of(dataset, given))
     blocks = transform(tokens, cut_to_blocks, config)
-    require_samples(
-        blocks, given, f"fewer tokens than one block of {size}; lower --block_size or give more text."
-    )
+    require_samples(blocks, given, f"fewer tokens than one block of {size}; lower --block_size or give more text.")
     return blocks
 
 

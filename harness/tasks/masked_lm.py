@@ -80,9 +80,7 @@ def _sequence_length(config: TaskConfig, tokenizer: Any, model_config: Any) -> i
     return config.max_seq_length
 
 
-def _samples(
-    dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int
-) -> Any:
+def _samples(dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int) -> Any:
     padding = "max_length" if config.pad_to_max_length else False
 
     def lines(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -90,9 +88,7 @@ def _samples(
         if not texts:
             return {name: [] for name in (*tokenizer.model_input_names, "special_tokens_mask")}
         return dict(
-            tokenizer(
-                texts, padding=padding, truncation=True, max_length=size, return_special_tokens_mask=True
-            )
+            tokenizer(texts, padding=padding, truncation=True, max_length=size, return_special_tokens_mask=True)
         )
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -20,9 +20,7 @@ def load_tokenizer(config: TaskConfig) -> Any:
     name = config.tokenizer_name or config.model_name_or_path
     flag = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
     if name is None:
-        raise ConfigError(
-            "No tokenizer; give --tokenizer_name, or --model_name_or_path with a model that has one."
-        )
+        raise ConfigError("No tokenizer; give --tokenizer_name, or --model_name_or_path with a model that has one.")
     with _user_model(f"--{flag}={name}: its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **_hub(config))
     # A folder without tokenizer files gives a tokenizer that knows its special tokens and nothing else.
@@ -115,11 +113,7 @@ def require_padding(tokenizer: Any) -> None:
 def _fresh_config(model_type: str, tokenizer: Any) -> Any:
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
-        hint = (
-            f"Did you mean {' or '.join(near)}?"
-            if near
-            else "Use an architecture of Transformers, e.g. gpt2."
-        )
+        hint = f"Did you mean {' or '.join(near)}?" if near else "Use an architecture of Transformers, e.g. gpt2."
         raise ConfigError(f"--model_type={model_type} is not known. {hint}")
     fitting: dict[str, Any] = {"vocab_size": len(tokenizer)}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

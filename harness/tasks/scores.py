@@ -70,9 +70,7 @@ class LabelScores:
         true, predicted = cells // self._num_labels, cells % self._num_labels
         weights = np.asarray(counts, dtype=np.float64)[cells]
         average = "binary" if self._num_labels == 2 else "macro"
-        return _combined(
-            {name: _label_score(name, true, predicted, weights, average) for name in self._wanted}
-        )
+        return _combined({name: _label_score(name, true, predicted, weights, average) for name in self._wanted})
 
 
 class MultiLabelScores:

@@ -86,9 +86,7 @@ def build(config: TaskConfig) -> Task:
         train_dataset=samples["train"],
         eval_dataset=eval_dataset,
         test_dataset=samples.get("test"),
-        data_collator=default_data_collator
-        if config.pad_to_max_length
-        else DataCollatorWithPadding(tokenizer),
+        data_collator=default_data_collator if config.pad_to_max_length else DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         metrics=metrics,
         describe_predictions=labels.describe,
@@ -101,8 +99,7 @@ def _label_column(config: TaskConfig, splits: Mapping[str, Any]) -> str:
     column = config.label_column_name or next((name for name in ("label", "labels") if name in present), None)
     if column is None:
         raise ConfigError(
-            f"{given} has no column `label` or `labels`, only: {', '.join(present)}; "
-            "name one by --label_column_name."
+            f"{given} has no column `label` or `labels`, only: {', '.join(present)}; name one by --label_column_name."
         )
     for split in ("train", "validation"):
         if split in splits:

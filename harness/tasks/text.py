@@ -128,9 +128,7 @@ def text_columns(config: TaskConfig, splits: Mapping[str, Any]) -> list[str]:
         columns = ["text" if "text" in strings else strings[0]]
     else:
         present = ", ".join(columns_of(splits["train"], given))
-        raise ConfigError(
-            f"{given} has no column of strings, only: {present}; name one by --text_column_names."
-        )
+        raise ConfigError(f"{given} has no column of strings, only: {present}; name one by --text_column_names.")
     for split in SPLITS:
         if split in splits:
             require_columns("text_column_names", columns, splits[split], source(config, split))
@@ -148,9 +146,7 @@ def joined(batch: Mapping[str, Sequence[Any]], columns: Sequence[str], delimiter
     return [delimiter.join("" if value is None else str(value) for value in row) for row in rows]
 
 
-def transform(
-    dataset: Any, function: Callable[[Any], Any], config: TaskConfig, remove: Sequence[str] = ()
-) -> Any:
+def transform(dataset: Any, function: Callable[[Any], Any], config: TaskConfig, remove: Sequence[str] = ()) -> Any:
     """
     Apply a function to batches of rows: cached on disk, or lazily in a stream.
 

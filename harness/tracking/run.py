@@ -52,9 +52,7 @@ class TrackingConfig:
             raise ConfigError(f"--report_to {' '.join(self.report_to)}: none stands alone.")
         for name in self.tracker_names():
             if name not in _installed():
-                raise ConfigError(
-                    f"--report_to={name}: the package is not installed; run `pip install {name}`."
-                )
+                raise ConfigError(f"--report_to={name}: the package is not installed; run `pip install {name}`.")
 
     def tracker_names(self) -> list[str]:
         """What `report_to` stands for: each tracker once."""
@@ -93,10 +91,7 @@ def run_config(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[str
     return {
         **({"peft_config": _plain(peft_config)} if peft_config is not None else {}),
         **_plain(model_config or {}),
-        **{
-            name: f"<{name.upper()}>" if _is_secret(name) else _plain(value)
-            for name, value in arguments.items()
-        },
+        **{name: f"<{name.upper()}>" if _is_secret(name) else _plain(value) for name, value in arguments.items()},
         "model/num_parameters": _num_parameters(model),
     }
 
@@ -233,8 +228,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             logger.warning("W&B is off, the training goes on without it: %s", _one_line(error))
             return None
         logger.warning(
-            "W&B could not be reached (%s): the run is kept offline in %s; "
-            "upload it later with `wandb sync %s`.",
+            "W&B could not be reached (%s): the run is kept offline in %s; upload it later with `wandb sync %s`.",
             *(_one_line(reason), run.settings.sync_dir, run.settings.sync_dir),
         )
         return run
@@ -372,9 +366,7 @@ def _masked(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             masked[name] = _masked(value)
-        elif (
-            isinstance(value, str) and _is_secret(str(name)) and not (value[:1] == "<" and value[-1:] == ">")
-        ):
+        elif isinstance(value, str) and _is_secret(str(name)) and not (value[:1] == "<" and value[-1:] == ">"):
             masked[name] = f"<{name.upper()}>"
         else:
             masked[name] = value

@@ -69,7 +69,13 @@ class TokenAccuracy:
 
 
 def build(config: TaskConfig) -> Task:
-    options: dict[str, Any] = {"size": 117, "llama": False, "random_collator": False, "sets": 1, **(config.task_args or {})}
+    options: dict[str, Any] = {
+        "size": 117,
+        "llama": False,
+        "random_collator": False,
+        "sets": 1,
+        **(config.task_args or {}),
+    }
     if options["llama"]:
         model: torch.nn.Module = LlamaForCausalLM(
             LlamaConfig(
