@@ -99,16 +99,19 @@ def run_on(accelerator: Accelerator, config: Config) -> None:
         accelerator, config.tracking, output_dir=output_dir, model=session.task.model, arguments=config.flat()
     )
     failed = True
+    rows: list[tuple[str, str]] = []
     try:
         results = train(session, run, state) if run is not None else {}
         results |= evaluate_and_predict(session, run, state)
         if accelerator.is_main_process:
             write_json(output_dir / "all_results.json", results)
-            show_end(session, state, results)
+            show_sample(session)
+            rows = describe_end(session, state, results)
         failed = False
     finally:
         session.console.close()
         close_trackers(accelerator, exit_code=int(failed))
+    session.console.table(rows)  # after all that W&B says at its end
     accelerator.wait_for_everyone()
 
 
@@ -181,27 +184,20 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
     return results
 
 
-def show_end(session: Session, state: TrainState, results: dict[str, float]) -> None:
-    """Rank zero: a text sampled from the model, and a short table of what came out and where it is."""
-    console, task, accelerator = session.console, session.task, session.accelerator
-    if task.sample is not None and session.config.run.trains:
-        console.line(f"sample: {task.sample(task.model.eval())}")
+def show_sample(session: Session) -> None:
+    """Rank zero: a text from the trained model, if its task makes one."""
+    if session.task.sample is not None and session.config.run.trains:
+        session.console.line(f"sample: {session.task.sample(session.task.model.eval())}")
+
+
+def describe_end(session: Session, state: TrainState, results: dict[str, float]) -> list[tuple[str, str]]:
+    """Rank zero: what came out and where it is, as rows of a short table."""
     rows = []
     if state.best_metric is not None:
-        rows.append(
-            (
-                f"best {session.config.best_metric}",
-                f"{state.best_metric:.4f} at step {state.best_global_step}",
-            )
-        )
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-    if evaluations:
-        rows.append(
-            (
-                "last eval_loss",
-                f"{evaluations[-1]['eval_loss']:.4f} (first: {evaluations[0]['eval_loss']:.4f})",
-            )
-        )
+        best = f"{state.best_metric:.4f} at step {state.best_global_step or 'unknown'}"
+        rows.append((f"best {session.config.best_metric}", best))
+    if losses := [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]:
+        rows.append(("last eval_loss", f"{losses[-1]:.4f} (first: {losses[0]:.4f})"))
     if "train_runtime" in results:
         rate, seconds = results["train_samples_per_second"], results["train_runtime"]
         rows.append(("speed", f"{rate:.1f} samples/s, {seconds:.1f} s in all"))
@@ -209,8 +205,7 @@ def show_end(session: Session, state: TrainState, results: dict[str, float]) -> 
         rows.append(("model", str(session.output_dir)))
         if session.config.plan.save_strategy != "no":
             rows.append(("checkpoints", f"{session.output_dir}/checkpoint-*"))
-    rows += describe_trackers(accelerator)
-    console.table(rows)
+    return rows + describe_trackers(session.accelerator)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ SECRET_SUFFIXES = ("_token", "api_key")
 class TrackingConfig:
     """Where the metrics go. All else about W&B is said in its own WANDB_* variables."""
 
-    report_to: list[str] = arg(  # noqa: RUF009 - a field with a factory
+    report_to: list[str] = arg(
         ["wandb"],
         "wandb, none, all that are installed, or trackers of Accelerate. The Trainer's default is none.",
     )
