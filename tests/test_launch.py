@@ -1,0 +1,283 @@
+"""Real launches: accelerate, torchrun, plain Python; several processes, and those that must not start."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "harness" / "train.py")
+CONFIGS = sorted((ROOT / "launch_configs").glob("*.yaml"))
+SECONDS = 150
+SET_BY_LAUNCHERS = ("ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "FSDP_", "TORCHELASTIC_", "GROUP_")
+# Two processes, and 117 samples: the last round is filled up.
+ARGUMENTS = {
+    **TRAINING,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "ddp_find_unused_parameters": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+def run(command: Sequence[str], *, cwd: Path = ROOT, **variables: str) -> Ended:
+    """Run to the end; a launch that hangs is ended with all its processes."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_LAUNCHERS)}
+    environment = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return Ended(process.returncode, out, err)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def launcher(config: Path, *options: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        f"--config_file={config}",
+        f"--main_process_port={free_port()}",
+        *options,
+    ]
+
+
+def torchrun(processes: int) -> list[str]:
+    options = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
+def flags(folder: Path, arguments: dict[str, Any]) -> list[str]:
+    return [*as_flags({"task": "tests.support.parity_task:build", "report_to": "none", "output_dir": folder, **arguments})]
+
+
+DDP = ROOT / "launch_configs" / "ddp.yaml"
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Trainer on two processes."""
+    folder = tmp_path_factory.mktemp("trainer") / "run"
+    call = json.dumps({"folder": str(folder), "arguments": {**ARGUMENTS, "save_strategy": "no"}})
+    ended = run([*launcher(DDP), "-m", "tests.support.trainer_script", call])
+    assert ended.code == 0, ended.err[-3000:]
+    assert "processes: 2" in ended.out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by our script."""
+    folder = tmp_path_factory.mktemp("ours") / "run"
+    ended = run([*launcher(DDP), SCRIPT, *flags(folder, {**ARGUMENTS, "expect_num_processes": 2})])
+    assert ended.code == 0, ended.err[-3000:]
+    assert ended.out.count("step 1/8") == 1, "one rank speaks"
+    return folder
+
+
+def processes_of(folder: Path) -> int:
+    manifest = json.loads((folder / "checkpoint-3" / "harness_state.json").read_text(encoding="utf-8"))
+    return int(manifest["world_size"])
+
+
+def test_two_processes_are_the_trainer_on_two(trainers: Path, ours: Path) -> None:
+    assert processes_of(ours) == 2
+    assert any("eval_loss" in entry for entry in history(ours))
+    assert_equal_runs(trainers, ours)
+
+
+def test_each_rank_has_its_generators_in_a_checkpoint(ours: Path) -> None:
+    names = {path.name for path in (ours / "checkpoint-3").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "harness_state.json"} <= names
+    assert "rng_state.pth" not in names
+
+
+def test_a_resume_on_two_processes_in_mid_epoch_is_the_uninterrupted_trainer(
+    trainers: Path, ours: Path, tmp_path: Path
+) -> None:
+    assert processes_of(ours) == 2
+    resumed = tmp_path / "resumed"
+    arguments = {**ARGUMENTS, "resume_from_checkpoint": ours / "checkpoint-3"}
+    ended = run([*launcher(DDP), SCRIPT, *flags(resumed, arguments)])
+    assert ended.code == 0, ended.err[-3000:]
+    assert ended.out.count("Going on from") == 1
+    assert "step 1/8" not in ended.out
+    assert_equal_runs(trainers, resumed)
+
+
+def test_torchrun_trains_the_same(ours: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    ended = run([*torchrun(2), SCRIPT, *flags(folder, {**ARGUMENTS, "expect_num_processes": 2})])
+    assert ended.code == 0, ended.err[-3000:]
+    assert processes_of(folder) == 2
+    assert_equal_runs(ours, folder)
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(ours: Path, tmp_path: Path) -> None:
+    arguments = {**ARGUMENTS, "resume_from_checkpoint": ours / "checkpoint-3"}
+    ended = run([sys.executable, SCRIPT, *flags(tmp_path / "out", arguments), "--use_cpu"])
+    assert ended.code == 2
+    assert "num_processes 2 (now 1)" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_launch_config_trains(config: Path, tmp_path: Path) -> None:
+    processes = yaml.safe_load(config.read_text(encoding="utf-8"))["num_processes"]
+    arguments = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "expect_num_processes": processes}
+    ended = run([*launcher(config), SCRIPT, *flags(tmp_path / "out", arguments)])
+    assert ended.code == 0, ended.err[-3000:]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert ended.out.count("step 1/2") == 1
+
+
+def test_a_refusal_on_two_processes_is_said_once(tmp_path: Path) -> None:
+    ended = run([*launcher(DDP), SCRIPT, *flags(tmp_path / "out", {"expect_num_processes": 3})])
+    assert ended.code != 0
+    assert ended.err.count("harness-train: ") == 1
+    assert "--expect_num_processes=3, but the launcher started 2" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_after_the_processes_have_met_is_said_once(tmp_path: Path) -> None:
+    arguments = {"resume_from_checkpoint": "true"}
+    ended = run([*launcher(DDP), SCRIPT, *flags(tmp_path / "out", arguments)])
+    assert ended.code != 0
+    assert ended.err.count("harness-train: ") == 1
+    assert "no whole checkpoint" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def config_of(kind: str, folder: Path) -> Path:
+    path = folder / "launch.yaml"
+    values: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind, "num_processes": 2}
+    values |= {"num_machines": 1, "mixed_precision": "no"}
+    if kind == "FSDP":
+        values["fsdp_config"] = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    if kind == "DEEPSPEED":
+        values["deepspeed_config"] = {"zero_stage": 2}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def test_a_config_of_multi_cpu_starts_one_process_and_is_found_out(tmp_path: Path) -> None:
+    config = config_of("MULTI_CPU", tmp_path)
+    ended = run([*launcher(config), SCRIPT, *flags(tmp_path / "out", {"expect_num_processes": 2})])
+    assert ended.code != 0
+    assert ended.err.count("harness-train: ") == 1
+    assert "--expect_num_processes=2, but the launcher started 1" in ended.err
+    assert "MULTI_CPU starts one process" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_fsdp_is_refused_once_and_writes_nothing(tmp_path: Path) -> None:
+    ended = run([*launcher(config_of("FSDP", tmp_path)), SCRIPT, *flags(tmp_path / "out", {})])
+    assert ended.code != 0
+    assert ended.err.count("harness-train: ") == 1
+    assert "distributed_type: FSDP, which this version does not support" in ended.err
+    assert "launch_configs/ddp.yaml" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "distributed_type: FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type: DEEPSPEED"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision: fp8 in the launch config is not supported"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--bf16 contradicts mixed_precision: fp16"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_rank_that_must_not_start_ends_with_2(
+    variables: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from harness.train import main
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    argv = [*flags(tmp_path / "out", {}), "--bf16"]
+    assert main(argv) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("harness-train: ") == 1
+    assert says in shown
+    monkeypatch.setenv("RANK", "1")
+    assert main(argv) == 2
+    assert capsys.readouterr().err == "", "one rank speaks for all"
+    assert not (tmp_path / "out").exists()
+
+
+INSTALLED = shutil.which("harness-train", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_all_ways_to_start_are_the_same_from_any_folder(tmp_path: Path) -> None:
+    argv = ["--train_file=x.txt", "--print_config"]
+    (tmp_path / "logging.py").write_text("raise ImportError('not this one')\n", encoding="utf-8")
+    ways = [[sys.executable, SCRIPT], [sys.executable, "-P", "-m", "harness.train"], *([[INSTALLED]] if INSTALLED else [])]
+    found = [run([*way, *argv], cwd=tmp_path) for way in ways]
+    assert [ended.code for ended in found] == [0] * len(ways), found[0].err[-2000:]
+    assert len({ended.out for ended in found}) == 1
+    assert yaml.safe_load(found[0].out)["train_file"] == "x.txt"
+    assert len(ways) == 3 or INSTALLED is None
+
+
+def test_the_script_does_not_put_its_own_folder_on_the_path(tmp_path: Path) -> None:
+    (tmp_path / "own_task.py").write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import harness.train\n"
+        f"assert {str(ROOT / 'harness')!r} not in sys.path\n"
+        "from tests.support.parity_task import build\n",
+        encoding="utf-8",
+    )
+    argv = [*flags(tmp_path / "out", {"max_steps": 1}), "--use_cpu"]
+    argv[0] = "--task=own_task:build"
+    ended = run([sys.executable, SCRIPT, *argv], cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert ended.code == 0, ended.err[-2000:]
+    assert re.search(r"^model +", ended.out, re.MULTILINE)
+
+

@@ -1,0 +1,242 @@
+"""The shape of the source: imports point down, importing does nothing, files and functions stay readable."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HARNESS = ROOT / "harness"
+# From the bottom up; a package stands for its files.
+LAYERS = (
+    ("__init__", "config", "state", "rng"),
+    ("console",),
+    ("topology",),
+    ("tasks",),
+    (
+        "data",
+        "modeling",
+        "optim",
+        "plan",
+        "metrics",
+        "best",
+        "checkpoint",
+        "export",
+        "evaluation",
+        "debug",
+        "tracking",
+    ),
+    ("arguments", "loop"),
+    ("assemble",),
+    ("train",),
+)  # fmt: skip
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(HARNESS.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+LONGEST_FILE, LONGEST_FUNCTION = 350, 60
+# With the reason why they are one concern.
+LONGER_FILES = {
+    "checkpoint.py": "one file format: finding, writing and reading it",
+    "data.py": "one position: order, collator and loader keep it together",
+    "tracking/run.py": "one interface of Accelerate's",
+}
+TOP_LEVEL = {
+    "harness",
+    "launch_configs",
+    "tests",
+    "slurm",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+}  # fmt: skip
+DEPENDENCIES = {
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "evaluate",
+    "huggingface_hub",
+    "liger_kernel",
+    "numpy",
+    "peft",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+    "trackio",
+    "wandb",
+    "yaml",
+}  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    """The file, or the package it belongs to: the unit of a layer."""
+    return path.relative_to(HARNESS).parts[0].removesuffix(".py")
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(HARNESS))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+            if node.module == "harness":
+                yield from (f"harness.{alias.name}" for alias in node.names)
+
+
+def test_every_file_stands_in_a_layer() -> None:
+    assert {name_of(path) for path in FILES} - {"recipes", "commands"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_point_down(path: Path) -> None:
+    own = name_of(path)
+    for module in imported(TREES[path]):
+        parts = module.split(".")
+        if parts[0] != "harness" or len(parts) == 1:
+            continue
+        other = parts[1]
+        same_package = other == own and (HARNESS / own).is_dir()
+        assert same_package or LEVEL[other] < LEVEL[own], f"{own} imports {module}"
+
+
+def test_tests_are_not_imported() -> None:
+    assert not [path for path in FILES if any(m.split(".")[0] == "tests" for m in imported(TREES[path]))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_wandb_is_imported_inside_functions_of_tracking_only(path: Path) -> None:
+    tree = TREES[path]
+    everywhere = [m for m in imported(tree) if m.split(".")[0] == "wandb"]
+    inside = [
+        m
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for m in imported(node)
+        if m.split(".")[0] == "wandb"
+    ]
+    if name_of(path) == "tracking":
+        assert set(everywhere) == set(inside)
+    else:
+        assert everywhere == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_the_environment_is_read_in_few_places(path: Path) -> None:
+    reads = [
+        node.lineno
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "os"
+        and node.attr in ("environ", "getenv", "putenv")
+    ]
+    assert not reads or name_of(path) in ("topology", "config", "tracking"), f"lines {reads}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_signals_and_asserts_and_globals_stay_out(path: Path) -> None:
+    tree = TREES[path]
+    assert not any(m == "signal" for m in imported(tree)) or name_of(path) == "stopping"
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, (ast.Assert, ast.Global))]
+
+
+def test_no_file_shadows_a_module() -> None:
+    installed = {name.partition(".")[0] for name in importlib.metadata.packages_distributions()} & DEPENDENCIES
+    assert installed
+    for path in HARNESS.iterdir():
+        name = path.name.removesuffix(".py")
+        if name != "__init__" and (path.suffix == ".py" or path.is_dir()):
+            assert name not in sys.stdlib_module_names, name
+            assert name not in DEPENDENCIES, name
+
+
+def test_the_script_holds_functions_only() -> None:
+    assert not [node.name for node in ast.walk(TREES[HARNESS / "train.py"]) if isinstance(node, ast.ClassDef)]
+
+
+IMPORT_ALL = """
+import json, logging, os, random, sys, threading, signal
+import accelerate, datasets, numpy, torch, transformers, transformers.trainer, accelerate.tracking
+from transformers import Trainer, HfArgumentParser, get_scheduler, AutoModelForCausalLM
+import tokenizers, pydoc_data.topics, scipy.stats, sklearn.metrics
+
+def snapshot():
+    loggers = [logging.getLogger(), *(logging.getLogger(n) for n in ("harness", "transformers", "datasets", "accelerate"))]
+    return {
+        "handlers": [[repr(handler) for handler in logger.handlers] for logger in loggers],
+        "levels": [logger.level for logger in loggers],
+        "environment": dict(os.environ),
+        "random": repr(random.getstate()) + str(torch.get_rng_state().sum()) + str(numpy.random.get_state()[2]),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "signals": [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)],
+        "group": torch.distributed.is_initialized(),
+        "folder": os.listdir("."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads of torch": torch.get_num_threads(),
+    }
+
+before = snapshot()
+for name in sys.argv[1:]:
+    __import__(name)
+after = snapshot()
+print(json.dumps({
+    "changed": {key: [before[key], after[key]] for key in before if before[key] != after[key]},
+    "imported": all(name in sys.modules for name in sys.argv[1:]),
+    "wandb": "wandb" in sys.modules,
+    "accelerator": bool(accelerate.state.PartialState._shared_state),
+}))
+"""
+
+
+def test_importing_does_nothing_else(tmp_path: Path) -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES
+    ]
+    command = [sys.executable, "-c", IMPORT_ALL, *modules]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert len(ended.stdout.splitlines()) == 1, ended.stdout
+    found = json.loads(ended.stdout)
+    assert found == {"changed": {}, "imported": True, "wandb": False, "accelerator": False}
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_files_and_functions_fit_on_a_screen_or_few(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST_FILE or relative(path) in LONGER_FILES, f"{lines} lines"
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_longer_files_are_still_longer() -> None:
+    for name in LONGER_FILES:
+        assert len((HARNESS / name).read_text(encoding="utf-8").splitlines()) > LONGEST_FILE, name
+
+
+def test_top_level_holds_what_it_should() -> None:
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False, cwd=ROOT)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    found = {name.split("/")[0] for name in listed.stdout.splitlines()}
+    assert {name for name in found if not name.startswith(".")} <= TOP_LEVEL
