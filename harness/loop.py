@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 
 from harness import rng
 from harness.best import BestModel
@@ -55,8 +56,9 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
     if run.plan.config.eval_on_start and state.global_step == 0:
         evaluate(run, state, at_start=True)
     run.model.train()
-    first_epoch = run.loader.epoch_index
-    for epoch in range(first_epoch, run.plan.num_train_epochs if not state.is_ended else first_epoch):
+    if state.is_ended and is_over(run, state):  # resumed from the checkpoint of the end
+        return finish(run, state)
+    for epoch in range(run.loader.epoch_index, run.plan.num_train_epochs):
         for window in step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps):
             if is_over(run, state):  # resumed from the last step, before what belongs to the end
                 break
@@ -102,7 +104,7 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
         run.scheduler.step()
     run.model.zero_grad()
     if run.modeling.torch_empty_cache_steps and state.global_step % run.modeling.torch_empty_cache_steps == 0:
-        torch.accelerator.empty_cache()
+        clear_device_cache()
 
 
 def follow(run: Run, state: TrainState, due: Due) -> None:

@@ -96,20 +96,20 @@ class Reads(ast.NodeVisitor):
     def __init__(self) -> None:
         self.names: set[str] = set()
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if node.name != "__post_init__":
             self.generic_visit(node)
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:  # noqa: N802
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if not isinstance(node.value, ast.Call) or getattr(node.value.func, "id", "") != "arg":
             self.generic_visit(node)
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> None:
         if isinstance(node.ctx, ast.Load):
             self.names.add(node.attr)
         self.generic_visit(node)
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:  # noqa: N802
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         parts = [re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+" for part in node.values]
         # f"{kind}_steps" may be any of three flags; f"{a}_{b}" says nothing.
         if sum(len(part.value) for part in node.values if isinstance(part, ast.Constant)) > 3:
@@ -183,7 +183,9 @@ def test_what_a_config_gives_is_given_in_debug_too(tmp_path: Path) -> None:
     assert (config.plan.max_steps, config.topology.seed, config.plan.save_strategy) == (900, 5, "no")
 
 
-@pytest.mark.parametrize(("value", "mode"), [("true", "on"), ("false", ""), ("underflow_overflow", "underflow_overflow")])
+@pytest.mark.parametrize(
+    ("value", "mode"), [("true", "on"), ("false", ""), ("underflow_overflow", "underflow_overflow")]
+)
 def test_debug_takes_a_value(value: str, mode: str) -> None:
     config = parse(["--debug", value, "--train_file", "x.txt"])
     assert config.debug.debug == mode

@@ -25,7 +25,7 @@ class Small:
     limit: int | None = arg(help="A number or nothing.")
     share: float | None = arg(help="A number or nothing.")
     name: str | None = arg(help="Text.")
-    names: list[str] = arg(["a"], "Texts.", nargs="+")  # noqa: RUF009
+    names: list[str] = arg(["a"], "Texts.", nargs="+")
     shuffle: bool = arg(True, "A switch that is on.")
     cache: bool = arg(False, "A switch that is off.")
     tristate: bool | None = arg(help="Neither, unless it is given.", nargs="?", const=True)
@@ -85,7 +85,11 @@ def test_no_two_sections_share_a_flag() -> None:
         ("cache: true", "cache", True),
         ("tristate: false", "tristate", False),
         ("tristate: true", "tristate", True),
-        ("options: {power: 2, names: [x], deep: {a: true}}", "options", {"power": 2, "names": ["x"], "deep": {"a": True}}),
+        (
+            "options: {power: 2, names: [x], deep: {a: true}}",
+            "options",
+            {"power": 2, "names": ["x"], "deep": {"a": True}},
+        ),
         ("name: 'two words, 100 % = all'", "name", "two words, 100 % = all"),
         ("name: '--count'", "name", "--count"),
         ("name: '12'", "name", "12"),

@@ -67,15 +67,13 @@ def stack(samples: list[int]) -> dict[str, torch.Tensor]:
 
 def noisy(samples: list[int]) -> dict[str, torch.Tensor]:
     """Draws from all three generators, as random collators may."""
-    noise = torch.rand(2) + np.random.rand() + torch.tensor(torch.randint(0, 9, (1,)).item())  # noqa: NPY002
+    noise = torch.rand(2) + np.random.rand() + torch.tensor(torch.randint(0, 9, (1,)).item())
     return {"ids": torch.tensor(samples), "noise": noise}
 
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    return Accelerator(
-        cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=SEED)
-    )
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=SEED))
 
 
 def loader_of(
@@ -298,7 +296,9 @@ def stream(size: int) -> datasets.IterableDataset:
 
 def test_a_stream_comes_in_its_order_and_resumes(accelerator: Accelerator) -> None:
     def make() -> TrainLoader:
-        return loader_of(accelerator, stream(10), lambda rows: stack([row["ids"] for row in rows]), per_device_train_batch_size=4)
+        return loader_of(
+            accelerator, stream(10), lambda rows: stack([row["ids"] for row in rows]), per_device_train_batch_size=4
+        )
 
     loader = make()
     assert (loader.is_stream, loader.num_batches, loader.remaining) == (True, None, None)
@@ -312,7 +312,9 @@ def test_a_stream_comes_in_its_order_and_resumes(accelerator: Accelerator) -> No
 
 
 def test_peek_at_a_stream_takes_nothing_from_it(accelerator: Accelerator) -> None:
-    loader = loader_of(accelerator, stream(10), lambda rows: stack([row["ids"] for row in rows]), per_device_train_batch_size=4)
+    loader = loader_of(
+        accelerator, stream(10), lambda rows: stack([row["ids"] for row in rows]), per_device_train_batch_size=4
+    )
     assert loader.peek()["ids"].tolist() == [0, 1, 2, 3]
     assert ids(loader.epoch(0))[0] == [0, 1, 2, 3]
 

@@ -53,9 +53,7 @@ def llama() -> torch.nn.Module:
 MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1, n_positions=8)),
     "bert": lambda: BertForSequenceClassification(
-        BertConfig(
-            vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-        )
+        BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     ),
     "llama": llama,
     "own": WithNorms,

@@ -176,3 +176,22 @@ def test_checkpoints_cross_between_the_two(accumulation: int, tmp_path: Path) ->
         assert_equal_weights(tmp_path / "trainer", folder)
         # train_loss is of the steps that a Trainer's checkpoint does not hold.
         assert history(folder)[:-1] == history(tmp_path / "trainer")[:-1]
+
+
+def test_a_resumed_end_ends_again_and_more_steps_go_on(tmp_path: Path) -> None:
+    arguments = {**TRAINING, "max_steps": 8, "lr_scheduler_type": "constant", "save_strategy": "epoch"}
+    run_harness(tmp_path / "short", arguments)
+    run_trainer(tmp_path / "long", {**arguments, "max_steps": 20})
+    resume = {"resume_from_checkpoint": tmp_path / "short" / "checkpoint-8"}
+    run_harness(tmp_path / "again", {**arguments, **resume})
+    assert_equal_runs(tmp_path / "short", tmp_path / "again")
+    run_harness(tmp_path / "on", {**arguments, **resume, "max_steps": 20})
+    assert_equal_runs(tmp_path / "long", tmp_path / "on")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_a_compiled_model_has_the_trainers_numbers(tmp_path: Path) -> None:
+    arguments = {**TRAINING, **EVERY_4, "torch_compile_backend": "aot_eager", "max_steps": 6}
+    run_trainer(tmp_path / "trainer", arguments)
+    run_harness(tmp_path / "ours", arguments)
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")

@@ -48,7 +48,9 @@ def trainers(folder: Path, **arguments: Any) -> Trainer:
 def plan(config: PlanConfig, samples: int | None = 100, batch: int = 4, accumulation: int = 1, world: int = 1) -> Plan:
     batches = None if samples is None else -(-samples // (batch * world))
     per_step = batch * accumulation * world
-    return resolve_plan(config, num_batches=batches, num_samples=samples, accumulation=accumulation, samples_per_step=per_step)
+    return resolve_plan(
+        config, num_batches=batches, num_samples=samples, accumulation=accumulation, samples_per_step=per_step
+    )
 
 
 LENGTHS: list[dict[str, Any]] = [

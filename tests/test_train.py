@@ -54,7 +54,9 @@ def test_the_final_folder_loads_with_from_pretrained(text: list[str], tmp_path: 
     assert main([*text, *FAST, f"--output_dir={out}"]) == 0
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    loss = model(**tokenizer("the old cat", return_tensors="pt"), labels=tokenizer("the old cat", return_tensors="pt").input_ids).loss
+    loss = model(
+        **tokenizer("the old cat", return_tensors="pt"), labels=tokenizer("the old cat", return_tensors="pt").input_ids
+    ).loss
     assert loss.isfinite()
     assert model.num_parameters() < 100_000
 
@@ -141,7 +143,12 @@ def test_so_many_checkpoints_are_kept(options: dict[str, Any], kept: list[int], 
 
 def test_the_recorded_configuration_repeats_the_run(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    arguments = {**TRAINING, "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}, "weight_decay": 0.1}
+    arguments = {
+        **TRAINING,
+        "lr_scheduler_type": "polynomial",
+        "lr_scheduler_kwargs": {"power": 2.0},
+        "weight_decay": 0.1,
+    }
     run_harness(first, arguments, task_config={"task_args": {"size": 60}})
     reset()
     recorded = first / "harness_config.yaml"
@@ -154,7 +161,12 @@ def test_the_recorded_configuration_repeats_the_run(tmp_path: Path) -> None:
 
 
 def test_the_end_says_what_came_out_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--eval_strategy=steps", "--eval_steps=2", "--metric_for_best_model=accuracy", f"--output_dir={tmp_path / 'out'}"]
+    flags = [
+        "--eval_strategy=steps",
+        "--eval_steps=2",
+        "--metric_for_best_model=accuracy",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
     assert main([*PARITY, *flags]) == 0
     table = capsys.readouterr().out.splitlines()[-4:]
     assert table[0].split()[:2] == ["best", "eval_accuracy"]

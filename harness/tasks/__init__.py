@@ -46,7 +46,9 @@ class TaskConfig:
     validation_file: str | None = arg(help="Validation data, same formats.")
     test_file: str | None = arg(help="Data to predict on, same formats.")
     train_split_name: str = arg("train", "Split to train on.")
-    validation_split_name: str | None = arg(help="Split to evaluate on; default: validation, dev or validation_matched.")
+    validation_split_name: str | None = arg(
+        help="Split to evaluate on; default: validation, dev or validation_matched."
+    )
     test_split_name: str | None = arg(help="Split to predict on; default: test.")
     validation_split_percentage: int = arg(5, "Share of the training data to hold out where there is no validation.")
     streaming: bool = arg(False, "Read the data set as a stream; needs --max_steps.")
