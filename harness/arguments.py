@@ -203,7 +203,7 @@ def parse(argv: Sequence[str]) -> Config:
     """
     The configuration of a command line: its flags over `--config` over, where nothing says what to train, quickstart.
 
-    With a bare --debug whatever was not given takes the values of DEBUG_DEFAULTS. Raises ConfigError.
+    With a bare --debug whatever no flag gives takes the values of DEBUG_DEFAULTS. Raises ConfigError.
     """
     refused = OWNED_BY_LAUNCH_CONFIG | REFUSED | GONE
     source = _value_of("config", argv)

@@ -80,6 +80,7 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
         label_names=loss.label_names,
         metrics=None if config.evaluation.prediction_loss_only else task.metrics,
         drops_non_finite=config.metrics.logging_nan_inf_filter,
+        counts_all_ranks=config.modeling.average_tokens_across_devices,
     )
     _check_best_metric(config, task, evaluator)
     progress = config.console.shows_progress and not config.debug.is_on  # a bar and a debugger fight

@@ -77,7 +77,7 @@ def parse_sections(
     Parse `argv` over the values of `base` (a recipe, already read) into one instance a section.
 
     Both go through the same conversions, so a YAML `1e-3` is a number. `refused` maps names of flags that exist
-    elsewhere to the reason they don't here. Returns the sections in order and the names given by either source.
+    elsewhere to the reason they don't here. Returns the sections in order and the names given in `argv`.
     Raises ConfigError for unknown, misspelt, repeated, refused or malformed flags.
     """
     parser = _Parser(
@@ -102,7 +102,7 @@ def parse_sections(
         section(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(section)})
         for section in sections
     ]
-    return built, {*given, *from_base}
+    return built, set(given)
 
 
 def read_yaml(source: str, sections: Sequence[type], *, refused: Mapping[str, str]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _check_name(name: str, shown: str, names: Sequence[str], refused: Mapping[st
     if name in names or name == "help":
         return
     if name in refused:
-        raise ConfigError(f"{shown} is not supported: {refused[name]}")
+        raise ConfigError(f"{shown} is not supported: {refused[name]}.")
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]}?" if near else " See --help for all flags."
     raise ConfigError(f"{shown} is not a known flag.{hint}")

@@ -215,6 +215,8 @@ def _set_up_libraries(level: int | None, *, shows_progress: bool) -> None:
     import huggingface_hub.utils
     from transformers.utils import logging as transformers_logging
 
+    # Said of every GPT-2 at its first step, whose class has no loss_type; nothing that a user could change.
+    logging.getLogger("transformers.modeling_utils").addFilter(_says_something_new)
     if level is not None:
         transformers_logging.set_verbosity(level)
         datasets.utils.logging.set_verbosity(level)
@@ -222,6 +224,10 @@ def _set_up_libraries(level: int | None, *, shows_progress: bool) -> None:
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]  # lazily exported
+
+
+def _says_something_new(record: logging.LogRecord) -> bool:
+    return "`loss_type=None` was set in the config" not in record.getMessage()
 
 
 def _is_on_terminal() -> bool:

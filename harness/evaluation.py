@@ -80,7 +80,9 @@ class Evaluator:
         label_names: list[str],
         metrics: Callable[[], Metrics] | None,
         drops_non_finite: bool,
+        counts_all_ranks: bool,
     ) -> None:
+        self.counts_all_ranks = counts_all_ranks
         self.accelerator, self.loss, self.num_items = accelerator, loss, num_items
         self.label_names, self.metrics, self.drops_non_finite = label_names, metrics, drops_non_finite
 
@@ -110,7 +112,7 @@ class Evaluator:
                 loss, outputs = self.loss(model, batch, num_items)
                 loss = loss.mean()
                 losses.append(self.accelerator.gather_for_metrics(loss.repeat(data.batch_size)))
-                if num_items is not None:
+                if num_items is not None and _are_tokens(labels):
                     totals += torch.stack([loss * num_items, num_items])
             seen += data.batch_size * self.accelerator.num_processes
             if metrics is not None:
@@ -158,10 +160,14 @@ class Evaluator:
         summed = self.accelerator.gather(totals.unsqueeze(0)).sum(0).tolist()
         if summed[1] == 0:
             return {}
-        # Each rank has added the items of all ranks, and a loss that is already scaled to their mean.
+        # Each rank has added the items of all ranks, with a loss that is scaled to their mean; or its own alone.
         group = prefix.replace("_", "/", 1) if "_" in prefix else prefix
-        num_tokens = summed[1] / self.accelerator.num_processes
+        num_tokens = summed[1] / (self.accelerator.num_processes if self.counts_all_ranks else 1)
         return {f"{group}/loss_per_token": summed[0] / summed[1], f"{group}/num_tokens": num_tokens}
+
+
+def _are_tokens(labels: Any) -> bool:
+    return isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
 def _logits(outputs: Any, ignored: list[str]) -> Any:

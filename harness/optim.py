@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import SchedulerType
@@ -91,6 +91,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     The classes and their arguments come from the Trainer's own table. Raises ConfigError for a package that is not
     installed or arguments that the optimizer does not take.
     """
+    from transformers import Trainer  # not above: with WANDB_MODE=offline its import prints to standard output
+
     decay = decay_parameter_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: Any = [

@@ -28,7 +28,7 @@ from harness.console import set_up_logging
 from harness.debug import NonFiniteError, describe_batch, watch_training
 from harness.export import save_model
 from harness.loop import Run, fit
-from harness.state import TRAINER_STATE_FILE, TrainState, write_json
+from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
 from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
 from harness.tracking import rewrite
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers
@@ -104,7 +104,7 @@ def run_on(accelerator: Accelerator, config: Config) -> None:
         results = train(session, run, state) if run is not None else {}
         results |= evaluate_and_predict(session, run, state)
         if accelerator.is_main_process:
-            write_json(output_dir / "all_results.json", results)
+            update_json(output_dir / "all_results.json", results)
             show_sample(session)
             rows = describe_end(session, state, results)
         failed = False
@@ -126,7 +126,8 @@ def locate(config: Config) -> tuple[Found, Path]:
 def begin_output(session: Session) -> None:
     """Rank zero: make the folder of the run and write the configuration into it: the first thing written."""
     session.output_dir.mkdir(parents=True, exist_ok=True)
-    (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
+    if session.config.run.trains:  # an evaluation alone leaves the trained run's as it is
+        (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
 
 
 def restore_together(run: Run, state: TrainState, path: Path) -> None:

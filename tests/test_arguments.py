@@ -206,7 +206,7 @@ def test_unknown_kind_of_debugging_is_refused() -> None:
         ("--early_stopping_patience 2 --eval_strategy steps", "needs --metric_for_best_model"),
         ("--save_strategy best --eval_strategy steps", "needs --metric_for_best_model"),
         ("--save_strategy best", "needs evaluations"),
-        ("--eval_strategy epoch --save_strategy epoch --metric_for_best_model accuracy --prediction_loss_only", "not computed"),
+        ("--eval_strategy epoch --metric_for_best_model accuracy --prediction_loss_only", "not computed"),
         ("--load_best_model_at_end --eval_strategy epoch", "equal strategies"),
         ("--load_best_model_at_end --eval_strategy no --save_strategy no", "needs evaluations"),
         ("--load_best_model_at_end --eval_strategy steps --eval_steps 3 --save_steps 7", "multiple of"),

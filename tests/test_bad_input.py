@@ -96,11 +96,16 @@ def train_file(inputs: Inputs, name: str, content: str) -> list[str]:
     return [*without(inputs.text, "train_file"), f"--train_file={inputs.file(name, content)}"]
 
 
+def argv_of(row: str, inputs: Inputs) -> list[str]:
+    flags = ROWS[row][0]
+    return flags if isinstance(flags, list) else flags(inputs)
+
+
 # What is wrong: the flags, and what the message says: the flag, then the remedy.
-ROWS: dict[str, tuple[Row, tuple[str, ...]]] = {
-    "unknown flag": (lambda i: [*PARITY, "--zzz=1"], ("--zzz is not a known flag", "See --help")),
+ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
+    "unknown flag": ([*PARITY, "--zzz=1"], ("--zzz is not a known flag", "See --help")),
     "misspelt flag": (
-        lambda i: [*PARITY, "--learning_rat=1"],
+        [*PARITY, "--learning_rat=1"],
         ("--learning_rat is", "Did you mean learning_rate"),
     ),
     "misspelt key": (
@@ -108,18 +113,18 @@ ROWS: dict[str, tuple[Row, tuple[str, ...]]] = {
         ("own.yaml: learning_rte", "Did you mean learning_rate"),
     ),
     "repeated key": (lambda i: config(i, "seed: 1\nseed: 2\n"), ("--config=", "`seed` is given 2 times")),
-    "repeated flag": (lambda i: [*PARITY, "--seed=1", "--seed=2"], ("--seed is given 2 times", "give it once")),
-    "no number": (lambda i: [*PARITY, "--seed=one"], ("--seed", "one", "See --help")),
-    "save_total_limit": (lambda i: [*PARITY, "--save_total_limit=0"], ("--save_total_limit=0", "use 1 or more")),
-    "epochs": (lambda i: [*PARITY, "--num_train_epochs=0"], ("--num_train_epochs=0", "use more than 0")),
-    "logging_steps": (lambda i: [*PARITY, "--logging_steps=0"], ("--logging_steps=0", "use 1 or more")),
-    "learning_rate": (lambda i: [*PARITY, "--learning_rate=-1"], ("--learning_rate=-1", "use 0 or more")),
+    "repeated flag": ([*PARITY, "--seed=1", "--seed=2"], ("--seed is given 2 times", "give it once")),
+    "no number": ([*PARITY, "--seed=one"], ("--seed", "one", "See --help")),
+    "save_total_limit": ([*PARITY, "--save_total_limit=0"], ("--save_total_limit=0", "use 1 or more")),
+    "epochs": ([*PARITY, "--num_train_epochs=0"], ("--num_train_epochs=0", "use more than 0")),
+    "logging_steps": ([*PARITY, "--logging_steps=0"], ("--logging_steps=0", "use 1 or more")),
+    "learning_rate": ([*PARITY, "--learning_rate=-1"], ("--learning_rate=-1", "use 0 or more")),
     "smoothing": (
-        lambda i: [*PARITY, "--label_smoothing_factor=2"],
+        [*PARITY, "--label_smoothing_factor=2"],
         ("--label_smoothing_factor=2", "use 0 to 1"),
     ),
-    "seed": (lambda i: [*PARITY, "--seed=-1"], ("--seed=-1", "use 0 or more")),
-    "optimizer": (lambda i: [*PARITY, "--optim=adamm"], ("--optim=adamm", "use one of")),
+    "seed": ([*PARITY, "--seed=-1"], ("--seed=-1", "use 0 or more")),
+    "optimizer": ([*PARITY, "--optim=adamm"], ("--optim=adamm", "use one of")),
     "missing file": (
         lambda i: [*without(i.text, "train_file"), "--train_file=gone.txt"],
         ("--train_file=gone.txt: no such file", "check the path"),
@@ -131,7 +136,7 @@ ROWS: dict[str, tuple[Row, tuple[str, ...]]] = {
         ("--train_file=.*text.docx", "unknown format '.docx'; use one of .csv"),
     ),
     "broken json": (lambda i: train_file(i, "bad.jsonl", '{"text": \n'), ("--train_file=.*bad.jsonl can't be read",)),
-    "too little text": (lambda i: train_file(i, "short.txt", "a\n"), ("--train_file=.*short.txt", "lower --block_size")),
+    "too little text": (lambda i: train_file(i, "few.txt", "a\n"), ("--train_file=.*few.txt", "lower --block_size")),
     "missing column": (
         lambda i: [*i.labels, "--text_column_names=sentence"],
         ("--text_column_names", "no column 'sentence'; its columns: text, label"),
@@ -179,70 +184,70 @@ ROWS: dict[str, tuple[Row, tuple[str, ...]]] = {
         ],
         ("--max_seq_length=513 is more than", "use (512|256) or less"),
     ),
-    "both precisions": (lambda i: [*PARITY, "--bf16", "--fp16"], ("--bf16 and --fp16", "give one")),
-    "fp16 on the CPU": (lambda i: [*PARITY, "--fp16"], ("--fp16 needs an accelerator", "use --bf16")),
+    "both precisions": ([*PARITY, "--bf16", "--fp16"], ("--bf16 and --fp16", "give one")),
+    "fp16 on the CPU": ([*PARITY, "--fp16"], ("--fp16 needs an accelerator", "use --bf16")),
     "evaluation without data": (
-        lambda i: ["--task=tests.support.odd_tasks:without_evaluation", "--eval_strategy=steps"],
+        ["--task=tests.support.odd_tasks:without_evaluation", "--eval_strategy=steps"],
         ("--eval_strategy steps needs validation data", "--validation_file"),
     ),
     "no training data": (
-        lambda i: ["--task=tests.support.odd_tasks:without_training_data"],
+        ["--task=tests.support.odd_tasks:without_training_data"],
         ("has no training data", "--train_file"),
     ),
-    "empty training data": (lambda i: ["--task=tests.support.odd_tasks:empty"], ("training data is empty",)),
-    "prediction without data": (lambda i: [*PARITY, "--do_predict"], ("--do_predict needs test data", "--test_file")),
+    "empty training data": (["--task=tests.support.odd_tasks:empty"], ("training data is empty",)),
+    "prediction without data": ([*PARITY, "--do_predict"], ("--do_predict needs test data", "--test_file")),
     "unknown metric": (
-        lambda i: [*PARITY, "--eval_strategy=steps", "--metric_for_best_model=bleu"],
+        [*PARITY, "--eval_strategy=steps", "--metric_for_best_model=bleu"],
         ("--metric_for_best_model=bleu is in no evaluation", "there are: eval_accuracy, eval_loss"),
     ),
     "unequal strategies": (
-        lambda i: [*PARITY, "--load_best_model_at_end", "--eval_strategy=epoch"],
+        [*PARITY, "--load_best_model_at_end", "--eval_strategy=epoch"],
         ("--load_best_model_at_end", "make them equal"),
     ),
-    "warmup_ratio": (lambda i: [*PARITY, "--warmup_ratio=0.1"], ("--warmup_ratio", "--warmup_steps takes a share")),
+    "warmup_ratio": ([*PARITY, "--warmup_ratio=0.1"], ("--warmup_ratio", "--warmup_steps takes a share")),
     "overwrite_output_dir": (
-        lambda i: [*PARITY, "--overwrite_output_dir"],
+        [*PARITY, "--overwrite_output_dir"],
         ("--overwrite_output_dir", "delete the folder, take another"),
     ),
-    "push_to_hub": (lambda i: [*PARITY, "--push_to_hub"], ("--push_to_hub", "hf upload")),
-    "deepspeed": (lambda i: [*PARITY, "--deepspeed=ds.json"], ("--deepspeed", "launch config")),
+    "push_to_hub": ([*PARITY, "--push_to_hub"], ("--push_to_hub", "hf upload")),
+    "deepspeed": ([*PARITY, "--deepspeed=ds.json"], ("--deepspeed", "launch config")),
     "nothing to resume": (
-        lambda i: [*PARITY, "--resume_from_checkpoint=true"],
+        [*PARITY, "--resume_from_checkpoint=true"],
         ("--resume_from_checkpoint=true: no whole checkpoint", "use auto"),
     ),
     "resume from nowhere": (
-        lambda i: [*PARITY, "--resume_from_checkpoint=gone/checkpoint-3"],
+        [*PARITY, "--resume_from_checkpoint=gone/checkpoint-3"],
         ("--resume_from_checkpoint=gone/checkpoint-3: no such folder",),
     ),
-    "unknown task": (lambda i: ["--task=translation"], ("--task=translation is not known", "causal-lm")),
+    "unknown task": (["--task=translation"], ("--task=translation is not known", "causal-lm")),
     "module of a task is missing": (
-        lambda i: ["--task=no_such_module:build"],
+        ["--task=no_such_module:build"],
         ("--task=no_such_module:build: no module no_such_module", "PYTHONPATH"),
     ),
     "builder of a task is missing": (
-        lambda i: ["--task=tests.support.parity_task:gone"],
+        ["--task=tests.support.parity_task:gone"],
         ("module tests.support.parity_task has no gone",),
     ),
-    "lomo": (lambda i: [*PARITY, "--optim=lomo"], ("--optim=lomo is not supported", "use galore_adamw or adafactor")),
+    "lomo": ([*PARITY, "--optim=lomo"], ("--optim=lomo is not supported", "use galore_adamw or adafactor")),
     "optimizer not installed": (
-        lambda i: [*PARITY, "--optim=galore_adamw", "--optim_target_modules=attn"],
+        [*PARITY, "--optim=galore_adamw", "--optim_target_modules=attn"],
         ("--optim=galore_adamw", "galore"),
     ),
     "schedule's arguments": (
-        lambda i: [*PARITY, "--lr_scheduler_kwargs=power:2"],
+        [*PARITY, "--lr_scheduler_kwargs=power:2"],
         ("lr_scheduler_kwargs", "See --help"),
     ),
     "number of processes": (
-        lambda i: [*PARITY, "--expect_num_processes=2"],
+        [*PARITY, "--expect_num_processes=2"],
         ("--expect_num_processes=2, but the launcher started 1", "check num_processes"),
     ),
     "unknown tracker": (
-        lambda i: ["--task=tests.support.parity_task:build", "--report_to=wandbb"],
+        ["--task=tests.support.parity_task:build", "--report_to=wandbb"],
         ("--report_to=wandbb is not known", "Did you mean wandb"),
     ),
-    "missing config": (lambda i: ["--config=gone.yaml"], ("--config=gone.yaml: no such file", "recipes: ")),
+    "missing config": (["--config=gone.yaml"], ("--config=gone.yaml: no such file", "recipes: ")),
     "config that is no YAML": (lambda i: config(i, "a: [1\n"), ("--config=.*own.yaml is not valid YAML",)),
-    "compile mode": (lambda i: [*PARITY, "--torch_compile_mode=fast"], ("--torch_compile_mode=fast", "use one of")),
+    "compile mode": ([*PARITY, "--torch_compile_mode=fast"], ("--torch_compile_mode=fast", "use one of")),
 }  # fmt: skip
 
 
@@ -250,8 +255,7 @@ ROWS: dict[str, tuple[Row, tuple[str, ...]]] = {
 def test_bad_input_is_refused_with_one_message_and_nothing_written(
     row: str, inputs: Inputs, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags, expected = ROWS[row]
-    argv = flags(inputs)
+    argv, expected = argv_of(row, inputs), ROWS[row][1]
     before = sorted(inputs.folder.rglob("*"))
     assert main([*argv, f"--output_dir={tmp_path / 'out'}"]) == 2
     shown = capsys.readouterr()
@@ -265,7 +269,7 @@ def test_bad_input_is_refused_with_one_message_and_nothing_written(
 def test_bad_input_leaves_no_default_folder_either(
     row: str, inputs: Inputs, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(ROWS[row][0](inputs)) == 2
+    assert main(argv_of(row, inputs)) == 2
     check_message(capsys.readouterr().err)
     assert not list(elsewhere.iterdir())
 
@@ -329,7 +333,7 @@ def test_errors_that_are_not_the_users_keep_their_traceback(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("row", ["misspelt flag", "missing file"])
 def test_the_process_ends_with_2_and_the_message(row: str, inputs: Inputs, elsewhere: Path) -> None:
-    command = [sys.executable, str(ROOT / "harness" / "train.py"), *ROWS[row][0](inputs)]
+    command = [sys.executable, str(ROOT / "harness" / "train.py"), *argv_of(row, inputs)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
     assert ended.returncode == 2

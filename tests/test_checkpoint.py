@@ -199,7 +199,7 @@ def test_a_save_that_fails_leaves_the_older_ones(two: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left on device.*older ones are untouched.*--resume"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*older ones are untouched.*--resume"):
         writer(two).save(content(15, full))
     assert [path.name for path in list_checkpoints(two)] == ["checkpoint-5", "checkpoint-10"]
     assert resumed(two)[0] == two / "checkpoint-10"
@@ -434,7 +434,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(uninterrupt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 9, 18, 30, 42])
-def test_a_run_killed_inside_a_save_resumes_to_the_same_weights(step: int, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_run_killed_around_a_save_resumes_to_the_same_weights(step: int, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     kill_and_resume(folder, lambda: (folder / f"checkpoint-{step}.partial").is_dir())
     assert_equal_weights(uninterrupted, folder)

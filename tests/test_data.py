@@ -378,7 +378,7 @@ def test_grouping_measures_the_input_or_takes_the_named_column() -> None:
 
 def test_grouping_samples_without_a_length_is_refused() -> None:
     group = LengthGroups(size=2, input_name="pixel_values")
-    with pytest.raises(ConfigError, match="no pixel_values to measure.*--length_column_name"):
+    with pytest.raises(ConfigError, match=r"no pixel_values to measure.*--length_column_name"):
         usable_samples(Sequences(3), stack, tiny_bert(), DataConfig(), group=group)
 
 

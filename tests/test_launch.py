@@ -274,6 +274,7 @@ def test_a_rank_that_must_not_start_ends_with_2(
 INSTALLED = shutil.which("harness-train", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.mark.slow
 def test_all_ways_to_start_are_the_same_from_any_folder(tmp_path: Path) -> None:
     argv = ["--train_file=x.txt", "--print_config"]
     (tmp_path / "logging.py").write_text("raise ImportError('not this one')\n", encoding="utf-8")

@@ -180,7 +180,8 @@ from transformers import Trainer, HfArgumentParser, get_scheduler, AutoModelForC
 import tokenizers, pydoc_data.topics, scipy.stats, sklearn.metrics
 
 def snapshot():
-    loggers = [logging.getLogger(), *(logging.getLogger(n) for n in ("harness", "transformers", "datasets", "accelerate"))]
+    names = ("", "harness", "transformers", "datasets", "accelerate")
+    loggers = [logging.getLogger(name) for name in names]
     return {
         "handlers": [[repr(handler) for handler in logger.handlers] for logger in loggers],
         "levels": [logger.level for logger in loggers],

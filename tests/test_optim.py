@@ -164,7 +164,7 @@ def test_rate_of_a_schedule_by_metric_is_the_optimizers(kind: str) -> None:
 
 def test_arguments_that_the_schedule_lacks_are_refused() -> None:
     config = OptimConfig(lr_scheduler_type="linear", lr_scheduler_kwargs={"power": 2}, optim="sgd")
-    with pytest.raises(ConfigError, match="--lr_scheduler_type=linear with --lr_scheduler_kwargs=.*power"):
+    with pytest.raises(ConfigError, match=r"--lr_scheduler_type=linear with --lr_scheduler_kwargs=.*power"):
         build_scheduler(build_optimizer(WithNorms(), config), config, max_steps=10)
 
 

@@ -107,6 +107,12 @@ def test_the_named_recipes_are_the_shipped_ones() -> None:
     assert sorted(re.findall(r"`(\w+)`", named)) == sorted(p.stem for p in (ROOT / "harness/recipes").glob("*.yaml"))
 
 
+def test_the_quickstart_is_as_told() -> None:
+    plan = parse([]).plan
+    assert f"the loss every {plan.logging_steps:g} steps and evaluates every {plan.eval_steps:g}:" in README
+    assert f"\nstep {plan.eval_steps:g}/{plan.max_steps} " in "\n" + blocks("text")[0]
+
+
 def test_the_functions_of_the_loop_are_those_named() -> None:
     named = re.findall(r"`([a-z_]+)`", section("## The loop"))
     assert {"fit", "train_step", "follow", "finish"} <= set(named)

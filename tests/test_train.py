@@ -66,7 +66,7 @@ def test_a_checkpoint_loads_with_from_pretrained(labels: list[str], tmp_path: Pa
     assert main([*labels, *FAST[:-1], "--save_steps=2", f"--output_dir={out}"]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(out / "checkpoint-2")
     assert model.config.id2label == {0: "cat", 1: "dog"}
-    assert AutoTokenizer.from_pretrained(out / "checkpoint-2").pad_token == "[PAD]"
+    assert AutoTokenizer.from_pretrained(out / "checkpoint-2").pad_token == "[PAD]"  # noqa: S105
 
 
 def test_do_eval_and_do_predict_after_the_training_write_their_results(labels: list[str], tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def build(config: TaskConfig) -> Task:
         if split in splits
     }
     model = load_model(config, AutoModelForCausalLM, model_config, tokenizer)
-    train_dataset = cut(blocks["train"], config.max_train_samples)
+    train_dataset = cut(blocks.get("train"), config.max_train_samples)
     eval_dataset = cut(blocks.get("validation"), config.max_eval_samples)
     shown = train_dataset if eval_dataset is None else eval_dataset
     return Task(

@@ -58,7 +58,7 @@ def build(config: TaskConfig) -> Task:
         if split in splits
     }
     model = load_model(config, AutoModelForMaskedLM, model_config, tokenizer)
-    train_dataset = cut(samples["train"], config.max_train_samples)
+    train_dataset = cut(samples.get("train"), config.max_train_samples)
     eval_dataset = cut(samples.get("validation"), config.max_eval_samples)
     shown = train_dataset if eval_dataset is None else eval_dataset
     return Task(

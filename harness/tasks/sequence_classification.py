@@ -54,6 +54,8 @@ def build(config: TaskConfig) -> Task:
     """
     config = with_glue(config)
     splits = load_splits(config)
+    if "train" not in splits:
+        raise ConfigError("No training data to learn the labels from; give --train_file or --dataset_name.")
     label_column = _label_column(config, splits)
     columns = _text_columns(config, splits, label_column)
     tokenizer = load_tokenizer(config)

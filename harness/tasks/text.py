@@ -31,7 +31,7 @@ def load_splits(config: TaskConfig, *, keep_linebreaks: bool = False) -> dict[st
     """
     Load the raw data named by the flags as a dict of splits.
 
-    "train" is always there, "validation" and "test" where they exist; other splits keep their own names.
+    "train", "validation" and "test" where they exist, at least one of them; other splits keep their own names.
     `keep_linebreaks` concerns txt files. Raises ConfigError for data that is missing, empty or malformed.
     """
     splits: dict[str, Any] = {}
@@ -41,8 +41,8 @@ def load_splits(config: TaskConfig, *, keep_linebreaks: bool = False) -> dict[st
         path = getattr(config, f"{split}_file")
         if path is not None:
             splits[split] = _load_file(f"--{split}_file={path}", Path(path), config, keep_linebreaks)
-    if "train" not in splits:
-        raise ConfigError("No training data; give --train_file or --dataset_name.")
+    if not any(split in splits for split in SPLITS):
+        raise ConfigError("No data; give --train_file or --dataset_name.")
     for split in SPLITS:
         if split in splits:
             first_row(splits[split], source(config, split))
@@ -56,8 +56,8 @@ def hold_out(splits: Mapping[str, Any], config: TaskConfig, *, shuffled: bool = 
     The first rows are taken, as run_clm does, or `shuffled` ones where their order may follow the label. A
     stream and a single row can't be split and stay whole.
     """
-    train = splits["train"]
-    if "validation" in splits or config.streaming or len(train) < 2:
+    train = splits.get("train")
+    if train is None or "validation" in splits or config.streaming or len(train) < 2:
         return dict(splits)
     held = max(1, round(len(train) * config.validation_split_percentage / 100))
     if shuffled:
@@ -120,14 +120,15 @@ def text_columns(config: TaskConfig, splits: Mapping[str, Any]) -> list[str]:
 
     Raises ConfigError for a name that one of the splits lacks, and where no column holds strings.
     """
-    given = source(config, "train")
-    strings = string_columns(splits["train"], given)
+    first = next(split for split in SPLITS if split in splits)
+    given = source(config, first)
+    strings = string_columns(splits[first], given)
     if config.text_column_names:
         columns = column_names(config)
     elif strings:
         columns = ["text" if "text" in strings else strings[0]]
     else:
-        present = ", ".join(columns_of(splits["train"], given))
+        present = ", ".join(columns_of(splits[first], given))
         raise ConfigError(f"{given} has no column of strings, only: {present}; name one by --text_column_names.")
     for split in SPLITS:
         if split in splits:

@@ -19,7 +19,7 @@ class Poison(torch.nn.Module):
         super().__init__()
         self.calls = calls
 
-    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Any) -> Any:
         self.calls -= 1
         return hidden * float("nan") if self.calls == 0 else hidden
 
@@ -88,7 +88,7 @@ class Plain(torch.nn.Module):
         self.poison = Poison(calls=2)
         self.head = torch.nn.Linear(8, 2)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any, labels: Any = None) -> dict[str, torch.Tensor]:  # noqa: ARG002
         return {"loss": self.head(self.poison(self.embedding(input_ids))).square().mean()}
 
 
