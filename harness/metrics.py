@@ -75,7 +75,7 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of what no report has shown yet."""
-        return {"sums": self.sums.cpu(), **self.last_step()}
+        return {"sums": self.sums.cpu().clone(), **self.last_step()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on in the window."""

@@ -176,11 +176,12 @@ def test_bare_debug_gives_its_values_to_what_was_not_given() -> None:
     assert {name: flat[name] for name in DEBUG_DEFAULTS} == DEBUG_DEFAULTS | given
 
 
-def test_what_a_config_gives_is_given_in_debug_too(tmp_path: Path) -> None:
+def test_debug_goes_before_a_config_and_flags_before_debug(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("max_steps: 900\nseed: 5\n", encoding="utf-8")
-    config = parse(["--config", str(path), "--debug"])
-    assert (config.plan.max_steps, config.topology.seed, config.plan.save_strategy) == (900, 5, "no")
+    config = parse(["--config", str(path), "--debug", "--save_strategy", "epoch"])
+    expected = (DEBUG_DEFAULTS["max_steps"], 5, "epoch")
+    assert (config.plan.max_steps, config.topology.seed, config.plan.save_strategy) == expected
 
 
 @pytest.mark.parametrize(
