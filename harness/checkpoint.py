@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from harness.config import ConfigError, arg, at_least
 from harness.state import TRAINER_STATE_FILE, write_json
 
 STATE_FILE = "harness_state.json"
 FORMAT_VERSION = 1
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 FOLDER = re.compile(r"checkpoint-(\d+)")
 CHUNK_BYTES = 1 << 20
 
@@ -150,27 +153,29 @@ def why_invalid(path: Path) -> str | None:
     manifest = path / STATE_FILE
     if not manifest.is_file():
         # A Trainer's: it has no manifest, so what a resume needs must at least be there.
-        needed = ("optimizer.pt", "scheduler.pt")
-        missing = [name for name in needed if not (path / name).is_file()]
+        needed = (WEIGHTS, ("optimizer.pt",), ("scheduler.pt",))
+        missing = [names[0] for names in needed if not any((path / name).is_file() for name in names)]
         return f"{', '.join(missing)} missing (saved with save_only_model, or never finished)" if missing else None
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{STATE_FILE} can't be read: {error}"
-    if content.get("format_version", 0) > FORMAT_VERSION:
-        return f"{STATE_FILE} has format {content['format_version']}, this version reads up to {FORMAT_VERSION}"
+        version = int(content.get("format_version", 0))
+        if version > FORMAT_VERSION:
+            return f"{STATE_FILE} has format {version}, this version reads up to {FORMAT_VERSION}"
+        listed = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{STATE_FILE} can't be read: {type(error).__name__} {error}"
     if content.get("only_model"):
         return "it was saved with --save_only_model; use it as --model_name_or_path"
-    faults = (_why_damaged(path / name, facts) for name, facts in content["files"].items())
+    faults = (_why_damaged(path / name, *facts) for name, facts in listed.items())
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _why_damaged(file: Path, facts: Mapping[str, Any]) -> str | None:
+def _why_damaged(file: Path, size: int, digest: str) -> str | None:
     if not file.is_file():
         return f"{file.name} is missing"
-    if file.stat().st_size != facts["size"]:
-        return f"{file.name} has {file.stat().st_size} bytes instead of {facts['size']}"
-    return f"{file.name} is damaged: its digest differs" if _digest(file) != facts["sha256"] else None
+    if file.stat().st_size != size:
+        return f"{file.name} has {file.stat().st_size} bytes instead of {size}"
+    return f"{file.name} is damaged: its digest differs" if _digest(file) != digest else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,15 +231,24 @@ class Checkpoints:
         """
         final = self.path_of(content.step)
         partial = final.with_name(f"{final.name}.partial")
-        self._together(lambda: _renew(partial) if self.is_writer else None)
-        self._together(lambda: self._write(content, partial))
-        self._together(lambda: self._commit(content, partial, final) if self.is_writer else None)
+        self.together(lambda: _renew(partial) if self.is_writer else None)
+        self.together(lambda: self._write(content, partial))
+        self.together(lambda: self._commit(content, partial, final) if self.is_writer else None)
         return final
 
-    def _together(self, act: Callable[[], None]) -> None:
+    def together(self, act: Callable[[], None]) -> None:
+        """
+        Collective: each rank acts; all go on when all are done, or none does.
+
+        Raises CheckpointError on all ranks if one could not write; any other error where it happened.
+        """
         failure: BaseException | None = None
         try:
             act()
+        except (SafetensorError, RuntimeError) as error:
+            # Of a full disk safetensors and torch speak in types of their own.
+            is_of_disk = any(words in str(error) for words in ("I/O error", "PytorchStreamWriter", "file write failed"))
+            failure = OSError(str(error)) if is_of_disk else error
         except Exception as error:  # told to the other ranks, then raised
             failure = error
         message = self.agree(failure)

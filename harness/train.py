@@ -125,9 +125,12 @@ def locate(config: Config) -> tuple[Found, Path]:
 
 def begin_output(session: Session) -> None:
     """Rank zero: make the folder of the run and write the configuration into it: the first thing written."""
-    session.output_dir.mkdir(parents=True, exist_ok=True)
-    if session.config.run.trains:  # an evaluation alone leaves the trained run's as it is
-        (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
+    try:
+        session.output_dir.mkdir(parents=True, exist_ok=True)
+        if session.config.run.trains:  # an evaluation alone leaves the trained run's as it is
+            (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output_dir={session.output_dir} can't be written to: {error}.") from error
 
 
 def restore_together(run: Run, state: TrainState, path: Path) -> None:
@@ -153,11 +156,15 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     with watch_training(config.debug, session.task.model, console.line):
         results = fit(run, state)
     console.close()
-    if session.accelerator.is_main_process:
-        save_model(session.task.model, session.task.processing_class, session.output_dir)
-        final = state.trainer_state(early_stopping=run.best.early_stopping)
-        write_json(session.output_dir / TRAINER_STATE_FILE, final)
+    run.checkpoints.together(lambda: save_final(session, run, state) if run.checkpoints.is_writer else None)
     return results
+
+
+def save_final(session: Session, run: Run, state: TrainState) -> None:
+    """Rank zero: the model and the state that the training ended with."""
+    save_model(session.task.model, session.task.processing_class, session.output_dir)
+    final = state.trainer_state(early_stopping=run.best.early_stopping)
+    write_json(session.output_dir / TRAINER_STATE_FILE, final)
 
 
 def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -> dict[str, float]:
