@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import statistics
 import sys
@@ -108,7 +109,7 @@ def milliseconds(variant: Any) -> float:
     with contextlib.redirect_stdout(io.StringIO()):
         variant()
     times = calls[WARMUP_STEPS:]
-    return statistics.median(1000 * (b - a) for a, b in zip(times, times[1:], strict=False))
+    return statistics.median(1000 * (b - a) for a, b in itertools.pairwise(times))
 
 
 if __name__ == "__main__":

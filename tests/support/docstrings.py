@@ -35,7 +35,10 @@ def write(folder: Path, *, most: int) -> tuple[Path, Path, float]:
     """Training and validation files (every fifth text), and the share of the commonest label in the latter."""
     texts = {package: of_package(package)[:most] for package in PACKAGES}
     rows = [{"text": text, "label": package} for package, found in texts.items() for text in found]
-    parts = {"train": [r for i, r in enumerate(rows) if i % 5], "validation": [r for i, r in enumerate(rows) if not i % 5]}
+    parts = {
+        "train": [r for i, r in enumerate(rows) if i % 5],
+        "validation": [r for i, r in enumerate(rows) if not i % 5],
+    }
     paths = []
     for name, part in parts.items():
         path = folder / f"{name}.jsonl"
