@@ -88,7 +88,7 @@ class Plain(torch.nn.Module):
         self.poison = Poison(calls=2)
         self.head = torch.nn.Linear(8, 2)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: Any, labels: Any = None) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any, labels: Any = None) -> dict[str, torch.Tensor]:
         return {"loss": self.head(self.poison(self.embedding(input_ids))).square().mean()}
 
 
