@@ -35,7 +35,7 @@ from harness.optim import build_optimizer, build_scheduler
 from harness.plan import resolve_plan
 from harness.state import TRAINER_STATE_FILE, TrainState
 from harness.tasks import Task, resolve
-from harness.topology import agree, local_main_first
+from harness.topology import agree, local_main_first, software
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +224,8 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
         part.load_state_dict(saved.files[name])
     if run.accelerator.scaler is not None and "scaler.pt" in saved.files:
         run.accelerator.scaler.load_state_dict(saved.files["scaler.pt"])
+    if change := describe_change(saved.shared.get("software", {}), software()):
+        logger.warning("%s was saved with %s: numbers may differ in their last bits.", saved.path, change)
     position = saved.shared.get("data")
     if position is None:  # a Trainer's: it counts optimizer steps
         updates, accumulation = run.plan.updates_per_epoch, run.loader.config.gradient_accumulation_steps

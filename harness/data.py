@@ -242,7 +242,9 @@ class TrainLoader:
     def _one_ahead(self, batches: Iterator[Mapping[str, Any]]) -> Iterator[Batch]:
         current = next(batches, None)
         while current is not None:
-            current = send_to_device(current, self.accelerator.device)
+            # From pinned memory the copy need not be waited for: waiting would be a host sync at every step.
+            pinned = self.config.dataloader_pin_memory
+            current = send_to_device(current, self.accelerator.device, non_blocking=pinned)
             following = next(batches, None)
             yield current
             current = following

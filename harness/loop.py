@@ -24,6 +24,7 @@ from harness.modeling import Loss, ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.plan import Due, Plan
 from harness.state import TrainState
+from harness.topology import software
 from harness.tracking import rewrite
 
 
@@ -185,7 +186,7 @@ def save(run: Run, state: TrainState) -> None:
         # One file a rank: the Trainer reads its own keys from it and leaves ours alone.
         rank_state=rng.capture(world_size=world_size)
         | {"harness": {"data": run.loader.rng_state_dict(), "window": run.window.state_dict()}},
-        shared={"state": state.state_dict(), "data": run.loader.state_dict()},
+        shared={"state": state.state_dict(), "data": run.loader.state_dict(), "software": software()},
     )
     run.checkpoints.save(content)
     run.checkpoints.prune(state.best_model_checkpoint)

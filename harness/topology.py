@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from accelerate.utils import (
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 from transformers.utils.import_utils import enable_tf32
 
+import harness
 from harness.config import ConfigError, arg, at_least, choice
 
 Answer = TypeVar("Answer")
@@ -206,6 +208,12 @@ def idle_accelerators(accelerator: Accelerator) -> int:
     if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
         return 0
     return int(torch.accelerator.device_count()) - 1
+
+
+def software() -> dict[str, str | int]:
+    """What the last bits of a number hang on beside the data: versions and, on the CPU, the number of threads."""
+    versions: dict[str, str | int] = {name: version(name) for name in ("accelerate", "torch", "transformers")}
+    return versions | {"accelerate-harness": harness.__version__, "num_threads": torch.get_num_threads()}
 
 
 def settle() -> None:
