@@ -89,7 +89,8 @@ class Evaluator:
     def metric_names(self) -> set[str]:
         """What an evaluation yields, without prefix, known without running one."""
         timing = {"runtime", "samples_per_second", "steps_per_second"}
-        return {"loss", *timing, *(self.metrics().names if self.metrics is not None else ())}
+        loss = {"loss"} if self.label_names else set()  # without labels there is none, as in the Trainer
+        return {*loss, *timing, *(self.metrics().names if self.metrics is not None else ())}
 
     @torch.no_grad()
     def run(self, model: torch.nn.Module, data: EvalSet, *, keep_predictions: bool = False) -> Evaluation:

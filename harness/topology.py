@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import (
     Accelerator,
-    DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
@@ -86,21 +85,15 @@ class TopologyConfig:
         return "bf16" if self.bf16 else "fp16" if self.fp16 else None
 
 
-def build_accelerator(
-    config: TopologyConfig,
-    *,
-    activation_checkpointing: bool,
-    seeds: tuple[int, int | None],
-    trackers: Sequence[Any] = (),
-    project_dir: str | None = None,
-) -> Accelerator:
+def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool) -> Accelerator:
     """
     Collective: make the Accelerator as the Trainer makes its own and check the launch.
 
-    `seeds` are (seed, data_seed). Raises ConfigError for a launch that would do something else than it says.
+    Raises ConfigError for a launch that would do something else than it says.
     """
-    _check_launch_config(config)
     on_cpu = config.use_cpu or _launched_without_accelerator()
+    _check_launch_config(config)
+    _check_precision(config, on_cpu=on_cpu or not torch.accelerator.is_available())
     # accelerate takes a backend as the word that there is a process group.
     backend = (config.ddp_backend or ("gloo" if on_cpu else None)) if _launched_processes() > 1 else None
     ddp: dict[str, Any] = {"find_unused_parameters": not activation_checkpointing}
@@ -113,9 +106,6 @@ def build_accelerator(
         mixed_precision=config.mixed_precision,
         # The loop draws and counts the micro-batches itself; accelerate must not divide by their number again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dataloader_config=DataLoaderConfiguration(
-            use_seedable_sampler=True, data_seed=seeds[1], even_batches=True, non_blocking=False
-        ),
         dynamo_plugin=TorchDynamoPlugin(
             backend=(config.torch_compile_backend or "inductor") if compiled else None,
             mode=config.torch_compile_mode,
@@ -124,10 +114,8 @@ def build_accelerator(
             DistributedDataParallelKwargs(**ddp),
             InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.ddp_timeout)),
         ],
-        log_with=list(trackers) or None,
-        project_dir=project_dir,
     )
-    _check_processes(accelerator, config)
+    _check_processes(accelerator)
     _set_precision(accelerator, config)
     return accelerator
 
@@ -149,13 +137,6 @@ def _check_launch_config(config: TopologyConfig) -> None:
                 f"The launch config says distributed_type: {what}, which this version does not support: "
                 "use launch_configs/ddp.yaml or launch_configs/single.yaml."
             )
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in PRECISIONS:
-        raise ConfigError(f"mixed_precision: {launched} in the launch config is not supported; use no, bf16 or fp16.")
-    if config.mixed_precision and launched not in ("no", config.mixed_precision):
-        raise ConfigError(
-            f"--{config.mixed_precision} contradicts mixed_precision: {launched} in the launch config; change one."
-        )
     expected = config.expect_num_processes
     if expected is not None and expected != _launched_processes():
         raise ConfigError(
@@ -165,7 +146,21 @@ def _check_launch_config(config: TopologyConfig) -> None:
         )
 
 
-def _check_processes(accelerator: Accelerator, config: TopologyConfig) -> None:
+def _check_precision(config: TopologyConfig, *, on_cpu: bool) -> None:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in PRECISIONS:
+        raise ConfigError(f"mixed_precision: {launched} in the launch config is not supported; use no, bf16 or fp16.")
+    if config.mixed_precision and launched not in ("no", config.mixed_precision):
+        raise ConfigError(
+            f"--{config.mixed_precision} contradicts mixed_precision: {launched} in the launch config; change one."
+        )
+    if on_cpu and "fp16" in (launched, config.mixed_precision):
+        raise ConfigError("fp16 (--fp16, or mixed_precision of the launch config) needs an accelerator; use bf16.")
+    if config.bf16 and torch.cuda.is_available() and not on_cpu and not is_torch_bf16_gpu_available():
+        raise ConfigError("--bf16 needs an Ampere GPU or newer; use --fp16.")
+
+
+def _check_processes(accelerator: Accelerator) -> None:
     launched = _launched_processes()
     in_group = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     separate = launched > 1 and accelerator.distributed_type == DistributedType.NO
@@ -182,10 +177,6 @@ def _check_processes(accelerator: Accelerator, config: TopologyConfig) -> None:
             f"distributed_type: {accelerator.distributed_type.value} is not supported by this version; "
             "use launch_configs/ddp.yaml or launch_configs/single.yaml."
         )
-    if accelerator.device.type == "cpu" and config.fp16:
-        raise ConfigError("--fp16 needs an accelerator; on the CPU use --bf16.")
-    if accelerator.device.type == "cuda" and config.bf16 and not is_torch_bf16_gpu_available():
-        raise ConfigError("--bf16 needs an Ampere GPU or newer; use --fp16.")
 
 
 def _set_precision(accelerator: Accelerator, config: TopologyConfig) -> None:

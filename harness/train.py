@@ -69,11 +69,8 @@ def _fail(code: int, message: str) -> int:
 
 def run_command(config: Config) -> None:
     """Collective: everything that a command line asks for."""
-    accelerator = build_accelerator(
-        config.topology,
-        activation_checkpointing=config.modeling.checkpoints_activations,
-        seeds=(config.topology.seed, config.data.data_seed),
-    )
+    checkpoints_activations = config.modeling.checkpoints_activations
+    accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
     try:
         run_on(accelerator, config)
     finally:

@@ -185,7 +185,7 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
         ("--max_seq_length=513 is more than", "use (512|256) or less"),
     ),
     "both precisions": ([*PARITY, "--bf16", "--fp16"], ("--bf16 and --fp16", "give one")),
-    "fp16 on the CPU": ([*PARITY, "--fp16"], ("--fp16 needs an accelerator", "use --bf16")),
+    "fp16 on the CPU": ([*PARITY, "--fp16"], ("--fp16", "needs an accelerator", "use bf16")),
     "evaluation without data": (
         ["--task=tests.support.odd_tasks:without_evaluation", "--eval_strategy=steps"],
         ("--eval_strategy steps needs validation data", "--validation_file"),
