@@ -244,7 +244,6 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
         run.loader.load_state_dict(position, ours.get("data", {}), saved.rank_state)
         if "window" in ours:
             run.window.load_state_dict(ours["window"])
-    run.clock.begin(state)
 
 
 def weights_dtype(config: Config) -> torch.dtype | None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
+from transformers.trainer_utils import speed_metrics
 
 from harness.config import ConfigError, arg
 from harness.tasks import Metrics
@@ -95,7 +96,7 @@ class Evaluator:
     @torch.no_grad()
     def run(self, model: torch.nn.Module, data: EvalSet, *, keep_predictions: bool = False) -> Evaluation:
         """Collective: evaluate `model` on one set, in eval mode; it is left in eval mode."""
-        started_at = time.monotonic()
+        started_at = time.time()
         model.eval()
         metrics = self.metrics() if self.metrics is not None else None
         losses: list[torch.Tensor] = []
@@ -123,7 +124,7 @@ class Evaluator:
         num_samples = data.num_samples if data.num_samples is not None else seen
         values = self._values(data.prefix, losses, metrics)
         steps = math.ceil(num_samples / (data.batch_size * self.accelerator.num_processes))
-        values |= _speed(data.prefix, time.monotonic() - started_at, num_samples, steps)
+        values |= speed_metrics(data.prefix, started_at, num_samples=num_samples, num_steps=steps)
         return Evaluation(
             metrics=values,
             extras=self._per_token(data.prefix, totals),
@@ -177,12 +178,3 @@ def _logits(outputs: Any, ignored: list[str]) -> Any:
     else:
         logits = tuple(outputs[1:])
     return logits[0] if len(logits) == 1 else logits
-
-
-def _speed(prefix: str, seconds: float, num_samples: int, num_steps: int) -> dict[str, float]:
-    seconds = max(seconds, 1e-9)
-    return {
-        f"{prefix}_runtime": round(seconds, 4),
-        f"{prefix}_samples_per_second": round(num_samples / seconds, 3),
-        f"{prefix}_steps_per_second": round(num_steps / seconds, 3),
-    }

@@ -19,7 +19,7 @@ from harness.console import Console
 from harness.data import Batch, TrainLoader, step_groups
 from harness.evaluation import EvalSet, Evaluator
 from harness.export import load_weights, save_model
-from harness.metrics import Clock, Window, Work, speed
+from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.plan import Due, Plan
@@ -54,6 +54,7 @@ class Run:
 
 def fit(run: Run, state: TrainState) -> dict[str, float]:
     """Collective: train from where `state` stands to the end of the plan; returns the metrics of the training."""
+    run.clock.begin(state)
     if run.plan.config.eval_on_start and state.global_step == 0:
         evaluate(run, state, at_start=True)
     run.model.train()
@@ -143,7 +144,7 @@ def emit(
         run.work.settle_tokens(state)
         row["num_input_tokens_seen"] = state.num_input_tokens_seen
         if timed:
-            row |= run.clock.token_rate(state)
+            row |= run.clock.rates(num_tokens=state.num_input_tokens_seen - run.clock.first_tokens)
     state.log_history.append({**row, "step": state.global_step})
     run.accelerator.log(rewrite({**row, **extras}), step=state.global_step)
     return row
@@ -198,7 +199,7 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
     state.total_loss += run.window.undrained()
     steps = state.global_step - run.clock.first_step
     samples = run.plan.num_samples * steps / max(run.plan.max_steps, 1)
-    metrics = speed("train", run.clock.seconds(), num_samples=samples, num_steps=steps)
+    metrics = run.clock.rates(num_samples=samples, num_steps=steps)
     run.work.settle_flos(state)
     metrics["total_flos"] = state.total_flos
     metrics["train_loss"] = state.total_loss / max(state.global_step - state.loss_from_step, 0.001)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers.trainer_utils import speed_metrics
 
 from harness.config import ConfigError, arg, choice
 from harness.state import TrainState
@@ -146,33 +147,18 @@ class Clock:
         self.begin(state)
 
     def begin(self, state: TrainState) -> None:
-        """Start, or start again after a checkpoint has been read into the state."""
-        self.started_at = time.monotonic()
+        """Start when the first step is near, with what a checkpoint has put into the state."""
+        self.started_at = time.time()
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
-        self._last_report = (self.started_at, state.global_step)
+        self._last_report = (time.monotonic(), state.global_step)
 
-    def seconds(self) -> float:
-        """Since the training began in this process."""
-        return time.monotonic() - self.started_at
-
-    def token_rate(self, state: TrainState) -> dict[str, float]:
-        """The Trainer's `train_runtime` and `train_tokens_per_second`, rounded as it rounds."""
-        seconds = self.seconds()
-        rate = (state.num_input_tokens_seen - self.first_tokens) / max(seconds, 1e-9)
-        return {"train_runtime": round(seconds, 4), "train_tokens_per_second": round(rate, 3)}
+    def rates(self, **work: float) -> dict[str, float]:
+        """The Trainer's `train_runtime` and what was done a second: num_samples, num_steps, num_tokens."""
+        rates: dict[str, float] = speed_metrics("train", self.started_at, **work)
+        return rates
 
     def window_rate(self, state: TrainState, samples_per_step: int) -> float:
         """Samples a second, on all devices, since the last report."""
         now = time.monotonic()
         (then, step), self._last_report = self._last_report, (now, state.global_step)
         return (state.global_step - step) * samples_per_step / max(now - then, 1e-9)
-
-
-def speed(prefix: str, seconds: float, *, num_samples: float, num_steps: float) -> dict[str, float]:
-    """`_runtime`, `_samples_per_second`, `_steps_per_second`: transformers' speed_metrics with a steady clock."""
-    seconds = max(seconds, 1e-9)
-    return {
-        f"{prefix}_runtime": round(seconds, 4),
-        f"{prefix}_samples_per_second": round(num_samples / seconds, 3),
-        f"{prefix}_steps_per_second": round(num_steps / seconds, 3),
-    }

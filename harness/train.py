@@ -203,7 +203,7 @@ def describe_end(session: Session, state: TrainState, results: dict[str, float])
         rows.append((f"best {session.config.best_metric}", best))
     if losses := [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]:
         rows.append(("last eval_loss", f"{losses[-1]:.4f} (first: {losses[0]:.4f})"))
-    if "train_runtime" in results:
+    if "train_samples_per_second" in results:
         rate, seconds = results["train_samples_per_second"], results["train_runtime"]
         rows.append(("speed", f"{rate:.1f} samples/s, {seconds:.1f} s in all"))
     if session.config.run.trains:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from harness.config import ConfigError
-from harness.metrics import Clock, MetricsConfig, Window, Work, speed
+from harness.metrics import Clock, MetricsConfig, Window, Work
 from harness.state import TrainState
 
 FINITE, BAD = [1.5, 0.7, 2.25, 1.1], [1.5, math.nan, 0.7, math.inf, 2.0, -math.inf]
@@ -150,15 +150,11 @@ def test_rates_count_this_life_only() -> None:
     state = TrainState(global_step=10, num_input_tokens_seen=1000)
     clock = Clock(state)
     clock.started_at -= 10
-    clock._last_report = (clock.started_at, 10)
+    clock._last_report = (clock._last_report[0] - 10, 10)
     state.global_step, state.num_input_tokens_seen = 30, 1500
-    assert clock.token_rate(state)["train_tokens_per_second"] == pytest.approx(50, rel=0.01)
+    rates = clock.rates(num_tokens=state.num_input_tokens_seen - clock.first_tokens)
+    assert list(rates) == ["train_runtime", "train_tokens_per_second"]
+    assert rates["train_tokens_per_second"] == pytest.approx(50, rel=0.01)
     assert clock.window_rate(state, samples_per_step=4) == pytest.approx(8, rel=0.01)
     state.global_step = 31
     assert clock.window_rate(state, samples_per_step=4) > 100, "the window began with the last report"
-
-
-def test_speed_has_the_trainers_names_and_survives_no_time() -> None:
-    found = speed("train", 2.0, num_samples=10, num_steps=4)
-    assert found == {"train_runtime": 2.0, "train_samples_per_second": 5.0, "train_steps_per_second": 2.0}
-    assert math.isfinite(speed("eval", 0.0, num_samples=1, num_steps=1)["eval_samples_per_second"])
