@@ -21,13 +21,13 @@ from harness.data import (
     DataConfig,
     LengthGroups,
     Samples,
-    TrainLoader,
     build_eval_loader,
     first_samples,
     usable_samples,
 )
 from harness.evaluation import EvalSet, Evaluator
 from harness.export import load_weights
+from harness.loader import TrainLoader
 from harness.loop import Run
 from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, prepare_model

@@ -16,9 +16,9 @@ from harness import rng
 from harness.best import BestModel
 from harness.checkpoint import Checkpoints, Content
 from harness.console import Console
-from harness.data import Batch, TrainLoader, step_groups
 from harness.evaluation import EvalSet, Evaluator
 from harness.export import load_weights, save_model
+from harness.loader import Batch, TrainLoader, step_groups
 from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig, current_learning_rate

@@ -22,14 +22,12 @@ from harness.config import ConfigError
 from harness.data import (
     DataConfig,
     LengthGroups,
-    RankBatches,
     Samples,
-    TrainLoader,
     build_eval_loader,
     first_samples,
-    step_groups,
     usable_samples,
 )
+from harness.loader import RankBatches, TrainLoader, step_groups
 
 SEED = 42
 

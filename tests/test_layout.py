@@ -34,6 +34,7 @@ LAYERS = (
         "debug",
         "tracking",
     ),
+    ("loader",),
     ("arguments", "loop"),
     ("assemble",),
     ("train",),
@@ -45,7 +46,6 @@ LONGEST_FILE, LONGEST_FUNCTION = 350, 60
 # With the reason why they are one concern.
 LONGER_FILES = {
     "checkpoint.py": "one file format: finding, writing and reading it",
-    "data.py": "one position: order, collator and loader keep it together",
     "tracking/run.py": "one interface of Accelerate's",
 }
 TOP_LEVEL = {
