@@ -163,7 +163,9 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     run.model.train()
     if hasattr(run.optimizer, "train"):
         run.optimizer.train()
-    if run.best.metric is not None and run.optim.lr_scheduler_type in BY_METRIC and not at_start:
+    if at_start:  # nothing has been learnt yet: the Trainer compares nothing with it
+        return False
+    if run.best.metric is not None and run.optim.lr_scheduler_type in BY_METRIC:
         run.scheduler.step(metrics[run.best.metric])
     return run.best.update(metrics, state)
 

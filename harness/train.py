@@ -30,7 +30,7 @@ from harness.export import save_model
 from harness.loop import Run, fit
 from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
 from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
-from harness.tracking import rewrite
+from harness.tracking import rewrite, run_config, trackers
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers
 
 logger = logging.getLogger("harness")
@@ -86,15 +86,15 @@ def run_on(accelerator: Accelerator, config: Config) -> None:
     found, output_dir = tell_all(accelerator, lambda: locate(config))
     for reason in found.passed_over:
         logger.warning("Passed over %s.", reason)
+    chosen = trackers(config.tracking, dir=str(output_dir))
     session = assemble(config, accelerator, output_dir, weights=found.path)
     state = TrainState()
     run = build_run(session, state) if config.run.trains else None
     if run is not None and found.path is not None:
         restore_together(run, state, found.path)
     tell_all(accelerator, lambda: begin_output(session))
-    open_trackers(
-        accelerator, config.tracking, output_dir=output_dir, model=session.task.model, arguments=config.flat()
-    )
+    configuration = run_config(session.task.model, config.flat())
+    open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
     failed = True
     rows: list[tuple[str, str]] = []
     try:

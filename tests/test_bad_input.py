@@ -339,3 +339,24 @@ def test_the_process_ends_with_2_and_the_message(row: str, inputs: Inputs, elsew
     assert ended.returncode == 2
     check_message(ended.stderr, *ROWS[row][1])
     assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [("WANDB_MODE", "sometimes", "Put it right or unset it"), ("WANDB_LOG_MODEL", "checkpoint", "unset it")],
+)
+def test_a_variable_that_can_not_be_followed_is_refused_before_anything_is_written(
+    name: str,
+    value: str,
+    remedy: str,
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, value)
+    argv = ["--task=tests.support.parity_task:build", "--use_cpu", f"--output_dir={tmp_path / 'out'}"]
+    assert main(argv) == 2
+    check_message(capsys.readouterr().err, f"{name}={value}", remedy)
+    assert not (tmp_path / "out").exists()
+    assert not list(elsewhere.iterdir())

@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
         **EVERY_4,
         "eval_delay": 9,
         "prediction_loss_only": True,
+        "metric_for_best_model": "loss",
     },
     "best model by accuracy": {
         **EVERY_EPOCH,

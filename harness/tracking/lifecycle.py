@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
-from harness.tracking.run import TrackingConfig, WandbTracker, run_config, store_configuration, trackers
+from harness.tracking.run import WandbTracker, store_configuration
 
 
 def open_trackers(
     accelerator: Accelerator,
-    config: TrackingConfig,
+    chosen: Sequence[str | WandbTracker],
+    project: str,
     *,
     output_dir: Path,
-    model: torch.nn.Module,
-    arguments: Mapping[str, Any],
+    configuration: Mapping[str, Any],
 ) -> None:
-    """Start the trackers on rank zero and give them the configuration. Raises ConfigError for what W&B refuses."""
+    """Start the chosen trackers on rank zero and give them the configuration."""
     accelerator.project_configuration.set_directories(str(output_dir))
-    accelerator.log_with = filter_trackers(trackers(config, dir=str(output_dir)), accelerator.logging_dir)
-    accelerator.init_trackers(config.project)
-    store_configuration(accelerator.trackers, run_config(model, arguments))
+    accelerator.log_with = filter_trackers(list(chosen), accelerator.logging_dir)
+    accelerator.init_trackers(project)
+    store_configuration(accelerator.trackers, configuration)
 
 
 def close_trackers(accelerator: Accelerator, *, exit_code: int) -> None:
