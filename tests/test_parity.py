@@ -23,6 +23,7 @@ EVERY_4 = {"eval_strategy": "steps", "eval_steps": 4}
 CASES: dict[str, dict[str, Any]] = {
     "dropout, padding, masked labels": {},
     "accumulation 2, ragged": {"gradient_accumulation_steps": 2},
+    "accumulation 3, ragged": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 7},
     "accumulation 4, ragged": {"gradient_accumulation_steps": 4, "logging_steps": 2},
     "warmup steps, cosine": {"warmup_steps": 5, "lr_scheduler_type": "cosine"},
     "warmup share, polynomial": {"warmup_steps": 0.2, "lr_scheduler_type": "polynomial"},
