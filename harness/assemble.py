@@ -220,8 +220,7 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
     if best is not None and not Path(best).is_dir():
         logger.warning("The best checkpoint %s is gone; it can't be loaded at the end.", best)
         state.best_model_checkpoint = None
-    for name, part in (("optimizer.pt", run.optimizer), ("scheduler.pt", run.scheduler)):
-        part.load_state_dict(saved.files[name])
+    _restore_optimizer(run, saved)
     if run.accelerator.scaler is not None and "scaler.pt" in saved.files:
         run.accelerator.scaler.load_state_dict(saved.files["scaler.pt"])
     if change := describe_change(saved.shared.get("software", {}), software()):
@@ -244,6 +243,19 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
         run.loader.load_state_dict(position, ours.get("data", {}), saved.rank_state)
         if "window" in ours:
             run.window.load_state_dict(ours["window"])
+
+
+def _restore_optimizer(run: Run, saved: Saved) -> None:
+    was, now = saved.shared.get("optim", run.optim.optim), run.optim.optim
+    interchangeable = {"adamw_torch", "adamw_torch_fused"}
+    if was != now and not {was, now} <= interchangeable:
+        raise ConfigError(f"{saved.path} was saved with --optim {was}, not {now}: its state does not fit; give {was}.")
+    try:
+        run.optimizer.load_state_dict(saved.files["optimizer.pt"])
+        run.scheduler.load_state_dict(saved.files["scheduler.pt"])
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = f"{saved.path} holds the state of another optimizer or schedule ({error})"
+        raise ConfigError(f"{reason}; give the flags it was saved with.") from error
 
 
 def weights_dtype(config: Config) -> torch.dtype | None:

@@ -20,13 +20,13 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from harness.config import ConfigError, arg, at_least
+from harness.config import ConfigError, arg
 from harness.state import TRAINER_STATE_FILE, write_json
 
 STATE_FILE = "harness_state.json"
 FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-FOLDER = re.compile(r"checkpoint-(\d+)")
+FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 CHUNK_BYTES = 1 << 20
 
 
@@ -49,7 +49,6 @@ class CheckpointConfig:
                 f"--save_total_limit={self.save_total_limit} would delete the checkpoint just written; "
                 "use 1 or more, or leave it out to keep all."
             )
-        at_least(1, save_total_limit=self.save_total_limit)
         resume = self.resume_from_checkpoint
         if resume is not None and resume.lower() in ("true", "auto", "false"):
             object.__setattr__(self, "resume_from_checkpoint", None if resume.lower() == "false" else resume.lower())
@@ -73,11 +72,16 @@ class Found:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders checkpoint-N, oldest first; no leftovers of a save that did not end."""
+    """
+    The folders checkpoint-N, oldest first; no leftovers of a save that did not end.
+
+    A save that was killed while it replaced checkpoint-N leaves the older one as checkpoint-N.replaced.
+    """
     if not output_dir.is_dir():
         return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir()]
+    found = {path.name: path for path in output_dir.iterdir() if path.is_dir() and FOLDER.fullmatch(path.name)}
+    present = [path for name, path in found.items() if name.removesuffix(".replaced") not in found.keys() - {name}]
+    return sorted(present, key=lambda path: int(path.name.removesuffix(".replaced").rpartition("-")[2]))
 
 
 def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
@@ -105,7 +109,12 @@ def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
             f"--resume_from_checkpoint=true: no whole checkpoint in {output_dir}{reasons}; "
             "use auto to start afresh where there is none."
         )
-    return Found(path=None, passed_over=tuple(passed_over))
+    if passed_over:
+        raise ConfigError(
+            f"--resume_from_checkpoint=auto: no checkpoint in {output_dir} is whole ({'; '.join(passed_over)}); "
+            "move or delete them to start afresh."
+        )
+    return Found(path=None)
 
 
 def choose_output_dir(config: CheckpointConfig) -> Path:
@@ -287,18 +296,27 @@ class Checkpoints:
         write_json(partial / STATE_FILE, manifest)
         _sync(partial / STATE_FILE)
         _sync(partial)
+        replaced = final.with_name(f"{final.name}.replaced")
         if final.exists():  # a run that was resumed before this step writes it again
-            shutil.rmtree(final)
+            final.rename(replaced)
         partial.rename(final)
         _sync(self.output_dir)
+        if replaced.exists():
+            shutil.rmtree(replaced)
 
-    def prune(self, best: str | None) -> None:
-        """Rank zero: delete the oldest checkpoints beyond `save_total_limit`; never the newest, never the best."""
+    def prune(self, *, saved: Path, best: str | None) -> None:
+        """
+        Rank zero: delete the oldest checkpoints beyond `save_total_limit`; never the one just saved, never the best.
+
+        Those of later steps go first: the run was resumed before them and will write them again.
+        """
         limit = self.config.save_total_limit
         if limit is None or not self.is_writer:
             return
         checkpoints = list_checkpoints(self.output_dir)
-        protected = {checkpoints[-1].name} if checkpoints else set()
+        superseded = checkpoints[checkpoints.index(saved) + 1 :]
+        checkpoints = [*superseded, *(path for path in checkpoints if path not in superseded)]
+        protected = {saved.name}
         if best is not None:
             protected.add(Path(best).name)
         excess = len(checkpoints) - max(limit, len(protected))

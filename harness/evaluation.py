@@ -56,7 +56,7 @@ class Evaluation:
     """
     The outcome: `metrics` in the Trainer's names and order; `extras` of ours, with a slash, for the trackers alone.
 
-    `predictions` and `labels` hold what Metrics.predictions made of the logits, if they were to be kept.
+    `predictions` holds what Metrics.predictions made of the logits, if they were to be kept.
     """
 
     metrics: dict[str, float]
@@ -88,10 +88,13 @@ class Evaluator:
         self.label_names, self.metrics, self.drops_non_finite = label_names, metrics, drops_non_finite
 
     def metric_names(self) -> set[str]:
-        """What an evaluation yields, without prefix, known without running one."""
-        timing = {"runtime", "samples_per_second", "steps_per_second"}
+        """
+        What an evaluation yields, without prefix, known without running one.
+
+        Not its times: each rank has its own, and what is decided by them would not be agreed.
+        """
         loss = {"loss"} if self.label_names else set()  # without labels there is none, as in the Trainer
-        return {*loss, *timing, *(self.metrics().names if self.metrics is not None else ())}
+        return {*loss, *(self.metrics().names if self.metrics is not None else ())}
 
     @torch.no_grad()
     def run(self, model: torch.nn.Module, data: EvalSet, *, keep_predictions: bool = False) -> Evaluation:
@@ -128,7 +131,7 @@ class Evaluator:
         return Evaluation(
             metrics=values,
             extras=self._per_token(data.prefix, totals),
-            predictions=torch.cat(kept).numpy() if kept else None,
+            predictions=_joined(kept) if kept else None,
         )
 
     def _labels(self, batch: Batch) -> Any:
@@ -166,6 +169,15 @@ class Evaluator:
         group = prefix.replace("_", "/", 1) if "_" in prefix else prefix
         num_tokens = summed[1] / (self.accelerator.num_processes if self.counts_all_ranks else 1)
         return {f"{group}/loss_per_token": summed[0] / summed[1], f"{group}/num_tokens": num_tokens}
+
+
+def _joined(kept: list[torch.Tensor]) -> npt.NDArray[Any]:
+    if kept[0].dim() > 1:  # each batch is as long as its longest sample
+        longest = max(part.shape[1] for part in kept)
+        pad = torch.nn.functional.pad
+        kept = [pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1]), value=-100) for part in kept]
+    joined: npt.NDArray[Any] = torch.cat(kept).numpy()
+    return joined
 
 
 def _are_tokens(labels: Any) -> bool:

@@ -14,9 +14,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from harness.config import ConfigError
 
 
-def save_model(model: torch.nn.Module, processing_class: Any, folder: Path) -> None:
+def save_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, as_published: bool) -> None:
     """
     Write weights, config and processing class as the Trainer writes them. Call it on one rank.
+
+    `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's
+    own (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
+    `from_pretrained` reads both.
 
     A model that is no PreTrainedModel has its state dict in model.safetensors; tied tensors are written once.
     """
@@ -24,7 +28,7 @@ def save_model(model: torch.nn.Module, processing_class: Any, folder: Path) -> N
     if isinstance(model, PreTrainedModel):
         shows_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a bar for each save would break up the training's own
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=as_published)
         if shows_bars:
             logging.enable_progress_bar()
     else:
@@ -37,12 +41,6 @@ def save_model(model: torch.nn.Module, processing_class: Any, folder: Path) -> N
         save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     if hasattr(processing_class, "save_pretrained"):
         processing_class.save_pretrained(folder)
-
-
-def has_model(folder: Path) -> bool:
-    """Whether the folder holds weights in a form that `load_weights` reads."""
-    names: tuple[str, ...] = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    return any((folder / name).is_file() for name in names)
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:

@@ -226,8 +226,10 @@ class TrainLoader:
 
     def load_position(self, position: Mapping[str, int]) -> None:
         """Continue from a position without generators: the order is right, what is drawn at random is not."""
-        self.epoch_index = position["epoch"]
-        self.batches_drawn = 0 if self.config.ignore_data_skip else position["batches"]
+        self.epoch_index, self.batches_drawn = position["epoch"], position["batches"]
+        if self.config.ignore_data_skip:
+            self.epoch_index += self.remaining == 0  # that epoch was over, but for what belongs to its end
+            self.batches_drawn = 0
         now = rng.capture_host()
         self._resume = {"epoch_start": None, "ahead": None, "saved": now}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.memory import clear_device_cache
 
 from harness import rng
@@ -36,7 +37,7 @@ class Run:
     model: torch.nn.Module
     processing_class: Any
     loss: Loss
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     scheduler: Any
     loader: TrainLoader
     plan: Plan
@@ -75,8 +76,7 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
             run.console.line(f"The stream has ended at step {state.global_step} of {run.plan.max_steps}.")
             break
         run.loader.finish_epoch()
-        state.is_ended = is_over(run, state)
-        follow(run, state, run.plan.at_epoch_end(state))
+        follow(run, state, run.plan.at_epoch_end(state), ends_epoch=True)
         if is_over(run, state):
             break
     return finish(run, state)
@@ -89,6 +89,7 @@ def is_over(run: Run, state: TrainState) -> bool:
 
 def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
     """Collective: one optimizer step over its micro-batches, without a host sync."""
+    run.optimizer.train()
     num_items = run.loss.num_items(window)
     for i, batch in enumerate(window):
         is_last = i == len(window) - 1
@@ -109,11 +110,12 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
         clear_device_cache()
 
 
-def follow(run: Run, state: TrainState, due: Due) -> None:
+def follow(run: Run, state: TrainState, due: Due, *, ends_epoch: bool = False) -> None:
     """Collective: log, evaluate and save, as far as they are due: Trainer._maybe_log_save_evaluate."""
     if due.log and state.global_step > state.last_logged_step:
         report(run, state)
     is_best = evaluate(run, state) if due.evaluate else False
+    state.is_ended = ends_epoch and is_over(run, state)  # known to a save from here on
     if is_best if run.plan.config.save_strategy == "best" else due.save:
         save(run, state)
 
@@ -152,8 +154,7 @@ def emit(
 
 def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     """Collective: evaluate on all sets; returns whether this was the best evaluation so far."""
-    if hasattr(run.optimizer, "eval"):
-        run.optimizer.eval()
+    run.optimizer.eval()  # schedule-free optimizers have other weights to evaluate and to save
     metrics: dict[str, float] = {}
     for data in run.eval_sets:
         outcome = run.evaluator.run(run.model, data)
@@ -161,8 +162,6 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
         run.console.evaluation(outcome.metrics, step=state.global_step)
         metrics |= outcome.metrics
     run.model.train()
-    if hasattr(run.optimizer, "train"):
-        run.optimizer.train()
     if at_start:  # nothing has been learnt yet: the Trainer compares nothing with it
         return False
     if run.best.metric is not None and run.optim.lr_scheduler_type in BY_METRIC:
@@ -173,6 +172,8 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
 def save(run: Run, state: TrainState) -> None:
     """Collective: write checkpoint-N. Raises CheckpointError if it could not be written."""
     run.work.settle_flos(state)
+    if run.work.counts != "no":
+        run.work.settle_tokens(state)
     best = state.best_global_step
     if best and (best == state.global_step or run.checkpoints.path_of(best).is_dir()):
         state.best_model_checkpoint = str(run.checkpoints.path_of(best))
@@ -183,16 +184,21 @@ def save(run: Run, state: TrainState) -> None:
     model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
     content = Content(
         step=state.global_step,
-        write_model=lambda folder: save_model(model, run.processing_class, folder),
+        write_model=lambda folder: save_model(model, run.processing_class, folder, as_published=False),
         files=files,
         trainer_state=state.trainer_state(early_stopping=run.best.early_stopping),
         # One file a rank: the Trainer reads its own keys from it and leaves ours alone.
         rank_state=rng.capture(world_size=world_size)
         | {"harness": {"data": run.loader.rng_state_dict(), "window": run.window.state_dict()}},
-        shared={"state": state.state_dict(), "data": run.loader.state_dict(), "software": software()},
+        shared={
+            "state": state.state_dict(),
+            "data": run.loader.state_dict(),
+            "software": software(),
+            "optim": run.optim.optim,
+        },
     )
-    run.checkpoints.save(content)
-    run.checkpoints.prune(state.best_model_checkpoint)
+    saved = run.checkpoints.save(content)
+    run.checkpoints.prune(saved=saved, best=state.best_model_checkpoint)
 
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:

@@ -43,7 +43,9 @@ def restore(state: RngState) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         if isinstance(state["cuda"], list):
-            torch.cuda.set_rng_state_all(state["cuda"])
+            # This machine may show fewer devices than the one that saved.
+            for i, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(device_state, i)
         else:
             torch.cuda.set_rng_state(state["cuda"])
 

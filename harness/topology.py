@@ -80,6 +80,11 @@ class TopologyConfig:
             choice("ddp_backend", self.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
 
     @property
+    def compiles(self) -> bool:
+        """Whether to compile: asked for, or a backend or a mode was given."""
+        return self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
+
+    @property
     def mixed_precision(self) -> str | None:
         """What the flags ask for; None leaves it to the launch config."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else None
@@ -100,14 +105,13 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
     for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph"):
         if (value := getattr(config, f"ddp_{name}")) is not None:
             ddp[name] = value
-    compiled = config.torch_compile or config.torch_compile_backend or config.torch_compile_mode
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=config.mixed_precision,
         # The loop draws and counts the micro-batches itself; accelerate must not divide by their number again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(
-            backend=(config.torch_compile_backend or "inductor") if compiled else None,
+            backend=(config.torch_compile_backend or "inductor") if config.compiles else None,
             mode=config.torch_compile_mode,
         ),
         kwargs_handlers=[
@@ -185,7 +189,7 @@ def _set_precision(accelerator: Accelerator, config: TopologyConfig) -> None:
             enable_tf32(config.tf32)
         elif config.tf32:
             raise ConfigError("--tf32 needs an Ampere GPU or newer; leave it out.")
-    elif config.torch_compile and accelerator.device.type == "cuda" and is_torch_tf32_available():
+    elif config.compiles and accelerator.device.type == "cuda" and is_torch_tf32_available():
         enable_tf32(True)  # as the Trainer does when it compiles
 
 

@@ -159,7 +159,7 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
 
 def save_final(session: Session, run: Run, state: TrainState) -> None:
     """Rank zero: the model and the state that the training ended with."""
-    save_model(session.task.model, session.task.processing_class, session.output_dir)
+    save_model(session.task.model, session.task.processing_class, session.output_dir, as_published=True)
     final = state.trainer_state(early_stopping=run.best.early_stopping)
     write_json(session.output_dir / TRAINER_STATE_FILE, final)
 
@@ -171,14 +171,17 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
         return {}
     accelerator, task = session.accelerator, session.task
     model = accelerator.prepare_model(task.model, evaluation_mode=True) if run is None else run.model
+    if run is not None:
+        run.optimizer.eval()
     if (dtype := weights_dtype(session.config)) is not None:
         model = model.to(dtype)
     results: dict[str, float] = {}
     sets = [*(eval_sets(session) if asked.do_eval else ())]
     if asked.do_predict:
         sets.append(eval_set(session, task.test_dataset, "test"))
+    keeps = task.describe_predictions is not None
     for data in sets:
-        outcome = session.evaluator.run(model, data, keep_predictions=data.prefix == "test")
+        outcome = session.evaluator.run(model, data, keep_predictions=keeps and data.prefix == "test")
         session.console.evaluation(outcome.metrics, step=state.global_step)
         row = {**outcome.metrics, "epoch": state.epoch, **outcome.extras}
         accelerator.log(rewrite(row), step=state.global_step)

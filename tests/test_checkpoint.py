@@ -153,14 +153,17 @@ def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:
     assert "--save_only_model; use it as --model_name_or_path" in passed_over[0]
 
 
-def test_true_raises_with_every_reason_and_auto_starts_afresh(two: Path) -> None:
+def test_damage_alone_is_refused_with_every_reason_by_true_and_auto(two: Path) -> None:
     for step in (5, 10):
         (two / f"checkpoint-{step}" / "optimizer.pt").unlink()
     with pytest.raises(ConfigError, match=r"no whole checkpoint in .*checkpoint-10: .*checkpoint-5: .*use auto"):
         resumed(two, "true")
-    path, passed_over = resumed(two)
-    assert path is None
-    assert len(passed_over) == 2
+    with pytest.raises(ConfigError, match=r"is whole .*checkpoint-10: .*checkpoint-5: .*move or delete them"):
+        resumed(two)
+
+
+def test_auto_starts_afresh_where_there_is_no_checkpoint(tmp_path: Path) -> None:
+    assert resumed(tmp_path) == (None, ())
 
 
 def test_nothing_is_resumed_unless_asked_for(two: Path) -> None:
@@ -230,10 +233,52 @@ def test_pruning_keeps_the_newest_and_the_best(
     limit: int | None, best: int | None, kept: list[int], tmp_path: Path
 ) -> None:
     checkpoints = writer(tmp_path, save_total_limit=limit)
-    for step in (1, 2, 3, 4):
-        checkpoints.save(content(step))
-    checkpoints.prune(None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    saved = [checkpoints.save(content(step)) for step in (1, 2, 3, 4)]
+    checkpoints.prune(saved=saved[-1], best=None if best is None else str(tmp_path / f"checkpoint-{best}"))
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_pruning_keeps_what_was_just_saved_and_not_stale_later_steps(tmp_path: Path) -> None:
+    checkpoints = writer(tmp_path, save_total_limit=2)
+    for step in (1, 4, 6):
+        checkpoints.save(content(step))
+    checkpoints.prune(saved=checkpoints.save(content(2)), best=None)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(two: Path) -> None:
+    (two / "checkpoint-10").rename(two / "checkpoint-10.replaced")
+    assert resumed(two) == (two / "checkpoint-10.replaced", ())
+    writer(two).save(content(10))
+    assert [path.name for path in list_checkpoints(two)] == ["checkpoint-5", "checkpoint-10"]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_the_state_of_another_optimizer_is_refused(
+    optim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_harness(tmp_path / "run", {**SAVING, "max_steps": 5})
+    reset()
+    other = {**SAVING, "optim": optim, "resume_from_checkpoint": tmp_path / "run" / "checkpoint-5"}
+    assert main([*FLAGS, *as_flags({**other, "output_dir": tmp_path / "on"})]) == 2
+    assert f"--optim adamw_torch_fused, not {optim}" in capsys.readouterr().err
+    assert not (tmp_path / "on").exists()
+
+
+def test_a_mixture_of_experts_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from harness.export import load_weights, save_model
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=2, **sizes)
+    model, other = MixtralForCausalLM(shape), MixtralForCausalLM(shape)
+    save_model(model, None, tmp_path, as_published=False)
+    load_weights(other, tmp_path)
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
 class Payload:

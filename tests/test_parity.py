@@ -141,6 +141,7 @@ def test_checkpoints_hold_the_trainers_files_and_state(tmp_path: Path) -> None:
         {"random_collator": True},
         {"train_sampling_strategy": "group_by_length"},
         {"dataloader_num_workers": 1},
+        {"include_num_input_tokens_seen": "all", "logging_steps": 4},
         {
             "eval_strategy": "steps",
             "eval_steps": 4,
@@ -197,3 +198,26 @@ def test_a_compiled_model_has_the_trainers_numbers(tmp_path: Path) -> None:
     run_trainer(tmp_path / "trainer", arguments)
     run_harness(tmp_path / "ours", arguments)
     assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+
+
+def test_a_resume_after_early_stopping_repeats_nothing(tmp_path: Path) -> None:
+    stopping = {"metric_for_best_model": "accuracy", "early_stopping_patience": 1}
+    arguments = {**TRAINING, **EVERY_EPOCH, **stopping, "learning_rate": 0.0, "num_train_epochs": 4}
+    run_harness(tmp_path / "whole", arguments)
+    last = tmp_path / "whole" / "checkpoint-30"
+    assert not (tmp_path / "whole" / "checkpoint-45").exists(), "it never stopped early, so nothing was compared"
+    run_harness(tmp_path / "again", {**arguments, "resume_from_checkpoint": last})
+    assert_equal_runs(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_data_skip_that_is_ignored_begins_where_the_trainer_begins(tmp_path: Path) -> None:
+    arguments = {**TRAINING, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 5}
+    run_harness(tmp_path / "ours", arguments)
+    for step in (10, 15):
+        checkpoint = tmp_path / "ours" / f"checkpoint-{step}"
+        skipped = {**arguments, "ignore_data_skip": True}
+        run_trainer(tmp_path / f"trainer-{step}", skipped, resume=str(checkpoint))
+        run_harness(tmp_path / f"ours-{step}", {**skipped, "resume_from_checkpoint": checkpoint})
+        theirs, found = history(tmp_path / f"trainer-{step}"), history(tmp_path / f"ours-{step}")
+        assert [entry["epoch"] for entry in found] == [entry["epoch"] for entry in theirs]
+        assert found[:-1] == theirs[:-1]
