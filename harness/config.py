@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
 from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,9 +54,9 @@ def choice(flag: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def at_least(minimum: float, **flags: float | None) -> None:
-    """Refuse numbers below `minimum`; None passes. Raises ConfigError."""
+    """Refuse numbers below `minimum`, NaN and infinity; None passes. Raises ConfigError."""
     for flag, value in flags.items():
-        if value is not None and not value >= minimum:  # NaN is refused too
+        if value is not None and not minimum <= value < math.inf:
             raise ConfigError(f"--{flag}={value}: use {minimum:g} or more.")
 
 

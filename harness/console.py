@@ -58,7 +58,8 @@ def set_up_logging(config: ConsoleConfig, *, is_main: bool, is_local_main: bool)
         ours.setLevel(logging.INFO if speaks else logging.WARNING)
     else:
         ours.setLevel(level.upper())
-    _set_up_libraries(None if level == "passive" else ours.level, shows_progress=speaks)
+    shows_progress = speaks and config.shows_progress
+    _set_up_libraries(None if level == "passive" else ours.level, shows_progress=shows_progress)
 
 
 class Console:

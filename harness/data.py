@@ -18,7 +18,8 @@ from transformers.utils import find_labels
 
 from harness.config import ConfigError, arg, at_least, choice
 
-logger = logging.getLogger(__name__)
+# Its collator tells once what it hides, as a library does: heard with --log_level info.
+library_logger = logging.getLogger("transformers.trainer")
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -147,7 +148,7 @@ def usable_samples(
     wanted = [*inspect.signature(model.forward).parameters, *sorted({"label", "label_ids", *labels})]
     name = type(model).__name__
     if not isinstance(dataset, (Dataset, IterableDataset)) or dataset.column_names is None:
-        hiding = RemoveColumnsCollator(collate, wanted, logger=logger, model_name=name)
+        hiding = RemoveColumnsCollator(collate, wanted, logger=library_logger, model_name=name)
         return Samples(dataset=dataset, collate=hiding, lengths=lengths)
     unused = [column for column in dataset.column_names if column not in wanted]
     if len(unused) == len(dataset.column_names):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.trainer_utils import seed_worker
@@ -74,14 +75,23 @@ class RememberingCollator:
         self.collate = collate
         self.before: rng.RngState | None = None
         self._replay: tuple[rng.RngState, rng.RngState] | None = None
+        self._skip = 0
 
-    def replay(self, before: rng.RngState, after: rng.RngState) -> None:
-        """Collate the next batch from `before`, then go on from `after`."""
-        self._replay = (before, after)
+    def replay(self, before: rng.RngState, after: rng.RngState, *, skip: int) -> None:
+        """Let `skip` batches pass, collate the next one from `before`, then go on from `after`."""
+        self._replay, self._skip = (before, after), skip
+
+    def cancel_replay(self) -> bool:
+        """Whether a replay was still waiting for its batch; it waits no more."""
+        waiting, self._replay, self._skip = self._replay is not None, None, 0
+        return waiting
 
     def __call__(self, samples: list[Any]) -> Mapping[str, Any]:
         """Collate, remembering."""
         if get_worker_info() is not None:
+            return self.collate(samples)
+        if self._skip > 0:
+            self._skip -= 1
             return self.collate(samples)
         if self._replay is None:
             self.before = rng.capture_host()
@@ -119,16 +129,23 @@ class TrainLoader:
         self.num_samples: int | None = None
         self.num_batches: int | None = None
         if self.is_stream:
-            batch_size, drop_last = config.per_device_train_batch_size, config.dataloader_drop_last
-            loader = DataLoader(samples.dataset, batch_size=batch_size, drop_last=drop_last, **loader_options)
-            self.loader = accelerator.prepare_data_loader(loader)
+            self.stream = samples.dataset
+            batching: dict[str, Any] = {
+                "batch_size": config.per_device_train_batch_size,
+                "drop_last": config.dataloader_drop_last,
+            }
+            if accelerator.num_processes > 1:
+                # Each rank reads the stream and keeps its own samples: batches of any length, nothing is sent around.
+                ranks = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+                self.stream = IterableDatasetShard(samples.dataset, **batching, **ranks)
+            self.loader = DataLoader(self.stream, **batching, **loader_options)
             return
         self.num_samples = len(samples.dataset)
-        ranks = (accelerator.process_index, accelerator.num_processes)
+        places = (accelerator.process_index, accelerator.num_processes)
         self.batches = RankBatches(
             self.num_samples,
             config.per_device_train_batch_size,
-            ranks=ranks,
+            ranks=places,
             drop_last=config.dataloader_drop_last,
         )
         self.num_batches = len(self.batches)
@@ -148,21 +165,27 @@ class TrainLoader:
             rng.restore(resume["epoch_start"] if start > 0 and resume["epoch_start"] else resume["saved"])
         self.epoch_index, self.batches_drawn, self._exhausted = epoch, start, False
         self._epoch_start = rng.capture_host()
-        if self.is_stream:
-            self.loader.set_epoch(epoch)
-            batches: Iterator[Batch] = islice(iter(self.loader), start, None)
-        else:
+        if not self.is_stream:
             self.batches.begin(partial(self._order, epoch), start)
-            batches = self._one_ahead(iter(self.loader)) if start < len(self.batches) else iter(())
+        elif hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+        batches = self._one_ahead(iter(self.loader)) if self.remaining != 0 else iter(())
         if resume is not None and start > 0:
-            if resume["ahead"] is not None and start < (self.num_batches or 0):
-                self.collate.replay(before=resume["ahead"], after=resume["saved"])
-            else:
-                rng.restore(resume["saved"])
+            self._go_on(batches, resume, skip=start if self.is_stream else 0)
         for batch in batches:
             self.batches_drawn += 1
             yield batch
         self._exhausted = True
+
+    def _go_on(self, batches: Iterator[Batch], resume: dict[str, Any], *, skip: int) -> None:
+        """Read a stream up to the position, and put the generators back to where they were at the save."""
+        replays = resume["ahead"] is not None and self.remaining != 0
+        if replays:
+            self.collate.replay(before=resume["ahead"], after=resume["saved"], skip=skip)
+        for _ in range(skip):
+            next(batches, None)
+        if not replays or (skip > 0 and self.collate.cancel_replay()):
+            rng.restore(resume["saved"])
 
     def _one_ahead(self, batches: Iterator[Mapping[str, Any]]) -> Iterator[Batch]:
         current = next(batches, None)
@@ -212,7 +235,7 @@ class TrainLoader:
 
     def rng_state_dict(self) -> dict[str, Any]:
         """What this rank's generators were at the epoch's beginning and before the batch drawn ahead."""
-        ahead = self.collate.before if self.config.dataloader_num_workers == 0 and not self.is_stream else None
+        ahead = self.collate.before if self.config.dataloader_num_workers == 0 else None
         return {"epoch_start": self._epoch_start, "ahead": ahead}
 
     def load_state_dict(self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState) -> None:

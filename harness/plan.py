@@ -33,7 +33,7 @@ class PlanConfig:
         choice("eval_strategy", self.eval_strategy, INTERVALS)
         choice("save_strategy", self.save_strategy, (*INTERVALS, "best"))
         at_least(0, eval_delay=self.eval_delay)
-        if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
+        if not math.isfinite(self.num_train_epochs) or (self.max_steps <= 0 and self.num_train_epochs <= 0):
             raise ConfigError(f"--num_train_epochs={self.num_train_epochs}: use more than 0, or give --max_steps.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ConfigError(f"--max_steps={self.max_steps}: use 1 or more, or leave it out to count epochs.")
@@ -41,7 +41,7 @@ class PlanConfig:
             steps = getattr(self, f"{kind}_steps")
             if getattr(self, f"{kind}_strategy") != "steps" or steps is None:
                 continue
-            if not steps > 0:
+            if not 0 < steps < math.inf:
                 raise ConfigError(f"--{kind}_steps={steps}: use 1 or more, or a share of all steps below 1.")
             if steps > 1 and steps != int(steps):
                 raise ConfigError(f"--{kind}_steps={steps}: use a whole number, or a share of all steps below 1.")

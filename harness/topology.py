@@ -59,7 +59,8 @@ class TopologyConfig:
     ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", nargs="?", const=True)
 
     def __post_init__(self) -> None:
-        at_least(0, seed=self.seed)
+        if not 0 <= self.seed < 2**32:  # numpy's limits
+            raise ConfigError(f"--seed={self.seed}: use 0 or more, up to {2**32 - 1}.")
         at_least(
             1,
             expect_num_processes=self.expect_num_processes,

@@ -34,6 +34,7 @@ from harness.tracking import rewrite, run_config, trackers
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers
 
 logger = logging.getLogger("harness")
+PREDICTIONS_FILE = "predict_results.txt"  # the name in Transformers' example scripts
 
 
 def script() -> None:
@@ -188,7 +189,7 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
         results |= outcome.metrics
         if outcome.predictions is not None and task.describe_predictions and accelerator.is_main_process:
             lines = task.describe_predictions(outcome.predictions)
-            (session.output_dir / "predict_results.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (session.output_dir / PREDICTIONS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return results
 
 
@@ -213,6 +214,8 @@ def describe_end(session: Session, state: TrainState, results: dict[str, float])
         rows.append(("model", str(session.output_dir)))
         if session.config.plan.save_strategy != "no":
             rows.append(("checkpoints", f"{session.output_dir}/checkpoint-*"))
+    if session.config.run.do_predict and session.task.describe_predictions is not None:
+        rows.append(("predictions", f"{session.output_dir}/{PREDICTIONS_FILE}"))
     return rows + describe_trackers(session.accelerator)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import threading
@@ -34,6 +35,10 @@ torch.set_num_threads(1)
 SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")
 
 
+def left_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaks environment variables, threads or a process group; reset accelerate's singletons."""
@@ -49,5 +54,7 @@ def nothing_left_behind() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(environment)
     assert not changed, f"the test left changed environment variables: {changed}"
-    left = [thread for thread in set(threading.enumerate()) - threads if not thread.daemon]
+    if left_threads(threads):
+        gc.collect()  # a stream that was not read to its end keeps its reader until then
+    left = left_threads(threads)
     assert not left, f"the test left threads: {left}"

@@ -247,6 +247,10 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
     ),
     "missing config": (["--config=gone.yaml"], ("--config=gone.yaml: no such file", "recipes: ")),
     "config that is no YAML": (lambda i: config(i, "a: [1\n"), ("--config=.*own.yaml is not valid YAML",)),
+    "infinite epochs": ([*PARITY, "--num_train_epochs=inf", "--max_steps=3"], ("--num_train_epochs=inf", "use more")),
+    "infinite steps": ([*PARITY, "--logging_steps=inf"], ("--logging_steps=inf", "use 1 or more")),
+    "infinite rate": ([*PARITY, "--learning_rate=inf"], ("--learning_rate=inf", "use 0 or more")),
+    "seed too large": ([*PARITY, "--seed=99999999999"], ("--seed=99999999999", "up to 4294967295")),
     "compile mode": ([*PARITY, "--torch_compile_mode=fast"], ("--torch_compile_mode=fast", "use one of")),
 }  # fmt: skip
 

@@ -221,3 +221,26 @@ def test_a_data_skip_that_is_ignored_begins_where_the_trainer_begins(tmp_path: P
         theirs, found = history(tmp_path / f"trainer-{step}"), history(tmp_path / f"ours-{step}")
         assert [entry["epoch"] for entry in found] == [entry["epoch"] for entry in theirs]
         assert found[:-1] == theirs[:-1]
+
+
+@pytest.mark.parametrize("options", [{"random_collator": False}, {"random_collator": True}], ids=["plain", "random"])
+def test_a_stream_is_the_trainers_and_resumes_to_the_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    task_config = {"task_args": {"stream": True, **options}}
+    arguments = {
+        **TRAINING,
+        "max_steps": 20,
+        "gradient_accumulation_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 6,
+    }
+    run_trainer(tmp_path / "trainer", arguments, task_config=task_config)
+    run_harness(tmp_path / "ours", arguments, task_config=task_config)
+    assert_equal_weights(tmp_path / "trainer", tmp_path / "ours")
+    assert [entry["loss"] for entry in history(tmp_path / "ours")[:-1]] == [
+        entry["loss"] for entry in history(tmp_path / "trainer")[:-1]
+    ]
+    for step in (6, 12, 18):
+        resumed = tmp_path / f"resumed-{step}"
+        resume = {"resume_from_checkpoint": tmp_path / "ours" / f"checkpoint-{step}"}
+        run_harness(resumed, {**arguments, **resume}, task_config=task_config)
+        assert_equal_runs(tmp_path / "ours", resumed)

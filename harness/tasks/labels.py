@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +77,25 @@ def read_labels(dataset: Any, column: str, given: str, do_regression: bool | Non
     is False; lists mean any number of labels a sample. Raises ConfigError for samples without a label.
     """
     values = dataset.select_columns([column])
-    first = next(iter(values))[column]
+    first = next((row[column] for row in values if row[column] is not None), None)
+    if isinstance(first, Mapping):
+        raise ConfigError(
+            f"{given}: column {column!r} holds mappings; a label is a text, a number or a list of them. "
+            "Name another column by --label_column_name."
+        )
     if isinstance(first, list):
         found = {label for row in values for label in row[column] or ()}
         kind = MULTI
+        if not found:
+            raise ConfigError(f"{given} has no label in any row of {column!r}; give data with labels.")
     elif do_regression or (do_regression is None and isinstance(first, float)):
         return Labels(column, REGRESSION)
     else:
-        found = set(dataset.unique(column)) if hasattr(dataset, "unique") else {row[column] for row in values}
+        try:
+            found = set(dataset.unique(column)) if hasattr(dataset, "unique") else {row[column] for row in values}
+        except NotImplementedError as error:  # pyarrow's, for a column of several types
+            reason = f"{given}: column {column!r} holds values of several types"
+            raise ConfigError(f"{reason}; write all labels as texts, or all as numbers.") from error
         kind = SINGLE
     coded = coded_names(dataset, column)
     for label in found:
@@ -131,11 +143,14 @@ def _number(value: Any, column: str, given: str) -> float:
     if value is None:
         raise _missing(column, given)
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{given} has {value!r} in {column!r}, no number; correct it, or leave --do_regression out."
         ) from error
+    if not math.isfinite(number):
+        raise ConfigError(f"{given} has {value!r} in {column!r}, which no loss can use; correct or remove the row.")
+    return number
 
 
 def _missing(column: str, given: str) -> ConfigError:

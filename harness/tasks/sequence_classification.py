@@ -125,6 +125,10 @@ def _text_columns(config: TaskConfig, splits: Mapping[str, Any], label_column: s
         raise ConfigError(
             f"{given}: which of its columns hold the text? They are: {present}; give --text_column_names."
         )
+    if label_column in columns:
+        raise ConfigError(
+            f"--text_column_names names {label_column!r}, which holds the labels; name the texts' column."
+        )
     for split in SPLITS:
         if split in splits:
             require_columns("text_column_names", columns, splits[split], source(config, split))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -73,6 +74,7 @@ def build(config: TaskConfig) -> Task:
         "size": 117,
         "llama": False,
         "random_collator": False,
+        "stream": False,
         "sets": 1,
         **(config.task_args or {}),
     }
@@ -94,9 +96,13 @@ def build(config: TaskConfig) -> Task:
     evaluation: Any = VariableLength(21, seed=9)
     if options["sets"] == 2:
         evaluation = {"near": VariableLength(13, seed=9), "far": VariableLength(11, seed=10)}
+    train: Any = VariableLength(options["size"], seed=7)
+    if options["stream"]:
+        rows = [{name: value.tolist() for name, value in sample.items()} for sample in train.samples]
+        train = datasets.Dataset.from_list(rows).to_iterable_dataset().with_format("torch")
     return Task(
         model=model,
-        train_dataset=VariableLength(options["size"], seed=7),
+        train_dataset=train,
         eval_dataset=evaluation,
         data_collator=collate_at_random if options["random_collator"] else collate,
         metrics=TokenAccuracy,
