@@ -192,6 +192,7 @@ def test_a_resumed_end_ends_again_and_more_steps_go_on(tmp_path: Path) -> None:
     assert_equal_runs(tmp_path / "long", tmp_path / "on")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
 def test_a_compiled_model_has_the_trainers_numbers(tmp_path: Path) -> None:
     arguments = {**TRAINING, **EVERY_4, "torch_compile_backend": "aot_eager", "max_steps": 6}
