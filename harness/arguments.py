@@ -22,6 +22,7 @@ from harness.plan import PlanConfig
 from harness.tasks import TaskConfig
 from harness.topology import TopologyConfig
 from harness.tracking import TrackingConfig
+from harness.tracking.settings import under_environment
 
 QUICKSTART = "quickstart"
 # Any of these says what to train; then nothing of the quickstart recipe is used.
@@ -176,7 +177,8 @@ class Config:
 
     def as_yaml(self) -> str:
         """The values by flag name; `--config` reads them again."""
-        skipped = ("config", "print_config", "token")
+        # Which run it was is no part of how it was configured: another one of the same configuration is a new run.
+        skipped = ("config", "print_config", "token", "wandb_run_id", "wandb_resume")
         values = {name: dict(v) if isinstance(v, dict) else v for name, v in self.flat().items() if name not in skipped}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -201,19 +203,20 @@ SECTIONS: tuple[type, ...] = (
 
 def parse(argv: Sequence[str]) -> Config:
     """
-    The configuration of a command line: its flags over `--config` over, where nothing says what to train, quickstart.
+    The configuration of a command line: its flags over WANDB_* variables over `--config` over, where nothing says
+    what to train, quickstart.
 
     With a bare --debug whatever no flag gives takes the values of DEBUG_DEFAULTS. Raises ConfigError.
     """
     refused = OWNED_BY_LAUNCH_CONFIG | REFUSED | GONE
     source = _value_of("config", argv)
     base: Mapping[str, Any] = read_yaml(source, SECTIONS, refused=refused) if source is not None else {}
-    sections, given = parse_sections(SECTIONS, argv, refused=refused, base=base)
+    sections, given = parse_sections(SECTIONS, argv, refused=refused, base=under_environment(base))
     if source is None and not given & {*SAY_WHAT_TO_TRAIN}:
         base = read_yaml(QUICKSTART, SECTIONS, refused=refused)
     if any(isinstance(section, DebugConfig) and section.is_on for section in sections):
         base = {**base, **{name: value for name, value in DEBUG_DEFAULTS.items() if name not in given}}
-    sections, _ = parse_sections(SECTIONS, argv, refused=refused, base=base)
+    sections, _ = parse_sections(SECTIONS, argv, refused=refused, base=under_environment(base))
     return Config(**dict(zip([field.name for field in fields(Config)], sections, strict=True)))
 
 

@@ -34,8 +34,10 @@ from harness.modeling import Loss, prepare_model
 from harness.optim import build_optimizer, build_scheduler
 from harness.plan import resolve_plan
 from harness.state import TRAINER_STATE_FILE, TrainState
+from harness.stopping import Stop
 from harness.tasks import Task, resolve
 from harness.topology import agree, local_main_first, software
+from harness.tracking import WandbTracker
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +155,7 @@ def _data_seed(config: Config) -> int:
     return config.topology.seed if config.data.data_seed is None else config.data.data_seed
 
 
-def build_run(session: Session, state: TrainState) -> Run:
+def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run:
     """Collective: loaders, plan, optimizer, schedule, wrapped as the Trainer wraps them."""
     config, accelerator, task = session.config, session.accelerator, session.task
     data: DataConfig = config.data
@@ -201,6 +203,8 @@ def build_run(session: Session, state: TrainState) -> Run:
         ),
         clock=Clock(state),
         console=session.console,
+        tracker=tracker,
+        stop=Stop(accelerator, requested=lambda: tracker.stop_requested),
         modeling=config.modeling,
         optim=config.optim,
     )

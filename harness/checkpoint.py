@@ -196,7 +196,7 @@ class Content:
     """
 
     step: int
-    write_model: Callable[[Path], None]
+    write_model: Callable[[Path], object]
     files: Mapping[str, Any]
     trainer_state: Mapping[str, Any]
     rank_state: Mapping[str, Any]
@@ -222,6 +222,7 @@ class Checkpoints:
         self.output_dir, self.config = output_dir, config
         self.process_index, self.num_processes = ranks
         self.agree = agree
+        self.saved_step: int | None = None
 
     @property
     def is_writer(self) -> bool:
@@ -243,6 +244,7 @@ class Checkpoints:
         self.together(lambda: _renew(partial) if self.is_writer else None)
         self.together(lambda: self._write(content, partial))
         self.together(lambda: self._commit(content, partial, final) if self.is_writer else None)
+        self.saved_step = content.step
         return final
 
     def together(self, act: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from harness.config import ConfigError
 
 
-def save_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, as_published: bool) -> None:
+def save_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, as_published: bool) -> list[Path]:
     """
-    Write weights, config and processing class as the Trainer writes them. Call it on one rank.
+    Write weights, config and processing class as the Trainer writes them; returns their files. Call it on one rank.
 
     `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's
     own (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
@@ -25,6 +26,25 @@ def save_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, a
     A model that is no PreTrainedModel has its state dict in model.safetensors; tied tensors are written once.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # Beside the folder's other files: what is there afterwards is the model, and nothing of it is half-written.
+    partial = folder / "model.partial"
+    if partial.exists():
+        shutil.rmtree(partial)
+    _write_model(model, processing_class, partial, as_published=as_published)
+    files = []
+    for path in sorted(partial.rglob("*")):
+        final = folder / path.relative_to(partial)
+        if path.is_dir():
+            final.mkdir(exist_ok=True)
+        else:
+            path.replace(final)
+            files.append(final)
+    shutil.rmtree(partial)
+    return files
+
+
+def _write_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, as_published: bool) -> None:
+    folder.mkdir()
     if isinstance(model, PreTrainedModel):
         shows_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a bar for each save would break up the training's own

@@ -25,8 +25,9 @@ from harness.modeling import Loss, ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.plan import Due, Plan
 from harness.state import TrainState
+from harness.stopping import NONE, PREEMPTED, PREEMPTED_EXIT_CODE, Stop, StoppedError
 from harness.topology import software
-from harness.tracking import rewrite
+from harness.tracking import WandbTracker, rewrite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Run:
     work: Work
     clock: Clock
     console: Console
+    tracker: WandbTracker
+    stop: Stop
     modeling: ModelingConfig
     optim: OptimConfig
 
@@ -72,6 +75,7 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
             follow(run, state, run.plan.at_step(state))
             if is_over(run, state):
                 break
+            heed_stop(run, state)
         if run.loader.batches_drawn == 0:
             run.console.line(f"The stream has ended at step {state.global_step} of {run.plan.max_steps}.")
             break
@@ -99,6 +103,7 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
             run.accelerator.backward(loss)
         run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
         run.work.add(batch)
+    run.tracker.observe(state.global_step + 1, scaler=run.accelerator.scaler)
     parameters, limit = run.model.parameters(), run.modeling.max_grad_norm or float("inf")
     run.window.grad_norm = run.accelerator.clip_grad_norm_(parameters, limit)
     run.optimizer.step()
@@ -198,11 +203,34 @@ def save(run: Run, state: TrainState) -> None:
         },
     )
     saved = run.checkpoints.save(content)
+    is_best = state.best_global_step == state.global_step
+    run.tracker.log_checkpoint(saved, step=state.global_step, epoch=state.epoch, is_best=is_best)
     run.checkpoints.prune(saved=saved, best=state.best_model_checkpoint)
+
+
+def heed_stop(run: Run, state: TrainState) -> None:
+    """Collective: if the ranks have agreed to stop, save and raise StoppedError."""
+    reason = run.stop.agreed()
+    if reason == NONE:
+        return
+    if reason == PREEMPTED:
+        run.tracker.mark_preempting()
+    saves = run.plan.config.save_strategy != "no"
+    if saves and run.checkpoints.saved_step != state.global_step:
+        save(run, state)
+    where = f"step {state.global_step} of {run.plan.max_steps}"
+    done = f"saved; go on with --resume_from_checkpoint true --output_dir {run.checkpoints.output_dir}"
+    if reason == PREEMPTED:
+        code = PREEMPTED_EXIT_CODE if saves else 1
+        message = f"Preempted at {where}: {done if saves else 'nothing is saved with --save_strategy no'}."
+    else:
+        code, message = 0, f"Stopped from the W&B app at {where}: {done if saves else 'nothing was saved'}."
+    raise StoppedError(message, exit_code=code, was_preempted=reason == PREEMPTED)
 
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:
     """Collective: the metrics of the whole training; the best weights, if they are wanted."""
+    run.stop.settled()
     # The Trainer adds what rank zero has left; the mean over the ranks would be another number.
     state.total_loss += run.window.undrained()
     steps = state.global_step - run.clock.first_step

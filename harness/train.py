@@ -28,10 +28,12 @@ from harness.console import set_up_logging
 from harness.debug import NonFiniteError, describe_batch, watch_training
 from harness.export import save_model
 from harness.loop import Run, fit
+from harness.model_card import write_model_card
 from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
+from harness.stopping import PREEMPTED_FILE, StoppedError
 from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
 from harness.tracking import rewrite, run_config, trackers
-from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers
+from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
 
 logger = logging.getLogger("harness")
 PREDICTIONS_FILE = "predict_results.txt"  # the name in Transformers' example scripts
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
         return _fail(1, f"Out of memory: {remedy}. ({str(error).splitlines()[0]})")
+    except StoppedError as stopped:
+        return _fail(stopped.exit_code, str(stopped))
     except KeyboardInterrupt:
         return _fail(130, "Interrupted.")
     return 0
@@ -74,6 +78,9 @@ def run_command(config: Config) -> None:
     accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
     try:
         run_on(accelerator, config)
+    except StoppedError:
+        accelerator.wait_for_everyone()  # a launcher ends all when one has ended: rank zero is still closing
+        raise
     finally:
         settle()
     accelerator.end_training()
@@ -90,13 +97,13 @@ def run_on(accelerator: Accelerator, config: Config) -> None:
     chosen = trackers(config.tracking, dir=str(output_dir))
     session = assemble(config, accelerator, output_dir, weights=found.path)
     state = TrainState()
-    run = build_run(session, state) if config.run.trains else None
+    run = build_run(session, state, wandb_tracker(chosen)) if config.run.trains else None
     if run is not None and found.path is not None:
         restore_together(run, state, found.path)
     tell_all(accelerator, lambda: begin_output(session))
     configuration = run_config(session.task.model, config.flat())
     open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
-    failed = True
+    exit_code = 1
     rows: list[tuple[str, str]] = []
     try:
         results = train(session, run, state) if run is not None else {}
@@ -105,12 +112,17 @@ def run_on(accelerator: Accelerator, config: Config) -> None:
             update_json(output_dir / "all_results.json", results)
             show_sample(session)
             rows = describe_end(session, state, results)
-        failed = False
+        accelerator.wait_for_everyone()  # nobody waits for rank zero's last uploads
+        exit_code = 0
+    except StoppedError as stopped:
+        exit_code = stopped.exit_code
+        if accelerator.is_main_process and stopped.was_preempted:
+            (output_dir / PREEMPTED_FILE).touch()
+        raise
     finally:
         session.console.close()
-        close_trackers(accelerator, exit_code=int(failed))
-    session.console.table(rows)  # after all that W&B says at its end
-    accelerator.wait_for_everyone()
+        close_trackers(accelerator, exit_code=exit_code)
+        session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
 
 
 def locate(config: Config) -> tuple[Found, Path]:
@@ -151,7 +163,8 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     console.start(run.plan.max_steps, state.global_step, "step")
     if config.debug.is_on:
         console.line(describe_batch(run.loader.peek(), session.task.processing_class))
-    with watch_training(config.debug, session.task.model, console.line):
+    run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
+    with watch_training(config.debug, session.task.model, console.line), run.stop.listening():
         results = fit(run, state)
     console.close()
     run.checkpoints.together(lambda: save_final(session, run, state) if run.checkpoints.is_writer else None)
@@ -160,9 +173,16 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
 
 def save_final(session: Session, run: Run, state: TrainState) -> None:
     """Rank zero: the model and the state that the training ended with."""
-    save_model(session.task.model, session.task.processing_class, session.output_dir, as_published=True)
-    final = state.trainer_state(early_stopping=run.best.early_stopping)
-    write_json(session.output_dir / TRAINER_STATE_FILE, final)
+    model, output_dir, best = session.task.model, session.output_dir, run.best
+    files = save_model(model, session.task.processing_class, output_dir, as_published=True)
+    write_json(output_dir / TRAINER_STATE_FILE, state.trainer_state(early_stopping=best.early_stopping))
+    write_model_card(output_dir, session.config, state, badge=run.tracker.badge)
+    metadata: dict[str, float] | None = None
+    if best.config.load_best_model_at_end and state.best_metric is not None:
+        # The names are the Trainer's, the misspelt one too.
+        metric = best.config.metric_for_best_model or "loss"
+        metadata = {f"eval/{metric}": state.best_metric, "train/total_floss": state.total_flos}
+    run.tracker.log_model(files, metadata=metadata)
 
 
 def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -> dict[str, float]:
@@ -216,7 +236,7 @@ def describe_end(session: Session, state: TrainState, results: dict[str, float])
             rows.append(("checkpoints", f"{session.output_dir}/checkpoint-*"))
     if session.config.run.do_predict and session.task.describe_predictions is not None:
         rows.append(("predictions", f"{session.output_dir}/{PREDICTIONS_FILE}"))
-    return rows + describe_trackers(session.accelerator)
+    return rows
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ LAYERS = (
         "export",
         "evaluation",
         "debug",
+        "stopping",
         "tracking",
     ),
     ("loader",),
     ("arguments", "loop"),
     ("assemble",),
+    ("model_card",),
     ("train",),
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

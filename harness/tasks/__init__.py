@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,6 +113,33 @@ class Metrics(Protocol):
         """The values, without a prefix. One transfer from the device."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplePredictions:
+    """
+    What a model makes of some samples, for a table: a row a sample, a value a column.
+
+    A classification may add what a confusion matrix and precision-recall curves are drawn from: the names of all
+    classes, the samples' true ids, and their probabilities (samples, classes). Raises ValueError for other sizes.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | int]]
+    class_names: Sequence[str] | None = None
+    labels: Sequence[int] | None = None
+    probabilities: Sequence[Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        if "epoch" in self.columns:
+            raise ValueError("the column epoch is added to every table; name yours differently.")
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"each row needs {len(self.columns)} values: {', '.join(self.columns)}.")
+        for name in ("labels", "probabilities"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.rows):
+                raise ValueError(f"{name} holds {len(values)} values for {len(self.rows)} rows; give one a row.")
+
+
+PredictSamples = Callable[[torch.nn.Module, Sequence[Any]], SamplePredictions]
 LossFunction = Callable[[Any, "torch.Tensor | None", "torch.Tensor | None"], torch.Tensor]
 
 
@@ -132,6 +159,10 @@ class Task:
     - metrics: makes a fresh Metrics for each evaluation.
     - sample(model) -> text: shown when training is over. Runs on rank zero only.
     - describe_predictions(predictions) -> lines of predict_results.txt for --do_predict.
+    - predict_samples(model, samples) -> the table of --wandb_eval_samples, in columns of the task's own choice. The
+      model is the unwrapped one in eval mode, without gradients; samples are the first of an evaluation set, as the
+      collator takes them. Runs on rank zero only. It may draw random numbers and switch the model's modes: both are
+      put back.
     """
 
     model: torch.nn.Module
@@ -144,6 +175,7 @@ class Task:
     metrics: Callable[[], Metrics] | None = None
     sample: Callable[[torch.nn.Module], str] | None = None
     describe_predictions: Callable[[npt.NDArray[Any]], list[str]] | None = None
+    predict_samples: PredictSamples | None = None
 
 
 Builder = Callable[[TaskConfig], Task]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, default_data_collator
 
 from harness.tasks import Task, TaskConfig
+from harness.tasks.predictions import continued
 from harness.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, longest_sequence
 from harness.tasks.scores import TokenAccuracy
 from harness.tasks.text import (
@@ -59,6 +61,7 @@ def build(config: TaskConfig) -> Task:
         processing_class=tokenizer,
         metrics=lambda: TokenAccuracy(shift=1),
         sample=lambda model: _continued(model, tokenizer, next(iter(shown))["input_ids"]),
+        predict_samples=partial(continued, tokenizer=tokenizer) if hasattr(model, "generate") else None,
     )
 
 

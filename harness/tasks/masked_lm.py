@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
 from harness.config import ConfigError
 from harness.tasks import Task, TaskConfig
+from harness.tasks.predictions import restored
 from harness.tasks.pretrained import (
     check_length,
     load_config,
@@ -70,6 +72,7 @@ def build(config: TaskConfig) -> Task:
         processing_class=tokenizer,
         metrics=lambda: TokenAccuracy(shift=0),
         sample=lambda model: _restored(model, tokenizer, next(iter(shown))["input_ids"]),
+        predict_samples=partial(restored, tokenizer=tokenizer, mlm_probability=config.mlm_probability),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, default_data_collator
@@ -11,6 +12,7 @@ from harness.config import ConfigError, choice
 from harness.tasks import Metrics, Task, TaskConfig
 from harness.tasks.glue import GLUE, with_glue
 from harness.tasks.labels import MULTI, REGRESSION, SINGLE, Labels, coded_names, read_labels, use_labels
+from harness.tasks.predictions import classified
 from harness.tasks.pretrained import (
     check_length,
     load_config,
@@ -83,15 +85,17 @@ def build(config: TaskConfig) -> Task:
     eval_dataset = samples.get("validation")
     if "validation_mismatched" in samples:
         eval_dataset = {"mnli": eval_dataset, "mnli-mm": samples["validation_mismatched"]}
+    collate = default_data_collator if config.pad_to_max_length else DataCollatorWithPadding(tokenizer)
     return Task(
         model=load_model(config, AutoModelForSequenceClassification, model_config, tokenizer),
         train_dataset=samples["train"],
         eval_dataset=eval_dataset,
         test_dataset=samples.get("test"),
-        data_collator=default_data_collator if config.pad_to_max_length else DataCollatorWithPadding(tokenizer),
+        data_collator=collate,
         processing_class=tokenizer,
         metrics=metrics,
         describe_predictions=labels.describe,
+        predict_samples=partial(classified, tokenizer=tokenizer, collate=collate, labels=labels),
     )
 
 

@@ -1,12 +1,8 @@
 """Where the run is reported: W&B by default, or Accelerate's trackers. wandb is imported late."""
 
-from harness.tracking.run import (
-    TrackingConfig,
-    WandbTracker,
-    rewrite,
-    run_config,
-    store_configuration,
-    trackers,
-)
+from harness.tracking.configuration import run_config, store_configuration
+from harness.tracking.lifecycle import trackers
+from harness.tracking.run import WandbTracker, rewrite
+from harness.tracking.settings import TrackingConfig
 
 __all__ = ["TrackingConfig", "WandbTracker", "rewrite", "run_config", "store_configuration", "trackers"]

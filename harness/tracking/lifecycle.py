@@ -1,30 +1,61 @@
-"""The trackers of a run: opened when its folder exists, closed with its outcome."""
+"""The trackers of a run: chosen, opened when its folder exists, closed with its outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
-from harness.tracking.run import WandbTracker, store_configuration
+from harness.topology import software, tell_all
+from harness.tracking.configuration import launch_config, store_configuration
+from harness.tracking.opening import check_credentials
+from harness.tracking.run import WandbTracker
+from harness.tracking.settings import TrackingConfig, check_environment
+
+
+def trackers(config: TrackingConfig, *, dir: str) -> list[str | WandbTracker]:  # noqa: A002 - wandb's name for it
+    """
+    What to give `Accelerator(log_with=...)`; W&B's files go to `dir` unless --wandb_dir says otherwise.
+
+    Raises ConfigError, on every rank alike, for variables that W&B doesn't understand and for a lack of credentials.
+    """
+    chosen: list[str | WandbTracker] = [name for name in config.tracker_names() if name != "wandb"]
+    if not config.uses_wandb:
+        return chosen
+    check_environment()
+    check_credentials(config)
+    return [WandbTracker(replace(config, wandb_dir=config.wandb_dir or dir)), *chosen]
+
+
+def wandb_tracker(chosen: list[str | WandbTracker]) -> WandbTracker:
+    """The W&B tracker among the chosen, or one that stays silent."""
+    found = (tracker for tracker in chosen if isinstance(tracker, WandbTracker))
+    return next(found, None) or WandbTracker(TrackingConfig(report_to=["none"]))
 
 
 def open_trackers(
     accelerator: Accelerator,
-    chosen: Sequence[str | WandbTracker],
+    chosen: list[str | WandbTracker],
     project: str,
     *,
     output_dir: Path,
     configuration: Mapping[str, Any],
 ) -> None:
-    """Start the chosen trackers on rank zero and give them the configuration."""
-    accelerator.project_configuration.set_directories(str(output_dir))
-    accelerator.log_with = filter_trackers(list(chosen), accelerator.logging_dir)
-    accelerator.init_trackers(project)
-    store_configuration(accelerator.trackers, configuration)
+    """Collective: start the chosen trackers on rank zero and give them the configuration. Raises ConfigError."""
+
+    def start() -> None:
+        accelerator.project_configuration.set_directories(str(output_dir))
+        accelerator.log_with = filter_trackers(list(chosen), accelerator.logging_dir)
+        accelerator.init_trackers(project)
+        store_configuration(accelerator.trackers, configuration)
+        facts = {"harness": {"launch": launch_config(), "software": software()}}
+        store_configuration([tracker for tracker in accelerator.trackers if tracker.name == "wandb"], facts)
+
+    tell_all(accelerator, start)
 
 
 def close_trackers(accelerator: Accelerator, *, exit_code: int) -> None:
@@ -35,10 +66,11 @@ def close_trackers(accelerator: Accelerator, *, exit_code: int) -> None:
 
 
 def describe_trackers(accelerator: Accelerator) -> list[tuple[str, str]]:
-    """Rank zero: where each tracker keeps the run."""
+    """Rank zero: where each tracker keeps the run, and what W&B's server has of it. After the end."""
     rows = []
     for tracker in accelerator.trackers:
-        where = tracker.describe() if isinstance(tracker, WandbTracker) else str(accelerator.logging_dir)
-        if where:
-            rows.append(("W&B" if isinstance(tracker, WandbTracker) else tracker.name, where))
+        if isinstance(tracker, WandbTracker):
+            rows += [("W&B", line) for line in (tracker.describe(), *tracker.report()) if line]
+        elif accelerator.logging_dir:
+            rows.append((tracker.name, str(accelerator.logging_dir)))
     return rows

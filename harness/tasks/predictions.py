@@ -1,0 +1,157 @@
+"""Predictions that a person can read: texts and labels beside what the model makes of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
+
+from harness.tasks import SamplePredictions
+from harness.tasks.labels import MULTI, REGRESSION, Labels
+
+# Its "labels" and "predictions" are the names in the W&B guide.
+COLUMNS = ("inputs", "labels", "predictions")
+BATCH_SIZE = 8
+# A text in a table is to be read: of longer samples the start is shown.
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+RESTORED_TOKENS = 128
+
+
+def continued(model: torch.nn.Module, samples: Sequence[Mapping[str, Any]], *, tokenizer: Any) -> SamplePredictions:
+    """
+    Let the model go on from the first half of each text, token by token, always the likeliest.
+
+    Prompts are padded on the left and masked there: each text's continuation is that which it has alone.
+    """
+    texts = [list(sample["input_ids"]) for sample in samples]
+    rows: list[list[str]] = []
+    for batch in _batches(texts):
+        prompts = [ids[: max(1, min(PROMPT_TOKENS, len(ids) // 2))] for ids in batch]
+        rests = [ids[len(prompt) : len(prompt) + NEW_TOKENS] for ids, prompt in zip(batch, prompts, strict=True)]
+        found = _generated(model, prompts, max(len(rest) for rest in rests), tokenizer)
+        for prompt, rest, new in zip(prompts, rests, found, strict=True):
+            shown = (prompt, rest, new[: len(rest)])
+            rows.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in shown])
+    return SamplePredictions(columns=COLUMNS, rows=rows)
+
+
+def restored(
+    model: torch.nn.Module, samples: Sequence[Mapping[str, Any]], *, tokenizer: Any, mlm_probability: float
+) -> SamplePredictions:
+    """
+    Hide tokens of each text and let the model fill the gaps.
+
+    The same tokens of a sample every time: the generator is its own and begins anew with each.
+    """
+    rows: list[list[str]] = []
+    for batch in _batches(samples):
+        originals = [torch.tensor(list(sample["input_ids"])[:RESTORED_TOKENS]) for sample in batch]
+        special = [_special(sample, tokenizer)[:RESTORED_TOKENS] for sample in batch]
+        hidden = [_hidden(mask, mlm_probability) for mask in special]
+        masked = [ids.masked_fill(gaps, tokenizer.mask_token_id) for ids, gaps in zip(originals, hidden, strict=True)]
+        inputs = _padded(masked, tokenizer.pad_token_id, "right", model)
+        guesses = model(**inputs).logits.argmax(dim=-1).cpu()
+        for i, (original, mask, gaps) in enumerate(zip(originals, special, hidden, strict=True)):
+            filled = torch.where(gaps, guesses[i, : len(original)], original)
+            rows.append([tokenizer.decode(ids[~mask]) for ids in (masked[i], original, filled)])
+    return SamplePredictions(columns=COLUMNS, rows=rows)
+
+
+def classified(
+    model: torch.nn.Module,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: Any,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    labels: Labels,
+) -> SamplePredictions:
+    """Name the class that the model gives to each text, and how sure it is; several classes or a number likewise."""
+    accepted = inspect.signature(model.forward).parameters
+    parts = []
+    for batch in _batches(samples):
+        inputs = collate(
+            [
+                {name: value for name, value in sample.items() if name in accepted and name != "labels"}
+                for sample in batch
+            ]
+        )
+        parts.append(model(**{name: value.to(_device(model)) for name, value in inputs.items()}).logits.float().cpu())
+    logits = torch.cat(parts)
+    texts = [tokenizer.decode(sample["input_ids"], skip_special_tokens=True) for sample in samples]
+    given = [sample["label"] for sample in samples]
+    if labels.kind == REGRESSION:
+        numbers = logits.reshape(len(samples)).tolist()
+        return SamplePredictions(columns=COLUMNS, rows=list(zip(texts, map(float, given), numbers, strict=True)))
+    if labels.kind == MULTI:
+        chosen = (logits > 0).tolist()
+        names = [[_names(labels, row) for row in rows] for rows in (given, chosen)]
+        return SamplePredictions(columns=COLUMNS, rows=list(zip(texts, *names, strict=True)))
+    probabilities = logits.softmax(dim=-1)
+    highest, ids = (values.tolist() for values in probabilities.max(dim=-1))
+    true, predicted = ([labels.names[index] for index in indices] for indices in (given, ids))
+    return SamplePredictions(
+        columns=(*COLUMNS, "probability"),
+        rows=list(zip(texts, true, predicted, highest, strict=True)),
+        class_names=labels.names,
+        labels=given,
+        probabilities=probabilities.tolist(),
+    )
+
+
+def _batches(samples: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(samples), BATCH_SIZE):
+        yield samples[start : start + BATCH_SIZE]
+
+
+def _generated(
+    model: torch.nn.Module, prompts: Sequence[list[int]], num_tokens: int, tokenizer: Any
+) -> list[list[int]]:
+    """Up to `num_tokens` for each prompt; after a text's end follows padding."""
+    if num_tokens == 0:
+        return [[] for _ in prompts]
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    inputs = _padded([torch.tensor(prompt) for prompt in prompts], padding or 0, "left", model)
+    # A config of its own: what a model brings for sampling is neither used nor warned of.
+    greedy = GenerationConfig(
+        max_new_tokens=num_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=padding
+    )
+    output = model.generate(**inputs, generation_config=greedy)  # type: ignore[operator]
+    new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return new
+
+
+def _padded(texts: Sequence[torch.Tensor], padding: int, side: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    padded = {
+        "input_ids": pad_sequence(list(texts), batch_first=True, padding_value=padding, padding_side=side),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True, padding_side=side),
+    }
+    return {name: value.to(_device(model)) for name, value in padded.items()}
+
+
+def _special(sample: Mapping[str, Any], tokenizer: Any) -> torch.Tensor:
+    """Which tokens are no text: (tokens,) of bool."""
+    mask = sample.get("special_tokens_mask")
+    if mask is None:
+        mask = tokenizer.get_special_tokens_mask(list(sample["input_ids"]), already_has_special_tokens=True)
+    return torch.tensor(mask).bool()
+
+
+def _hidden(special: torch.Tensor, share: float) -> torch.Tensor:
+    """Which tokens to hide: a share of the text's, one at least; (tokens,) of bool."""
+    draws = torch.rand(len(special), generator=torch.Generator().manual_seed(0)).masked_fill(special, 2.0)
+    count = min(max(1, round(share * int((~special).sum()))), int((~special).sum()))
+    hidden = torch.zeros_like(special)
+    hidden[draws.argsort()[:count]] = True
+    return hidden
+
+
+def _names(labels: Labels, chosen: Sequence[Any]) -> str:
+    return ", ".join(name for name, is_chosen in zip(labels.names, chosen, strict=True) if is_chosen)
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device

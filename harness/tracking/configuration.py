@@ -1,0 +1,109 @@
+"""What is recorded of a run's configuration: model, arguments, launch; plain values, no secrets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from accelerate.tracking import GeneralTracker
+
+SECRET_SUFFIXES = ("_token", "api_key")
+# Of the environment nothing else is recorded: it holds keys.
+LAUNCH_PREFIXES = ("ACCELERATE_", "SLURM_JOB", "SLURM_RESTART_COUNT")
+LAUNCH_VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def run_config(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's configuration as the Trainer has it, in JSON types: adapter, model, arguments; these win."""
+    peft_config: Any = getattr(model, "peft_config", None)
+    return {
+        **({"peft_config": plain(peft_config)} if peft_config is not None else {}),
+        **plain(model_config(model) or {}),
+        **{name: f"<{name.upper()}>" if is_secret(name) else plain(value) for name, value in arguments.items()},
+        "model/num_parameters": num_parameters(model),
+    }
+
+
+def launch_config() -> dict[str, str]:
+    """How the processes were started: the launcher's and the scheduler's variables, by an allow-list."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if (name.startswith(LAUNCH_PREFIXES) or name in LAUNCH_VARIABLES) and not is_secret(name.lower())
+    }
+
+
+def store_configuration(opened: Iterable[GeneralTracker], values: Mapping[str, Any]) -> None:
+    """
+    Give the configuration to the trackers of an Accelerator, after `init_trackers(project)` without one.
+
+    W&B keeps it as it is. The others get scalars, the rest as JSON text: TensorBoard raises for others.
+    """
+    scalars = {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(plain(value))
+        for name, value in masked(values).items()
+    }
+    for tracker in opened:
+        tracker.store_init_configuration(dict(values) if tracker.name == "wandb" else scalars)
+
+
+def model_config(model: torch.nn.Module) -> Mapping[str, Any] | None:
+    """The model's own configuration as a mapping, if it has one."""
+    config: Any = getattr(model, "config", None)
+    return config if config is None or isinstance(config, Mapping) else config.to_dict()
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """What `model.num_parameters()` says, or the elements of its parameters."""
+    count: Any = getattr(model, "num_parameters", None)
+    return int(count()) if callable(count) else sum(parameter.numel() for parameter in model.parameters())
+
+
+def is_secret(name: str) -> bool:
+    """Whether a value of this name must not be recorded."""
+    return name == "token" or name.endswith(SECRET_SUFFIXES)
+
+
+def masked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without secrets. A text like <image> is a model's special token, or masked already."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            result[name] = masked(value)
+        elif isinstance(value, str) and is_secret(str(name)) and not (value[:1] == "<" and value[-1:] == ">"):
+            result[name] = f"<{name.upper()}>"
+        else:
+            result[name] = value
+    return result
+
+
+def masked_arguments(argv: Sequence[str]) -> list[str]:
+    """A command line without the values of secret flags: wandb records it."""
+    result: list[str] = []
+    hides_next = False
+    for token in argv:
+        flag, equals, _ = token.partition("=")
+        secret = flag.startswith("--") and is_secret(flag[2:].replace("-", "_").lower())
+        result.append("<SECRET>" if hides_next else f"{flag}=<SECRET>" if secret and equals else token)
+        hides_next = secret and not equals
+    return result
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON types."""
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    return str(value)

@@ -1,0 +1,226 @@
+"""What the user asks of the tracking: flags, and the WANDB_* variables under them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
+
+from harness.config import ConfigError, arg, at_least, choice
+
+DEFAULT_PROJECT = "huggingface"
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+# Flag: variable. The value of a variable goes before a recipe's, and a flag's before both.
+VARIABLES = {
+    "wandb_disabled": "WANDB_DISABLED",
+    "wandb_mode": "WANDB_MODE",
+    "wandb_project": "WANDB_PROJECT",
+    "wandb_entity": "WANDB_ENTITY",
+    "wandb_run_id": "WANDB_RUN_ID",
+    "wandb_resume": "WANDB_RESUME",
+    "wandb_run_group": "WANDB_RUN_GROUP",
+    "wandb_job_type": "WANDB_JOB_TYPE",
+    "wandb_tags": "WANDB_TAGS",
+    "wandb_notes": "WANDB_NOTES",
+    "wandb_dir": "WANDB_DIR",
+    "wandb_silent": "WANDB_SILENT",
+    "wandb_log_model": "WANDB_LOG_MODEL",
+    "wandb_watch": "WANDB_WATCH",
+}
+LOG_MODEL = ("false", "end", "checkpoint")
+WATCH = ("false", "gradients", "parameters", "all")
+MODES = ("auto", "online", "offline", "disabled")
+RESUME = ("allow", "must", "never", "auto")
+ARTIFACT_NAMES = ("harness", "transformers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where the metrics go, and what W&B gets beside them."""
+
+    report_to: list[str] = arg(
+        ["wandb"],
+        "wandb, none, all that are installed, or trackers of Accelerate. The Trainer's default is none.",
+    )
+    run_name: str | None = arg(help="Name of the run in W&B; default: WANDB_NAME, or one that W&B makes up.")
+    project: str = arg(DEFAULT_PROJECT, "Project of the run; for W&B --wandb_project goes first.")
+
+    wandb_disabled: bool = arg(False, "Nothing goes to W&B. Or WANDB_DISABLED.")
+    wandb_mode: str = arg(
+        "auto",
+        "online, offline, disabled, or auto: online with credentials and a server that answers, else offline. "
+        "Or WANDB_MODE.",
+    )
+    wandb_project: str | None = arg(help="Project in W&B. Or WANDB_PROJECT; default: --project.")
+    wandb_entity: str | None = arg(help="User or team in W&B. Or WANDB_ENTITY.")
+    wandb_run_id: str | None = arg(help="Id of the run, to go on with it or to choose one. Or WANDB_RUN_ID.")
+    wandb_resume: str | None = arg(
+        help="allow, must, never or auto: what a run id that exists means; default with an id: allow. Or WANDB_RESUME."
+    )
+    wandb_run_group: str | None = arg(help="Group of the run. Or WANDB_RUN_GROUP.")
+    wandb_job_type: str | None = arg(help="Job type of the run. Or WANDB_JOB_TYPE.")
+    wandb_tags: list[str] | None = arg(help="Tags of the run. Or WANDB_TAGS, with commas.", nargs="+")
+    wandb_notes: str | None = arg(help="Notes on the run. Or WANDB_NOTES.")
+    wandb_dir: str | None = arg(help="Folder for W&B's files; default: --output_dir. Or WANDB_DIR.")
+    wandb_silent: bool = arg(False, "Hide what W&B prints. Or WANDB_SILENT.")
+
+    wandb_log_model: str = arg(
+        "false",
+        "Upload models: end (the final one, or the best with --load_best_model_at_end), checkpoint (each "
+        "checkpoint too, resumable), false. Or WANDB_LOG_MODEL.",
+    )
+    wandb_artifact_names: str = arg(
+        "harness",
+        "harness: model-NAME and checkpoint-NAME; transformers: model-NAME for both, as since transformers 4.41.",
+    )
+    wandb_keep_checkpoints: int | None = arg(
+        help="Keep so many checkpoint versions of this run on the server, beside the best, the latest and those with "
+        "an alias of your own; default: all."
+    )
+    wandb_registry: str | None = arg(help="Link the final model to this collection of the registry.")
+
+    wandb_watch: str = arg(
+        "false",
+        "Histograms of gradients, parameters or all, every max(100, --logging_steps) steps; false. Or WANDB_WATCH.",
+    )
+    wandb_watch_max_tensors: int | None = arg(
+        help="Watch at most so many parameters, spread over the model; default: as many as fit into a row."
+    )
+    wandb_watch_patterns: list[str] | None = arg(
+        help="Watch only parameters whose names match one of these, e.g. '*.attn.*'.", nargs="+"
+    )
+
+    wandb_eval_samples: int | None = arg(help="Log a table of so many predictions on the evaluation set.")
+    wandb_eval_samples_freq: int = arg(2, "Epochs between these tables.")
+    wandb_finish_timeout: float = arg(
+        120.0, "Seconds at the end to go on trying while the W&B server does not answer; then say what is missing."
+    )
+
+    def __post_init__(self) -> None:
+        for name in self.report_to:
+            choice("report_to", name, ("none", "all", *sorted(LOGGER_TYPE_TO_CLASS)))
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ConfigError(f"--report_to {' '.join(self.report_to)}: none stands alone.")
+        for name in self.tracker_names():
+            if name not in _installed():
+                raise ConfigError(f"--report_to={name}: the package is not installed; run `pip install {name}`.")
+        at_least(
+            1,
+            wandb_keep_checkpoints=self.wandb_keep_checkpoints,
+            wandb_watch_max_tensors=self.wandb_watch_max_tensors,
+            wandb_eval_samples=self.wandb_eval_samples,
+            wandb_eval_samples_freq=self.wandb_eval_samples_freq,
+        )
+        at_least(0, wandb_finish_timeout=self.wandb_finish_timeout)
+        if self.uses_wandb:
+            self._check_choices()
+
+    def _check_choices(self) -> None:
+        # Quotes and capitals are tolerated: the W&B guide's own `%env WANDB_LOG_MODEL="checkpoint"` keeps the quotes.
+        for name, allowed in (("wandb_log_model", LOG_MODEL), ("wandb_watch", WATCH), ("wandb_mode", MODES)):
+            value = str(getattr(self, name)).strip().strip("'\"").lower()
+            value = {"": allowed[0], "dryrun": "offline", "run": "online"}.get(value, value)
+            choice(f"{name} ({VARIABLES[name]})", value, allowed)
+            object.__setattr__(self, name, value)
+        if self.wandb_resume is not None:
+            choice("wandb_resume (WANDB_RESUME)", self.wandb_resume, RESUME)
+        choice("wandb_artifact_names", self.wandb_artifact_names, ARTIFACT_NAMES)
+        if self.wandb_resume == "must" and self.wandb_run_id is None:
+            raise ConfigError("--wandb_resume=must (WANDB_RESUME) needs --wandb_run_id (WANDB_RUN_ID): which run?")
+        for name, other in (("wandb_keep_checkpoints", "checkpoint"), ("wandb_registry", "end or checkpoint")):
+            if getattr(self, name) is not None and self.wandb_log_model not in other:
+                raise ConfigError(f"--{name} does nothing without --wandb_log_model {other}.")
+        for name in ("wandb_watch_max_tensors", "wandb_watch_patterns"):
+            if getattr(self, name) is not None and self.wandb_watch == "false":
+                raise ConfigError(f"--{name} does nothing without --wandb_watch gradients, parameters or all.")
+
+    @property
+    def uses_wandb(self) -> bool:
+        """Whether there will be a W&B run."""
+        return "wandb" in self.tracker_names() and not self.wandb_disabled
+
+    def tracker_names(self) -> list[str]:
+        """What `report_to` stands for: each tracker once."""
+        names = _installed() if "all" in self.report_to else self.report_to
+        return [name for name in dict.fromkeys(names) if name != "none"]
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """What of this goes to `wandb.init`; its own `settings` hold the rest."""
+        kwargs: dict[str, Any] = {
+            "project": self.wandb_project or self.project,
+            "name": self.run_name,
+            "entity": self.wandb_entity,
+            "id": self.wandb_run_id,
+            # An id that exists, without a word on resuming: wandb would write new rows over the old ones.
+            "resume": self.wandb_resume or ("allow" if self.wandb_run_id else None),
+            "group": self.wandb_run_group,
+            "job_type": self.wandb_job_type,
+            "tags": self.wandb_tags,
+            "notes": self.wandb_notes,
+            "dir": self.wandb_dir,
+        }
+        return {name: value for name, value in kwargs.items() if value is not None}
+
+    @classmethod
+    def from_environment(cls, **flags: Any) -> TrackingConfig:
+        """The configuration of an own loop: the variables, and `flags` over them. Raises ConfigError."""
+        return cls(**{**from_environment(), **flags})
+
+
+def from_environment() -> dict[str, Any]:
+    """The WANDB_* variables that are set, as values of flags. Raises ConfigError for a switch that is neither."""
+    values: dict[str, Any] = {}
+    for flag, variable in VARIABLES.items():
+        value = os.environ.get(variable)
+        if not value:
+            continue
+        if flag in ("wandb_disabled", "wandb_silent"):
+            values[flag] = _switch(variable, value)
+        elif flag == "wandb_tags":
+            values[flag] = [tag.strip() for tag in value.split(",") if tag.strip()]
+        else:
+            values[flag] = value
+    return values
+
+
+def under_environment(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with those of the environment over them."""
+    # W&B itself reads WANDB_NAME for a run without a name.
+    named = {name: value for name, value in recipe.items() if name != "run_name" or not os.environ.get("WANDB_NAME")}
+    return {**named, **from_environment()}
+
+
+def check_environment() -> None:
+    """Raise ConfigError for a WANDB_* variable that wandb refuses; it would do so only when the run opens."""
+    import wandb
+
+    settings = wandb.Settings()
+    for name, value in os.environ.items():
+        if not name.startswith("WANDB_"):
+            continue
+        try:
+            settings.update_from_env_vars({name: value})
+        except (ValueError, wandb.errors.UsageError) as error:  # pydantic's ValidationError is a ValueError
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{name}={value} is refused by wandb: {reason}. Put it right or unset it.") from error
+
+
+def _switch(variable: str, value: str) -> bool:
+    word = value.strip().strip("'\"").lower()
+    if word not in (*TRUE, *FALSE):
+        raise ConfigError(f"{variable}={value} is not understood; use true or false, or unset it.")
+    return word in TRUE
+
+
+def _installed() -> list[str]:
+    """The trackers that can be used, W&B first; those that a user registered have no package to look for."""
+    found = {str(name) for name in get_available_trackers()}
+    known = {str(name) for name in LoggerType}
+    return sorted(
+        (name for name in LOGGER_TYPE_TO_CLASS if name in found or name not in known),
+        key=lambda name: (name != "wandb", name),
+    )

@@ -1,0 +1,61 @@
+"""Faults in front of routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from .database import Refused
+from .graph import Context
+
+NOBODY_WAITS = 499
+
+
+class Struck(Exception):  # noqa: N818 - not an error of ours
+    """A fault has answered in place of the route."""
+
+    def __init__(self, response: Response) -> None:
+        self.response = response
+
+
+def guarded(route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The route; its answer is that of a fault when one strikes inside."""
+
+    async def serve(request: Request) -> Response:
+        try:
+            return await route(request)
+        except Struck as struck:
+            request.scope["fault"] = True
+            return struck.response
+        except Refused as error:
+            return JSONResponse({"error": str(error)}, status_code=404)
+        except ClientDisconnect:
+            return Response(status_code=NOBODY_WAITS)
+
+    return serve
+
+
+async def abort(request: Request) -> Response:
+    """Reset the connection."""
+    request.app.state.abort(request.scope["client"])
+    await asyncio.sleep(0.05)  # uvicorn learns of it, and sends nothing more
+    return Response(status_code=NOBODY_WAITS)
+
+
+async def strike(request: Request, label: str, *, transfer: bool = False) -> Context:
+    """Name the request in the log and let faults strike it. Raises Struck."""
+    request.scope["label"] = label
+    context: Context = request.app.state.context
+    if await context.faults.hang(label) and await request.is_disconnected():
+        raise Struck(Response(status_code=NOBODY_WAITS))
+    if fault := context.faults.take("status", label):
+        raise Struck(JSONResponse({"error": "a fault was asked for"}, status_code=fault.code))
+    if context.faults.take("error", label):
+        raise Struck(JSONResponse({"data": None, "errors": [{"message": "a fault was asked for"}]}))
+    if not transfer and context.faults.take("drop", label):
+        raise Struck(await abort(request))
+    return replace(context, base_url=str(request.base_url).rstrip("/"))
