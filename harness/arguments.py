@@ -203,10 +203,10 @@ SECTIONS: tuple[type, ...] = (
 
 def parse(argv: Sequence[str]) -> Config:
     """
-    The configuration of a command line: its flags over WANDB_* variables over `--config` over, where nothing says
-    what to train, quickstart.
+    Return the configuration of a command line.
 
-    With a bare --debug whatever no flag gives takes the values of DEBUG_DEFAULTS. Raises ConfigError.
+    Flags go over WANDB_* variables, over `--config` or, where nothing says what to train, over quickstart. With a bare
+    --debug whatever no flag gives takes the values of DEBUG_DEFAULTS. Raises ConfigError.
     """
     refused = OWNED_BY_LAUNCH_CONFIG | REFUSED | GONE
     source = _value_of("config", argv)

@@ -38,6 +38,7 @@ from harness.stopping import Stop
 from harness.tasks import Task, resolve
 from harness.topology import agree, local_main_first, software
 from harness.tracking import WandbTracker
+from harness.tracking.tables import SampleTables
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,14 @@ def _check_data(config: Config, task: Task) -> None:
         raise ConfigError(f"{flag} needs validation data: give --validation_file, or a data set that has some.")
     if config.run.do_predict and task.test_dataset is None:
         raise ConfigError("--do_predict needs test data: give --test_file, or a data set with a test split.")
+    if (count := config.tracking.wandb_eval_samples) is not None and config.run.trains:
+        if config.plan.eval_strategy == "no":
+            raise ConfigError(f"--wandb_eval_samples={count} needs evaluations: give --eval_strategy epoch or steps.")
+        if task.predict_samples is None:
+            raise ConfigError(
+                f"--wandb_eval_samples={count}: --task={config.task.task} has no predict_samples that shows what the "
+                "model makes of samples; give it one, or leave the flag out."
+            )
 
 
 def _check_best_metric(config: Config, task: Task, evaluator: Evaluator) -> None:
@@ -204,10 +213,18 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         clock=Clock(state),
         console=session.console,
         tracker=tracker,
+        tables=_sample_tables(session, tracker),
         stop=Stop(accelerator, requested=lambda: tracker.stop_requested),
         modeling=config.modeling,
         optim=config.optim,
     )
+
+
+def _sample_tables(session: Session, tracker: WandbTracker) -> SampleTables | None:
+    predict, count = session.task.predict_samples, tracker.config.wandb_eval_samples
+    if predict is None or count is None or not (session.accelerator.is_main_process and tracker.config.uses_wandb):
+        return None
+    return SampleTables(predict, session.task.eval_dataset, num_samples=count)
 
 
 def restore(run: Run, state: TrainState, saved: Saved) -> None:

@@ -28,6 +28,7 @@ from harness.state import TrainState
 from harness.stopping import NONE, PREEMPTED, PREEMPTED_EXIT_CODE, Stop, StoppedError
 from harness.topology import software
 from harness.tracking import WandbTracker, rewrite
+from harness.tracking.tables import SampleTables, is_due, last_evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Run:
     clock: Clock
     console: Console
     tracker: WandbTracker
+    tables: SampleTables | None
     stop: Stop
     modeling: ModelingConfig
     optim: OptimConfig
@@ -161,11 +163,15 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     """Collective: evaluate on all sets; returns whether this was the best evaluation so far."""
     run.optimizer.eval()  # schedule-free optimizers have other weights to evaluate and to save
     metrics: dict[str, float] = {}
+    previous = last_evaluation(state.log_history)
     for data in run.eval_sets:
         outcome = run.evaluator.run(run.model, data)
         emit(run, state, outcome.metrics, outcome.extras)
         run.console.evaluation(outcome.metrics, step=state.global_step)
         metrics |= outcome.metrics
+    if run.tables is not None and is_due(state.epoch, previous, run.tracker.config.wandb_eval_samples_freq):
+        model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
+        run.tracker.log_media(run.tables.make(model, epoch=state.epoch), step=state.global_step)
     run.model.train()
     if at_start:  # nothing has been learnt yet: the Trainer compares nothing with it
         return False

@@ -138,6 +138,7 @@ def begin_output(session: Session) -> None:
     try:
         session.output_dir.mkdir(parents=True, exist_ok=True)
         if session.config.run.trains:  # an evaluation alone leaves the trained run's as it is
+            (session.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
             (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output_dir={session.output_dir} can't be written to: {error}.") from error

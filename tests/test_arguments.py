@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ FLAGS = {field.name: (section, field) for section in SECTIONS for field in datac
 TRAINERS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
 # Flags whose default is not the Trainer's, on purpose.
 OTHER_DEFAULTS = {"report_to": ["wandb"]}
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -153,6 +160,7 @@ def test_command_without_input_is_the_quickstart() -> None:
     assert parse(["--max_steps", "2", "--seed", "1"]).task.task == expected["task"]
 
 
+@pytest.mark.usefixtures("no_variables")
 @pytest.mark.parametrize("name", SAY_WHAT_TO_TRAIN)
 def test_saying_what_to_train_leaves_nothing_of_the_quickstart(name: str) -> None:
     value = {"task": "masked-lm", "task_name": "cola"}.get(name, "x")
@@ -161,6 +169,7 @@ def test_saying_what_to_train_leaves_nothing_of_the_quickstart(name: str) -> Non
     assert changed == {name}
 
 
+@pytest.mark.usefixtures("no_variables")
 def test_a_config_leaves_nothing_of_the_quickstart(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("seed: 5\n", encoding="utf-8")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,10 +15,7 @@ from typing import Any
 
 import pytest
 
-from harness.tracking.__main__ import main
-from harness.tracking.artifacts import Artifacts, Delivery, Pending
-from harness.tracking.staging import FOLDER, RECORD_FILE, StagingError, complete, discard, stage, sweep, waiting
-from tests.support.wandb_file import read_all
+from harness.tracking.staging import FOLDER, waiting
 from tests.support.wandb_server import WandbServer
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +38,8 @@ logging.getLogger("harness").setLevel("INFO")
 
 def control(method, what, body):
     address = os.environ["WANDB_BASE_URL"] + "/_control/" + what
-    urllib.request.urlopen(urllib.request.Request(address, json.dumps(body).encode(), method=method), timeout=10).close()
+    request = urllib.request.Request(address, json.dumps(body).encode(), method=method)
+    urllib.request.urlopen(request, timeout=10).close()
 def fault(kind, match="", **options):
     control("POST", "faults", {"kind": kind, "match": match, **options})
 def heal():
@@ -296,9 +292,9 @@ def run(script: str, *argv: str, folder: Path, server: WandbServer | None = None
 def command(line: str, folder: Path, server: WandbServer | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command that we told the user to run."""
     line = line.replace("python -m", f"{sys.executable} -m").replace("wandb sync", f"{sys.executable} -m wandb sync")
-    return subprocess.run(
+    return subprocess.run(  # noqa: S602 - as the user would type it
         line,
-        shell=True,  # noqa: S602 - as the user would
+        shell=True,
         env=environment(folder, server),
         cwd=folder,
         capture_output=True,
@@ -387,7 +383,10 @@ def test_metadata_is_what_was_given_and_json(played: Played, server: WandbServer
     first = server.artifacts("checkpoint-a-b-c")[0].metadata
     assert first.pop("saved_at") == pytest.approx(time.time(), abs=600)
     assert first == {
-        **{"train/loss": 0.5, "eval/loss": "Infinity", "x": "NaN", "model/num_parameters": 7},
+        "train/loss": 0.5,
+        "eval/loss": "Infinity",
+        "x": "NaN",
+        "model/num_parameters": 7,
         "run_id": "whole",
     }
     base = server.artifacts("model-a-b-c")[0].metadata
@@ -456,8 +455,10 @@ def test_one_that_comes_late_takes_no_alias_from_a_newer_one(played: Played, ser
     }
     assert steps["1"][0] == "v3", "the first came last"
     assert {step: found & {"best", "latest"} for step, (_, found) in steps.items()} == {
-        **{"1": set(), "2": set()},
-        **{"3": {"best"}, "4": {"latest"}},
+        "1": set(),
+        "2": set(),
+        "3": {"best"},
+        "4": {"latest"},
     }
 
 

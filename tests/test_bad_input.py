@@ -349,7 +349,11 @@ def test_the_process_ends_with_2_and_the_message(row: str, inputs: Inputs, elsew
 
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
-    [("WANDB_MODE", "sometimes", "Put it right or unset it"), ("WANDB_LOG_MODEL", "checkpoint", "unset it")],
+    [
+        ("WANDB_MODE", "sometimes", "use one of: auto, online, offline, disabled"),
+        ("WANDB_LOG_MODEL", "checkpoints", "use one of: false, end, checkpoint"),
+        ("WANDB_TAGS", "a" * 65, "Put it right or unset it"),
+    ],
 )
 def test_a_variable_that_can_not_be_followed_is_refused_before_anything_is_written(
     name: str,
@@ -363,7 +367,7 @@ def test_a_variable_that_can_not_be_followed_is_refused_before_anything_is_writt
     monkeypatch.setenv(name, value)
     argv = ["--task=tests.support.parity_task:build", "--use_cpu", f"--output_dir={tmp_path / 'out'}"]
     assert main(argv) == 2
-    check_message(capsys.readouterr().err, f"{name}={value}", remedy)
+    check_message(capsys.readouterr().err, name, value, remedy)
     assert not (tmp_path / "out").exists()
     assert not list(elsewhere.iterdir())
 

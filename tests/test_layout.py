@@ -48,7 +48,6 @@ LONGEST_FILE, LONGEST_FUNCTION = 350, 60
 # With the reason why they are one concern.
 LONGER_FILES = {
     "checkpoint.py": "one file format: finding, writing and reading it",
-    "tracking/run.py": "one interface of Accelerate's",
 }
 TOP_LEVEL = {
     "harness",

@@ -447,7 +447,7 @@ class TestTrackers:
     def test_wandb_disabled_drops_wandb_alone(self, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_DISABLED", value)
         monkeypatch.setenv("WANDB_WATCH", "all")  # of no consequence then
-        assert trackers(TrackingConfig(), dir="out") == []
+        assert trackers(TrackingConfig.from_environment(), dir="out") == []
         tracker = WandbTracker()
         tracker.start()
         tracker.log({"loss": 1.0}, step=1)
@@ -457,25 +457,30 @@ class TestTrackers:
     @pytest.mark.parametrize("name", ["WANDB_LOG_MODEL", "WANDB_WATCH"])
     def test_what_is_switched_off_is_accepted(self, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
-        assert len(trackers(TrackingConfig(), dir="out")) == 1
+        (tracker,) = trackers(TrackingConfig.from_environment(), dir="out")
+        assert isinstance(tracker, WandbTracker)
+        assert (tracker.config.wandb_log_model, tracker.config.wandb_watch) == ("false", "false")
 
     @pytest.mark.parametrize(
-        ("name", "value"),
+        ("name", "value", "message"),
         [
-            ("WANDB_LOG_MODEL", "checkpoint"),
-            ("WANDB_WATCH", "gradients"),
-            ("WANDB_MODE", "foo"),
-            ("WANDB_SILENT", ""),
-            ("WANDB_DISABLED", "maybe"),
-            ("WANDB_PROJECT", "a/b"),
+            ("WANDB_LOG_MODEL", "checkpoints", r"\(WANDB_LOG_MODEL\)=checkpoints .*false, end, checkpoint"),
+            ("WANDB_LOG_MODEL", "true", r"\(WANDB_LOG_MODEL\)=true .*false, end, checkpoint"),
+            ("WANDB_WATCH", "grads", r"\(WANDB_WATCH\)=grads .*false, gradients, parameters, all"),
+            ("WANDB_MODE", "foo", r"\(WANDB_MODE\)=foo .*auto, online, offline, disabled"),
+            ("WANDB_RESUME", "maybe", r"\(WANDB_RESUME\)=maybe .*allow, must, never, auto"),
+            ("WANDB_RESUME", "must", r"needs --wandb_run_id \(WANDB_RUN_ID\)"),
+            ("WANDB_SILENT", "", "^WANDB_SILENT= is .*unset it"),
+            ("WANDB_DISABLED", "maybe", "^WANDB_DISABLED=maybe is .*unset it"),
+            ("WANDB_PROJECT", "a/b", "^WANDB_PROJECT=a/b is .*unset it"),
         ],
     )
     def test_what_would_be_ignored_or_raise_later_is_refused(
-        self, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+        self, name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv(name, value)
-        with pytest.raises(ConfigError, match=f"^{name}={value} is .*unset it"):
-            trackers(TrackingConfig(), dir="out")
+        with pytest.raises(ConfigError, match=message):
+            trackers(TrackingConfig.from_environment(), dir="out")
 
     def test_an_unknown_tracker_is_refused_with_the_known_ones(self) -> None:
         with pytest.raises(ConfigError, match=r"wandb_ is not known; use one of: none, all, .*tensorboard.*Did you"):

@@ -106,9 +106,7 @@ def link(name: str, registry: str, aliases: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.tracking", description="Artifacts after the training."
-    )
+    parser = argparse.ArgumentParser(prog="python -m harness.tracking", description="Artifacts after the training.")
     commands = parser.add_subparsers(dest="command", required=True)
     of_upload = commands.add_parser("upload", help="Deliver the artifacts that runs left staged.", allow_abbrev=False)
     of_upload.add_argument("output_dir", nargs="+", type=Path, help="Folders of runs, with wandb-artifacts in them.")

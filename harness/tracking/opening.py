@@ -158,7 +158,8 @@ def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: 
     if reason:
         folder = run.settings.sync_dir
         logger.warning(
-            "%s: the run is kept offline in %s. Look at it with `wandb leet %s`; upload it later with %s`wandb sync %s`.",
+            "%s: the run is kept offline in %s. Look at it with `wandb leet %s`; "
+            "upload it later with %s`wandb sync %s`.",
             *(reason, folder, folder, "`wandb login` and " if needs_login else "", folder),
         )
     return run

@@ -114,7 +114,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
         self._is_own = wandb.run is None
         # A function, not the event's method: wandb copies its settings deeply.
-        stop = lambda: self._stop.set()  # noqa: E731, PLW0108
+        stop = lambda: self._stop.set()  # noqa: E731
         self._run = open_run(self.config, self._init_kwargs, stop=stop) if self._is_own else wandb.run
         self._where = "" if self._run is None else _where(self._run)
         self._deliver(self._define_metrics)
@@ -181,6 +181,11 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         if step is not None:
             row["train/global_step"] = step
         self._deliver(lambda: self._send(summary, row, kwargs))
+
+    def log_media(self, values: Mapping[str, Any], *, step: int) -> None:
+        """Send tables and charts, or anything of one's own, in a row under the names they have."""
+        if values:
+            self._deliver(lambda: self._run.log({**values, "train/global_step": step}))
 
     def log_checkpoint(self, folder: str | Path, *, step: int, epoch: float = 0.0, is_best: bool = False) -> None:
         """

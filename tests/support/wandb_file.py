@@ -27,6 +27,7 @@ class WandbFile:
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     exit_code: int | None = None
+    is_preempting: bool = False
 
 
 def read(path: Path) -> WandbFile:
@@ -45,6 +46,8 @@ def read(path: Path) -> WandbFile:
             run.rows.append(_values(record.history.item))
         elif kind == "metric":
             run.metrics.append(MessageToDict(record.metric))
+        elif kind == "preempting":
+            run.is_preempting = True
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run
