@@ -147,9 +147,11 @@ def test_the_tracker_works_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (tracked,) = read_all(tmp_path)
     assert (tracked.project, tracked.display_name, tracked.exit_code) == ("demo", "by-hand", 0)
-    assert tracked.config["learning_rate"] == 0.1
-    rows = [(row["train/global_step"], row["train/loss"]) for row in tracked.rows]
-    assert rows == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+    assert tracked.config["lr"] == 0.01
+    assert [row["train/global_step"] for row in tracked.rows] == list(range(1, 33))
+    assert tracked.rows[-1]["train/loss"] < tracked.rows[0]["train/loss"]
+    watched = [row["train/global_step"] for row in tracked.rows if "gradients/0.weight._type" in row]
+    assert watched == list(range(4, 33, 4))
 
 
 @pytest.mark.slow

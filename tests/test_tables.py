@@ -308,7 +308,7 @@ class TestSequenceClassification:
         assert found.class_names == ("cat", "dog")
         assert found.probabilities is not None
         for i, sample in enumerate(samples):
-            own = logits_alone(classifier, sample, "input_ids", "attention_mask", "token_type_ids").softmax(-1)
+            own = logits_alone(classifier, sample, "input_ids", "attention_mask").softmax(-1)
             assert found.probabilities[i] == pytest.approx(own.tolist(), abs=1e-5)
             assert table["inputs"][i] == SENTENCES[i]
             assert table["labels"][i] == ("cat" if "cat" in SENTENCES[i] else "dog")
@@ -325,8 +325,7 @@ class TestSequenceClassification:
             model_type="distilbert",
             config_overrides=TINY_DISTILBERT,
         )
-        samples = eval_rows(task, 3)
-        assert "token_type_ids" in samples[0]
+        samples = [{**sample, "token_type_ids": [0] * len(sample["input_ids"])} for sample in eval_rows(task, 3)]
         found = predict(task, samples)
         assert found.probabilities is not None
         own = logits_alone(task, samples[2], "input_ids", "attention_mask").softmax(-1)
@@ -386,7 +385,7 @@ class Rude:
         np.random.rand(3)
         torch.rand(3)
         model.train()
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.config.use_cache = True
         model.generation_config.temperature = 0.1
         model.generation_config = None
@@ -407,7 +406,7 @@ class TestUndisturbed:
     @pytest.mark.parametrize("error", [None, ValueError("no")], ids=["returns", "raises"])
     def test_generators_modes_and_settings_are_as_before(self, gpt: Task, error: Exception | None) -> None:
         model: Any = type(gpt.model)(gpt.model.config)
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         model.config.use_cache = False
         model.train()
         model.transformer.h[0].attn.eval()  # frozen, as users have it

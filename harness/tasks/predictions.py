@@ -115,11 +115,14 @@ def _generated(
         return [[] for _ in prompts]
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     inputs = _padded([torch.tensor(prompt) for prompt in prompts], padding or 0, "left", model)
-    # A config of its own: what a model brings for sampling is neither used nor warned of.
-    greedy = GenerationConfig(
-        max_new_tokens=num_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=padding
-    )
-    output = model.generate(**inputs, generation_config=greedy)  # type: ignore[operator]
+    # Not as an argument: what a model brings for sampling would be merged into it, or warned of.
+    settings: Any = model.generation_config
+    greedy = GenerationConfig(max_new_tokens=num_tokens, eos_token_id=settings.eos_token_id, pad_token_id=padding)
+    model.generation_config = greedy  # type: ignore[assignment]
+    try:
+        output = model.generate(**inputs, use_cache=True)  # type: ignore[operator]
+    finally:
+        model.generation_config = settings
     new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
     return new
 
