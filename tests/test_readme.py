@@ -179,9 +179,12 @@ def test_the_ddp_command_starts_two_processes(tmp_path: Path) -> None:
     [["-m", "harness.train"], [str(ROOT / "harness" / "train.py")]],
     ids=["module", "script"],
 )
-def test_the_entry_points_are_the_same_command(command: list[str], tmp_path: Path) -> None:
+def test_the_entry_points_are_the_same_command(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Under WANDB_MODE=offline transformers prints a line when its Trainer is imported.
-    done = run([sys.executable, *command, "--print_config"], tmp_path, PYTHONPATH=str(ROOT), WANDB_MODE="")
+    monkeypatch.delenv("WANDB_MODE")
+    done = run([sys.executable, *command, "--print_config"], tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert done.stdout == parse([]).as_yaml()
 
