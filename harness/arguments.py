@@ -51,7 +51,7 @@ REFUSED = {
     "accelerator_config": "the loop needs its values for exact resume; batches are even and not split",
     "auto_find_batch_size": "a batch size found by failing differs between lives of a run; give one that fits",
     "batch_eval_metrics": _STREAMED,
-    "enable_jit_checkpoint": "a stop that saves comes with a later version; use --save_steps",
+    "enable_jit_checkpoint": "SIGTERM always saves before it stops the training",
     "eval_accumulation_steps": _STREAMED,
     "eval_do_concat_batches": _STREAMED,
     "eval_use_gather_object": _STREAMED,

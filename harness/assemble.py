@@ -110,7 +110,8 @@ def _check_data(config: Config, task: Task) -> None:
         raise ConfigError(f"{flag} needs validation data: give --validation_file, or a data set that has some.")
     if config.run.do_predict and task.test_dataset is None:
         raise ConfigError("--do_predict needs test data: give --test_file, or a data set with a test split.")
-    if (count := config.tracking.wandb_eval_samples) is not None and config.run.trains:
+    count = config.tracking.wandb_eval_samples
+    if count is not None and config.tracking.uses_wandb and config.run.trains:
         if config.plan.eval_strategy == "no":
             raise ConfigError(f"--wandb_eval_samples={count} needs evaluations: give --eval_strategy epoch or steps.")
         if task.predict_samples is None:

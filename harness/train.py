@@ -2,7 +2,7 @@
 The script: a table of contents. Builds, trains, closes.
 
 `accelerate launch harness/train.py`, `python harness/train.py`, `python -m harness.train` and `harness-train` are
-the same. Exit codes: 0 finished, 1 failed, 2 bad input or configuration, 130 interrupted.
+the same. Exit codes: 0 finished, 1 failed, 2 bad input or configuration, 85 preempted after a save, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -247,6 +247,30 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
         ["--task=tests.support.parity_task:build", "--report_to=wandbb"],
         ("--report_to=wandbb is not known", "Did you mean wandb"),
     ),
+    "tables without evaluations": (
+        ["--task=tests.support.parity_task:build", "--wandb_eval_samples=4"],
+        ("--wandb_eval_samples=4 needs evaluations", "--eval_strategy epoch"),
+    ),
+    "tables without predictions": (
+        ["--task=tests.support.parity_task:build", "--wandb_eval_samples=4", "--eval_strategy=epoch"],
+        ("--wandb_eval_samples=4: --task=tests.support.parity_task:build has no predict_samples", "give it one"),
+    ),
+    "registry without models": (
+        ["--task=tests.support.parity_task:build", "--wandb_registry=best"],
+        ("--wandb_registry does nothing without", "--wandb_log_model end"),
+    ),
+    "kept checkpoints without checkpoints": (
+        ["--task=tests.support.parity_task:build", "--wandb_keep_checkpoints=2", "--wandb_log_model=end"],
+        ("--wandb_keep_checkpoints does nothing without --wandb_log_model checkpoint",),
+    ),
+    "watch": (
+        ["--task=tests.support.parity_task:build", "--wandb_watch=grads"],
+        ("--wandb_watch", "use one of: false, gradients, parameters, all"),
+    ),
+    "patterns without watch": (
+        ["--task=tests.support.parity_task:build", "--wandb_watch_patterns=*.attn.*"],
+        ("--wandb_watch_patterns does nothing without --wandb_watch",),
+    ),
     "missing config": (["--config=gone.yaml"], ("--config=gone.yaml: no such file", "recipes: ")),
     "config that is no YAML": (lambda i: config(i, "a: [1\n"), ("--config=.*own.yaml is not valid YAML",)),
     "infinite epochs": ([*PARITY, "--num_train_epochs=inf", "--max_steps=3"], ("--num_train_epochs=inf", "use more")),

@@ -24,8 +24,8 @@ INSTALL_AND_TRAIN = "pip install -e . && accelerate launch harness/train.py"
 INSTALL_AND_TEST = "pip install -e '.[test]' && pytest"
 FLAGS = {field.name for section in SECTIONS for field in fields(section)}
 NOT_TAKEN = {**OWNED_BY_LAUNCH_CONFIG, **REFUSED, **GONE}
-# Flags of `accelerate launch`, not ours.
-OF_THE_LAUNCHER = {"config_file", "num_processes", "cpu"}
+# Flags of `accelerate launch` and of `python -m harness.tracking`.
+OF_OTHERS = {"config_file", "num_processes", "cpu", "registry"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 OURS = re.compile(r"(?:^|\s)(?:harness-train|harness/train\.py|-m harness\.train)(?=\s|$)")
 
@@ -76,7 +76,7 @@ def test_the_two_commands_are_there_as_they_are_typed() -> None:
 
 
 def test_each_flag_exists_or_is_refused() -> None:
-    named = {name for name in re.findall(r"--([a-z][a-z0-9_]+)", README) if name not in OF_THE_LAUNCHER}
+    named = {name for name in re.findall(r"--([a-z][a-z0-9_]+)", README) if name not in OF_OTHERS}
     assert not named - FLAGS - {"help"} - set(NOT_TAKEN)
 
 

@@ -34,7 +34,9 @@ from tests.support.inputs import (
     write_rows,
     write_text,
 )
+from tests.support.parity import as_flags, assert_equal_runs, run_harness
 from tests.support.wandb_file import WandbFile, read_all
+from tests.test_launch import SCRIPT, run
 
 ROOT = Path(__file__).parent.parent
 TINY_DISTILBERT = "dim=16,n_layers=1,n_heads=2,hidden_dim=32,max_position_embeddings=64"
@@ -656,3 +658,32 @@ class TestRun:
             assert found["columns"] == ["inputs", "labels", "predictions", "epoch"]
             assert {line[3] for line in found["data"]} == {epoch}
             assert "the" in found["data"][0][0] + found["data"][0][1]
+
+
+def test_tables_come_with_the_evaluations_that_are_due_and_change_no_number(
+    folder: Path, gpt: Task, tmp_path: Path
+) -> None:
+    arguments = {
+        "model_type": "gpt2",
+        "config_overrides": TINY_GPT,
+        "block_size": 16,
+        "train_file": folder / "text.txt",
+        "validation_file": folder / "text.txt",
+        "tokenizer_name": folder / "gpt",
+        "num_train_epochs": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 0.125,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 7,
+    }
+    run_harness(tmp_path / "without", {**arguments, "task": "causal-lm"})
+    flags = as_flags({**arguments, "output_dir": tmp_path / "with", "use_cpu": True, "wandb_eval_samples": 5})
+    ended = run([sys.executable, SCRIPT, *flags], WANDB_MODE="offline", WANDB_SILENT="true")
+    assert ended.code == 0, ended.err
+    assert_equal_runs(tmp_path / "without", tmp_path / "with")
+    (left,) = read_all(tmp_path / "with")
+    rows = [i for i, row in enumerate(left.rows) if any(name.startswith("sample_predictions") for name in row)]
+    tables = [table_of(left, row, "sample_predictions") for row in rows]
+    assert [(len(table["data"]), table["data"][0][3]) for table in tables] == [(5, 2.0), (5, 4.0)]
+    assert [left.rows[row - 1]["eval/loss"] > 0 for row in rows] == [True, True]
