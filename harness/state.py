@@ -61,7 +61,8 @@ class TrainState:
             ("should_epoch_stop", "should_evaluate", "should_log", "should_save", "should_training_stop"),
             False,
         )
-        control |= {"should_save": True, "should_training_stop": self.should_stop}
+        is_last = self.should_stop or self.global_step >= self.max_steps
+        control |= {"should_save": True, "should_training_stop": is_last}
         callbacks: dict[str, Any] = {}
         if early_stopping is not None:
             counter = {"early_stopping_patience_counter": self.early_stopping_patience_counter}

@@ -3,319 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from harness.tracking.staging import FOLDER, waiting
+from harness.tracking.delivery import DeliveryError, deliver
+from harness.tracking.staging import FOLDER, stage, waiting
+from tests.support.artifact_processes import command, ended, start
 from tests.support.wandb_server import WandbServer
 
-ROOT = Path(__file__).parent.parent
-PROJECT = "p"
-CLI = (sys.executable, "-m", "harness.tracking")
-
-# What the scenarios share. `out` is the output_dir of a run; `opened(id)` is a run and its artifacts.
-PRELUDE = """
-import json, logging, os, pathlib, shutil, signal, sys, time, traceback, urllib.request
-import wandb
-from harness.tracking import uploads
-from harness.tracking.artifacts import Artifacts
-
-MESSAGES = []
-class Keeps(logging.Handler):
-    def emit(self, record):
-        MESSAGES.append(record.getMessage())
-logging.getLogger("harness").addHandler(Keeps())
-logging.getLogger("harness").setLevel("INFO")
-
-def control(method, what, body):
-    address = os.environ["WANDB_BASE_URL"] + "/_control/" + what
-    request = urllib.request.Request(address, json.dumps(body).encode(), method=method)
-    urllib.request.urlopen(request, timeout=10).close()
-def fault(kind, match="", **options):
-    control("POST", "faults", {"kind": kind, "match": match, **options})
-def heal():
-    control("DELETE", "faults", {})
-
-def opened(run_id, out=None, **options):
-    out = pathlib.Path(out or run_id).absolute()
-    out.mkdir(exist_ok=True)
-    settings = wandb.Settings(silent=True, init_timeout=30)
-    run = wandb.init(project="p", id=run_id, dir=".", resume=options.pop("resume", None), settings=settings)
-    options = {"log_model": "checkpoint", "suffix": run_id, "finish_timeout": 20, "output_dir": out, **options}
-    return run, Artifacts(run, **options), out
-
-def checkpoint(out, step, size=1000):
-    folder = out / f"checkpoint-{step}"
-    (folder / "sub" / "deep").mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(f"{out.name} {step} ".encode() + bytes(size))
-    (folder / "sub" / "deep" / "state.bin").write_bytes(f"deep {out.name} {step}".encode())
-    (folder / "empty").touch()
-    return folder
-
-def save(artifacts, out, step, *, best=False, prune=True, size=1000, metadata=None):
-    folder = checkpoint(out, step, size)
-    began = time.perf_counter()
-    artifacts.log_checkpoint(folder, step=step, epoch=step / 3, is_best=best, metadata=metadata or {})
-    took = time.perf_counter() - began
-    if prune:
-        shutil.rmtree(folder)
-    return took
-
-def final(artifacts, out, **metadata):
-    files = [out / "model.safetensors", out / "config.json"]
-    for file in files:
-        file.write_text(f"final {out.name} {file.name}")
-    artifacts.log_model(files, architecture="Model()", metadata={"final_model": True, **metadata})
-
-def committed(artifacts, count, seconds=30):
-    end = time.monotonic() + seconds
-    while len(artifacts._uploads._committed) < count:
-        assert time.monotonic() < end, artifacts._uploads._waiting
-        time.sleep(0.02)
-
-def told(delivery):
-    return {
-        "committed": delivery.committed,
-        "pending": [[each.name, each.aliases, each.reason] for each in delivery.pending],
-        "staged": delivery.staged,
-        "command": delivery.command,
-        "line": delivery.describe(),
-    }
-
-def closed(run, artifacts):
-    began = time.perf_counter()
-    delivery = artifacts.close()
-    seconds = time.perf_counter() - began
-    assert artifacts.close() is delivery
-    run.finish()
-    return {**told(delivery), "seconds": seconds}
-"""
-
-SCENARIOS = """
-def whole_way():
-    # The suffix can't be a name as it is.
-    run, artifacts, out = opened("whole", suffix="a b/c:ü", registry="MyModel", keep_checkpoints=None)
-    artifacts.log_architecture("Model()", metadata={"initial_model": True, "model_config": {"a": float("nan")}})
-    numbers = {"train/loss": 0.5, "eval/loss": float("inf"), "x": float("nan"), "model/num_parameters": 7}
-    save(artifacts, out, 100, metadata=numbers)
-    save(artifacts, out, 200, best=True)
-    save(artifacts, out, 300)
-    final(artifacts, out, **numbers)
-    left = {"staging": sorted(path.name for path in pathlib.Path(os.environ["WANDB_DATA_DIR"]).rglob("*"))}
-    result = {**closed(run, artifacts), **left}
-    caches = [path for path in pathlib.Path(os.environ["WANDB_CACHE_DIR"]).rglob("*") if path.suffix != ".log"]
-    files = [str(path) for path in caches if path.is_file()]
-    staging = [str(path) for path in pathlib.Path(os.environ["WANDB_DATA_DIR"]).rglob("*") if path.is_file()]
-    return {**result, "copies": files + staging, "left": sorted(path.name for path in out.rglob("*"))}
-
-def no_copy():
-    run, artifacts, out = opened("nocopy")
-    fault("hang", "put artifact/")
-    folder = checkpoint(out, 1, size=5_000_000)
-    used = lambda: int(os.popen("du -sk .").read().split()[0])
-    before, links = used(), (folder / "model.safetensors").stat().st_nlink
-    artifacts.log_checkpoint(folder, step=1, epoch=1, is_best=False, metadata={})
-    time.sleep(1)  # it is being uploaded
-    found = {"grown_kb": used() - before, "links": [links, (folder / "model.safetensors").stat().st_nlink]}
-    heal()
-    return {**found, **closed(run, artifacts), "after": (folder / "model.safetensors").stat().st_nlink}
-
-def names_of_transformers():
-    run, artifacts, out = opened("tnames", naming="transformers")
-    artifacts.log_architecture("Model()", metadata={})
-    save(artifacts, out, 1)
-    final(artifacts, out)
-    return closed(run, artifacts)
-
-def end_only():
-    run, artifacts, out = opened("endonly", log_model="end")
-    save(artifacts, out, 1)
-    final(artifacts, out)
-    return {**closed(run, artifacts), "again": artifacts.close().committed}
-
-def refused_once():
-    run, artifacts, out = opened("refused")
-    fault("status", "graphql CommitArtifact", code=400, count=1)
-    save(artifacts, out, 1)
-    save(artifacts, out, 2, best=True)
-    return closed(run, artifacts)
-
-def cut_and_500():
-    run, artifacts, out = opened("cut")
-    fault("drop", "put artifact/", after_bytes=50_000, count=1)
-    fault("status", "graphql CreateArtifactFiles", code=500, seconds=1)
-    save(artifacts, out, 1, size=300_000)
-    return closed(run, artifacts)
-
-def set_aside():
-    uploads.RETRY_SECONDS, uploads.ASIDE_SECONDS = (0.1, 0.1), 0.5
-    run, artifacts, out = opened("aside")
-    fault("status", "graphql CommitArtifact", code=400, count=3)
-    save(artifacts, out, 1, best=True)
-    save(artifacts, out, 2)
-    save(artifacts, out, 3, best=True)
-    save(artifacts, out, 4)
-    committed(artifacts, 4)  # without close: by itself
-    return closed(run, artifacts)
-
-def keep():
-    # Another run has logged into the same collection; the user has named one of ours.
-    other, theirs, out = opened("other", suffix="shared")
-    save(theirs, out, 1)
-    closed(other, theirs)
-    run, artifacts, out = opened("keeper", suffix="shared", keep_checkpoints=2)
-    save(artifacts, out, 1)
-    committed(artifacts, 1)
-    named = wandb.Api().artifact("tester/p/checkpoint-shared:latest")
-    named.aliases.append("mine")
-    named.save()
-    for step in range(2, 8):
-        save(artifacts, out, step, best=step == 3)
-    return closed(run, artifacts)
-
-def resumed():
-    run, artifacts, out = opened("again")
-    artifacts.log_architecture("Model()", metadata={"initial_model": True})
-    final(artifacts, out)
-    closed(run, artifacts)
-    run, artifacts, out = opened("again", resume="allow")
-    artifacts.log_architecture("Model()", metadata={"initial_model": True})
-    return closed(run, artifacts)
-
-def bad_registry():
-    uploads.RETRY_SECONDS = (0.1, 0.1)
-    run, artifacts, out = opened("badreg", log_model="end", registry="wandb-registry-nowhere/M")
-    final(artifacts, out)
-    return closed(run, artifacts)
-
-def damaged_on_the_server():
-    uploads.RETRY_SECONDS = (0.1, 0.1)
-    run, artifacts, out = opened("damaged")
-    fault("corrupt", "put manifest/", count=1)
-    save(artifacts, out, 1)
-    return closed(run, artifacts)
-
-def changed_on_the_disk():
-    run, artifacts, out = opened("changed")
-    fault("hang", "put artifact/", seconds=1)
-    save(artifacts, out, 1)
-    save(artifacts, out, 2)
-    staged = sorted((out / "wandb-artifacts").glob("*/files/model.safetensors"))[1]
-    staged.write_text("rewritten in place")
-    return closed(run, artifacts)
-
-def slow_uploads():
-    run, artifacts, out = opened("slow")
-    fault("throttle", "put artifact/", bytes_per_second=1_000_000)
-    took = [save(artifacts, out, step, best=step in (2, 5), size=200_000) for step in range(1, 9)]
-    return {**closed(run, artifacts), "took": took}
-
-def unexpected_kinds():
-    uploads.RETRY_SECONDS = (0.1, 0.1)
-    run, artifacts, out = opened("kinds")
-    other = wandb.Artifact("checkpoint-kinds", "dataset")
-    run.log_artifact(other).wait()
-    save(artifacts, out, 1)  # wandb raises ValueError: the collection has another type
-    artifacts.log_checkpoint(out / "absent", step=2, epoch=1, is_best=False, metadata={})
-    return closed(run, artifacts)
-
-results = {}
-for name in sys.argv[1:]:
-    MESSAGES.clear()
-    patience = uploads.RETRY_SECONDS, uploads.ASIDE_SECONDS
-    try:
-        results[name] = {**globals()[name](), "messages": list(MESSAGES)}
-    except Exception:
-        results[name] = {"error": traceback.format_exc()}
-    if wandb.run is not None:
-        wandb.finish()
-    uploads.RETRY_SECONDS, uploads.ASIDE_SECONDS = patience
-    heal()
-pathlib.Path("results.json").write_text(json.dumps(results))
-"""
-
-PLAIN = [
-    *("whole_way", "no_copy", "names_of_transformers", "end_only", "refused_once", "cut_and_500", "set_aside"),
-    *("keep", "resumed", "bad_registry", "damaged_on_the_server", "changed_on_the_disk", "slow_uploads"),
-    "unexpected_kinds",
-]
-
-
-def environment(folder: Path, server: WandbServer | None = None, **variables: str) -> dict[str, str]:
-    """No credentials, no wandb settings, no home but `folder`'s; those of the server if there is one."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
-    places = {f"WANDB_{kind}_DIR": str(folder / "wandb-dirs" / kind) for kind in ("CONFIG", "CACHE", "DATA")}
-    home = {"HOME": str(folder / "home"), "NETRC": str(folder / "netrc"), "PYTHONPATH": str(ROOT)}
-    return {**kept, **places, **home, **(server.environment() if server else {}), **variables}
-
-
-def start(
-    script: str, *argv: str, folder: Path, server: WandbServer | None = None, **variables: str
-) -> subprocess.Popen[str]:
-    """Run a script after the prelude in a process of its own."""
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + script, *argv],
-        env=environment(folder, server, **variables),
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process: subprocess.Popen[str], *, code: int = 0, timeout: float = 150) -> str:
-    """What the process wrote to standard output; it must end with `code`."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == code, f"{out}\n{err}"
-    return out
-
-
-def run(script: str, *argv: str, folder: Path, server: WandbServer | None = None, **variables: str) -> Any:
-    """Run a script to its end; returns the JSON of its last line."""
-    return json.loads(ended(start(script, *argv, folder=folder, server=server, **variables)).splitlines()[-1])
-
-
-def command(line: str, folder: Path, server: WandbServer | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command that we told the user to run."""
-    line = line.replace("python -m", f"{sys.executable} -m").replace("wandb sync", f"{sys.executable} -m wandb sync")
-    return subprocess.run(  # noqa: S602 - as the user would type it
-        line,
-        shell=True,
-        env=environment(folder, server),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-@contextmanager
-def killed_after(process: subprocess.Popen[str], server: WandbServer, label: str) -> Iterator[None]:
-    """SIGKILL the process once the server has got a request; wandb's own process dies with it."""
-    end = time.monotonic() + 60
-    yield
-    while not any(label in each["label"] for each in server.requests()):
-        assert time.monotonic() < end
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
+SCRIPT = ("-m", "tests.support.artifact_scenarios")
+PLAIN = (
+    *("whole_way", "no_copy", "names_of_transformers", "end_only", "refused_once", "refused_always"),
+    *("changed_on_the_disk", "limited", "offline"),
+)
+SLOW = ("cut_and_500", "set_aside", "keep", "slow_uploads", "resumed", "bad_registry", "unexpected_kinds")
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:
 
 @dataclass
 class Played:
-    """What the scenarios returned, and the folder they ran in."""
+    """What the scenarios told, and the folder they ran in."""
 
     results: dict[str, Any]
     folder: Path
@@ -337,12 +44,20 @@ class Played:
         return result
 
 
+def play(names: tuple[str, ...], folder: Path, server: WandbServer) -> Played:
+    """All these scenarios, one after the other in one process."""
+    print(ended(start(*SCRIPT, *names, folder=folder, server=server)))
+    return Played(json.loads((folder / "results.json").read_text(encoding="utf-8")), folder)
+
+
 @pytest.fixture(scope="module")
 def played(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> Played:
-    """All scenarios, one after the other in one process."""
-    folder = tmp_path_factory.mktemp("played")
-    ended(start(SCENARIOS, *PLAIN, folder=folder, server=server))
-    return Played(json.loads((folder / "results.json").read_text(encoding="utf-8")), folder)
+    return play(PLAIN, tmp_path_factory.mktemp("played"), server)
+
+
+@pytest.fixture(scope="module")
+def played_slow(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    return play(SLOW, tmp_path_factory.mktemp("played_slow"), server)
 
 
 def aliases(server: WandbServer, collection: str) -> dict[str, set[str]]:
@@ -407,7 +122,7 @@ def test_the_final_model_is_linked_to_the_registry(played: Played, server: Wandb
 
 def test_nothing_is_copied_on_the_disk(played: Played) -> None:
     result = played["no_copy"]
-    assert result["grown_kb"] < 1000, "of a checkpoint of 5 MB"
+    assert result["grown_bytes"] < 1_000_000, "of a checkpoint of 5 MB"
     assert result["links"] == [1, 2]
     assert result["after"] == 1, "the link is gone when W&B has it, the checkpoint is not"
     assert len(result["committed"]) == 1
@@ -425,7 +140,7 @@ def test_transformers_names_put_all_into_one_collection(played: Played, server: 
 
 def test_end_uploads_no_checkpoint(played: Played, server: WandbServer) -> None:
     result = played["end_only"]
-    assert result["committed"] == result["again"] == ["model-endonly:v0"]
+    assert result["committed"] == ["model-endonly:v0"]
     assert server.artifacts("checkpoint-endonly") == []
 
 
@@ -437,15 +152,17 @@ def test_a_refused_upload_is_tried_again_in_its_place(played: Played, server: Wa
     }
 
 
-def test_a_cut_connection_and_a_sick_server_delay_it_only(played: Played, server: WandbServer) -> None:
-    assert played["cut_and_500"]["pending"] == []
+@pytest.mark.slow
+def test_a_cut_connection_and_a_sick_server_delay_it_only(played_slow: Played, server: WandbServer) -> None:
+    assert played_slow["cut_and_500"]["pending"] == []
     (found,) = [each for each in server.artifacts("checkpoint-cut") if each.state == "COMMITTED"]
     assert found.contents["model.safetensors"].read_bytes() == b"cut 1 " + bytes(300_000)
     assert any(each.get("fault") and each["label"] == "put artifact/model.safetensors" for each in server.requests())
 
 
-def test_one_that_comes_late_takes_no_alias_from_a_newer_one(played: Played, server: WandbServer) -> None:
-    result = played["set_aside"]
+@pytest.mark.slow
+def test_one_that_comes_late_takes_no_alias_from_a_newer_one(played_slow: Played, server: WandbServer) -> None:
+    result = played_slow["set_aside"]
     assert result["pending"] == []
     assert len(result["committed"]) == 4
     assert sum("could not be uploaded" in line for line in result["messages"]) == 1
@@ -453,7 +170,7 @@ def test_one_that_comes_late_takes_no_alias_from_a_newer_one(played: Played, ser
         next(alias for alias in found if "global_step" in alias).rpartition("_")[2]: (version, found)
         for version, found in aliases(server, "checkpoint-aside").items()
     }
-    assert steps["1"][0] == "v3", "the first came last"
+    assert steps["1"][0] > steps["2"][0], "the first came later"
     assert {step: found & {"best", "latest"} for step, (_, found) in steps.items()} == {
         "1": set(),
         "2": set(),
@@ -462,26 +179,27 @@ def test_one_that_comes_late_takes_no_alias_from_a_newer_one(played: Played, ser
     }
 
 
-def test_keep_checkpoints_deletes_only_this_runs_unnamed_versions(played: Played, server: WandbServer) -> None:
-    assert played["keep"]["pending"] == []
+@pytest.mark.slow
+def test_keep_checkpoints_deletes_only_this_runs_unnamed_versions(played_slow: Played, server: WandbServer) -> None:
+    assert played_slow["keep"]["pending"] == []
     kept = {
-        (found.logged_by, next(alias for alias in found.aliases if "global_step" in alias).rpartition("_")[2])
+        tuple(found.contents["model.safetensors"].read_bytes().split()[:2])
         for found in server.artifacts("checkpoint-shared")
         if found.state == "COMMITTED"
     }
     # The two newest, the best, the one that the user named, and the other run's.
-    assert kept == {("other", "1"), ("keeper", "1"), ("keeper", "3"), ("keeper", "6"), ("keeper", "7")}
+    assert kept == {(b"other", b"1"), *((b"keeper", step) for step in (b"1", b"3", b"6", b"7"))}
 
 
-def test_a_resumed_run_leaves_latest_to_the_final_model(played: Played, server: WandbServer) -> None:
-    assert played["resumed"]["committed"] == ["model-again:v0"], "the same content stays one version"
+@pytest.mark.slow
+def test_a_resumed_run_leaves_latest_to_the_final_model(played_slow: Played, server: WandbServer) -> None:
+    assert played_slow["resumed"]["committed"] == ["model-again:v0"], "the same content stays one version"
     assert aliases(server, "model-again") == {"v0": {"base_model"}, "v1": {"final_model", "latest"}}
 
 
-def test_a_link_that_fails_is_reported_with_the_command_that_works_later(
-    played: Played, server: WandbServer, tmp_path: Path
-) -> None:
-    result = played["bad_registry"]
+@pytest.mark.slow
+def test_a_link_that_fails_is_reported_with_a_command(played_slow: Played, server: WandbServer) -> None:
+    result = played_slow["bad_registry"]
     assert result["committed"] == ["model-badreg:v0"]
     ((name, _, reason),) = result["pending"]
     assert name == "model-badreg:v0"
@@ -490,20 +208,37 @@ def test_a_link_that_fails_is_reported_with_the_command_that_works_later(
         "python -m harness.tracking link tester/p/model-badreg:v0 --registry wandb-registry-nowhere/M "
         "--alias final_model"
     )
-    failed = command(result["command"], tmp_path, server)
+
+
+@pytest.mark.slow
+def test_the_command_links_later(played_slow: Played, server: WandbServer, tmp_path: Path) -> None:
+    line = played_slow["bad_registry"]["command"]
+    failed = command(line, tmp_path, server)
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1), failed.stderr
-    done = command(result["command"].replace("wandb-registry-nowhere/M", "Later"), tmp_path, server)
+    done = command(line.replace("wandb-registry-nowhere/M", "Later"), tmp_path, server)
     assert done.returncode == 0, done.stderr
     (link,) = [link for link in server.links() if link.target.endswith("/Later")]
     assert (link.source, set(link.aliases)) == ("tester/p/model-badreg:v0", {"final_model", "latest"})
 
 
-def test_what_arrived_otherwise_than_sent_is_not_called_delivered(played: Played) -> None:
-    result = played["damaged_on_the_server"]
+def test_what_wandb_refuses_for_good_stays_staged(played: Played, server: WandbServer) -> None:
+    result = played["refused_always"]
     assert result["committed"] == []
-    assert len(result["pending"]) == 1
-    assert waiting(played.folder / "damaged" / FOLDER)
-    assert result["command"] == f"python -m harness.tracking upload {played.folder / 'damaged'}"
+    ((_, _, reason),) = result["pending"]
+    assert "CommitArtifact" in reason or "commitArtifact" in reason
+    assert waiting(played.folder / "stuck" / FOLDER)
+    assert result["command"] == f"python -m harness.tracking upload {played.folder / 'stuck'}"
+
+
+def test_what_arrived_otherwise_than_sent_is_not_called_delivered(tmp_path: Path) -> None:
+    given = {"entity": "e", "project": "p", "run_id": "r", "saved_at": 1.0, "metadata": {}, "description": ""}
+    staged = stage(tmp_path, links={}, texts={"a": "text"}, name="model-x", aliases=["final_model"], **given)
+    arrived = SimpleNamespace(digest="another", manifest=SimpleNamespace(digest=lambda: "another"))
+    api = SimpleNamespace(artifact=lambda name: arrived if name == "e/p/model-x:v0" else None)
+    sent = SimpleNamespace(qualified_name="e/p/model-x:v0", name="model-x:v0")
+    with pytest.raises(DeliveryError, match="model-x:v0 differs from what was sent"):
+        deliver(staged, api=lambda: api, log=lambda *_: sent, may_be_late=False)
+    assert waiting(tmp_path) == [staged]
 
 
 def test_what_was_changed_after_staging_is_not_uploaded(played: Played, server: WandbServer) -> None:
@@ -514,8 +249,9 @@ def test_what_was_changed_after_staging_is_not_uploaded(played: Played, server: 
     assert len([each for each in server.artifacts("checkpoint-changed") if each.state == "COMMITTED"]) == 1
 
 
-def test_slow_uploads_stall_nothing_and_come_in_order(played: Played, server: WandbServer) -> None:
-    result = played["slow_uploads"]
+@pytest.mark.slow
+def test_slow_uploads_stall_nothing_and_come_in_order(played_slow: Played, server: WandbServer) -> None:
+    result = played_slow["slow_uploads"]
     assert sorted(result["took"])[-2] < 0.05, "one may be hit by something else on this machine"
     assert result["pending"] == []
     assert sum("slower than saves" in line for line in result["messages"]) == 1
@@ -525,13 +261,84 @@ def test_slow_uploads_stall_nothing_and_come_in_order(played: Played, server: Wa
     assert [version for version in found if "latest" in found[version]] == ["v7"]
 
 
-def test_whatever_wandb_raises_reaches_the_report_only(played: Played) -> None:
-    result = played["unexpected_kinds"]
+@pytest.mark.slow
+def test_whatever_wandb_raises_reaches_the_report_only(played_slow: Played) -> None:
+    result = played_slow["unexpected_kinds"]
     assert result["committed"] == []
     refused, absent = result["pending"]
     assert "already exists with type 'dataset'" in refused[2]
     assert "could not be staged" in absent[2]
     assert sum("could not be staged" in line for line in result["messages"]) == 1
+
+
+def test_a_limit_ends_the_waiting_and_the_next_life_delivers(played: Played, server: WandbServer) -> None:
+    first = played["limited"]["first"]
+    assert first["seconds"] < 3, "the server hangs"
+    assert {reason for _, _, reason in first["pending"]} == {"not confirmed for 1 s"}
+    assert first["command"] == f"python -m harness.tracking upload {played.folder / 'limited'}"
+    assert played["limited"]["pending"] == []
+    found = aliases(server, "checkpoint-limited")
+    steps = [alias for version in sorted(found) for alias in found[version] if "global_step" in alias]
+    assert steps == [f"checkpoint_global_step_{step}" for step in (1, 2, 3)]
+    assert {version for version, names in found.items() if names & {"best", "latest"}} == {"v1", "v2"}
+    assert not (played.folder / "limited" / FOLDER).exists()
+
+
+def test_offline_the_newest_and_the_best_wait_for_wandb_sync(played: Played) -> None:
+    result = played["offline"]
+    assert (result["committed"], result["pending"]) == ([], [])
+    assert sorted(result["staged"]) == ["checkpoint-offline"] * 2 + ["model-offline"] * 2
+    assert result["command"].startswith("wandb sync wandb/offline-run-")
+    staged = waiting(played.folder / "offline" / FOLDER)
+    assert [each.aliases[1] for each in staged if each.name == "checkpoint-offline"] == [
+        *("checkpoint_global_step_2", "checkpoint_global_step_4"),
+    ]
+
+
+@pytest.mark.slow
+def test_wandb_sync_delivers_what_an_offline_run_staged(played: Played, server: WandbServer) -> None:
+    folder, result = played.folder, played["offline"]
+    for line in (result["command"], f"python -m harness.tracking upload {folder / 'offline'}"):
+        done = command(line, folder, server)  # the second verifies, and removes what was staged
+        assert done.returncode == 0, done.stderr
+        assert aliases(server, "checkpoint-offline") == {
+            "v0": {"epoch_0.67", "checkpoint_global_step_2", "best"},
+            "v1": {"epoch_1.33", "checkpoint_global_step_4", "latest"},
+        }
+        assert aliases(server, "model-offline") == {"v0": {"base_model"}, "v1": {"final_model", "latest"}}
+        assert len(server.run("offline").rows) == 1
+    assert not (folder / "offline" / FOLDER).exists()
+
+
+@pytest.mark.slow
+def test_the_command_delivers_without_opening_the_run(played: Played, server: WandbServer) -> None:
+    before = server.run("stuck")
+    done = command(played["refused_always"]["command"], played.folder, server)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert aliases(server, "checkpoint-stuck") == {"v0": {"epoch_0.33", "checkpoint_global_step_1", "latest"}}
+    assert not (played.folder / "stuck" / FOLDER).exists()
+    after = server.run("stuck")
+    assert (after.state, after.exit_code, after.rows) == (before.state, before.exit_code, before.rows)
+
+
+@pytest.mark.slow
+def test_a_killed_run_delivers_what_was_staged_when_it_is_resumed(server: WandbServer, tmp_path: Path) -> None:
+    process = start(*SCRIPT, "killed_first", folder=tmp_path, server=server)
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob(f"killed/{FOLDER}/*/artifact.json"))) < 2:
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    server.clear_faults()
+    result = play(("killed_second",), tmp_path, server)["killed_second"]
+    assert result["pending"] == []
+    assert aliases(server, "checkpoint-killed") == {
+        "v0": {"epoch_0.33", "checkpoint_global_step_1"},
+        "v1": {"epoch_0.67", "checkpoint_global_step_2", "best"},
+        "v2": {"epoch_1.0", "checkpoint_global_step_3", "latest"},
+    }
 
 
 def test_the_server_knows_every_request(played: Played, server: WandbServer) -> None:

@@ -121,16 +121,17 @@ def test_checkpoints_hold_the_trainers_files_and_state(tmp_path: Path) -> None:
     arguments = {**TRAINING, **EVERY_EPOCH, "load_best_model_at_end": True}
     run_trainer(tmp_path / "trainer", arguments)
     run_harness(tmp_path / "ours", arguments)
-    theirs, ours = (tmp_path / name / "checkpoint-15" for name in ("trainer", "ours"))
-    names = {path.name for path in ours.iterdir()}
-    # Its arguments are pickled: nobody can load them safely, and no resume needs them.
-    assert {path.name for path in theirs.iterdir()} - names == {"training_args.bin"}
-    assert names - {path.name for path in theirs.iterdir()} == {"harness_state.json"}
-    a, b = (json.loads((folder / "trainer_state.json").read_text()) for folder in (theirs, ours))
-    for state in (a, b):
-        del state["log_history"]
-        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-    assert a == b
+    for theirs in sorted((tmp_path / "trainer").glob("checkpoint-*")):
+        ours = tmp_path / "ours" / theirs.name
+        names = {path.name for path in ours.iterdir()}
+        # Its arguments are pickled: nobody can load them safely, and no resume needs them.
+        assert {path.name for path in theirs.iterdir()} - names == {"training_args.bin"}
+        assert names - {path.name for path in theirs.iterdir()} == {"harness_state.json"}
+        a, b = (json.loads((folder / "trainer_state.json").read_text()) for folder in (theirs, ours))
+        for state in (a, b):
+            del state["log_history"]
+            state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+        assert a == b
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from harness.tracking.opening import server_answers
 from tests.support.wandb_server import ENTITY, WandbServer
 
 ROOT = Path(__file__).parent.parent
@@ -285,6 +286,7 @@ def test_wandb_sync_delivers_an_offline_run(server: WandbServer, tmp_path: Path)
     assert (arrived.version, arrived.aliases, arrived.contents["a"].read_text()) == ("v0", ["latest"], "offline")
 
 
+@pytest.mark.slow
 def test_faults_that_the_client_survives_lose_nothing(server: WandbServer, tmp_path: Path) -> None:
     server.fault("hang", "graphql RunResumeStatus", seconds=3)
     server.fault("status", "file_stream", code=500, count=2)
@@ -301,6 +303,7 @@ def test_faults_that_the_client_survives_lose_nothing(server: WandbServer, tmp_p
     assert seconds["graphql RunResumeStatus"] > 0.1
 
 
+@pytest.mark.slow
 def test_faults_that_the_client_does_not_survive_are_seen(server: WandbServer, tmp_path: Path) -> None:
     server.fault("error", "graphql CommitArtifact", count=1)
     server.fault("corrupt", "put artifact/damaged")
@@ -317,6 +320,7 @@ def test_faults_that_the_client_does_not_survive_are_seen(server: WandbServer, t
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_server_comes_back_with_all_it_had(server: WandbServer, tmp_path: Path) -> None:
     script = begin(ROWS, "40", "x", folder=tmp_path / "run", server=server)
     try:
@@ -345,6 +349,16 @@ def test_a_stop_request_reaches_the_script(server: WandbServer, tmp_path: Path) 
     finally:
         assert "STOPPED" in finish(script)
     assert server.run("stopped").state == "killed"
+
+
+def test_faults_strike_the_front_page_too(server: WandbServer) -> None:
+    # What the harness asks to learn whether the server is there.
+    assert server_answers(server.url)
+    server.fault("status", "app", code=503, count=1)
+    assert not server_answers(server.url)
+    server.fault("hang", "", seconds=1)
+    assert not server_answers(server.url, timeout=0.2)
+    assert server_answers(server.url)
 
 
 def test_what_the_server_does_not_know_is_listed(tmp_path: Path) -> None:

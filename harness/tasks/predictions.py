@@ -118,7 +118,7 @@ def _generated(
     # Not as an argument: what a model brings for sampling would be merged into it, or warned of.
     settings: Any = model.generation_config
     greedy = GenerationConfig(max_new_tokens=num_tokens, eos_token_id=settings.eos_token_id, pad_token_id=padding)
-    model.generation_config = greedy  # type: ignore[assignment]
+    model.generation_config = greedy
     try:
         output = model.generate(**inputs, use_cache=True)  # type: ignore[operator]
     finally:

@@ -1,5 +1,5 @@
 """
-Artifacts after the training: deliver those that runs left staged, link one to a registry.
+After the training: deliver the artifacts and rows that runs could not, link an artifact to a registry.
 
 `python -m harness.tracking upload OUTPUT_DIR`, `python -m harness.tracking link ENTITY/PROJECT/NAME:ALIAS --registry
 NAME`. Exit codes: 0 done, 1 something is left, 2 bad input, 130 interrupted.
@@ -16,10 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from harness.config import ConfigError
 from harness.tracking.delivery import deliver, link_command, registry_path, save_without_run
 from harness.tracking.opening import one_line, server_answers
+from harness.tracking.rows import QUESTION, RowsError, deliver_rows, online_logs, parse_answer
 from harness.tracking.staging import FOLDER, Staged, discard, waiting
+from harness.tracking.transaction_log import TransactionLog
 
 API_TIMEOUT_SECONDS = 30
 FULL_NAME = re.compile(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+")
@@ -45,24 +49,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def upload(output_dirs: Sequence[Path]) -> int:
-    """Deliver everything that is staged under the folders, in order, as the output of the runs it belongs to."""
+    """Deliver what runs left in the folders: rows of online runs, then staged artifacts, in order."""
+    logs: list[TransactionLog] = []
     found: list[Staged] = []
-    for folder in output_dirs:
-        here = waiting(folder / FOLDER)
-        if not here:
-            raise ConfigError(f"{folder} holds no staged artifacts ({folder / FOLDER}).")
-        found += here
-    api = _open_api()
     left = 0
-    for staged in found:
+    for folder in output_dirs:
+        (here, problems), staged = online_logs(folder), waiting(folder / FOLDER)
+        left += sum(_fail(1, problem) for problem in problems)
+        if not (here or staged or problems):
+            raise ConfigError(
+                f"{folder} holds no online run and no staged artifacts ({folder / FOLDER}); offline runs: `wandb sync`."
+            )
+        logs += here
+        found += staged
+    api = _open_api()
+    jobs = [(f"{log.project}/{log.run_id}", partial(_upload_rows, api, log)) for log in logs]
+    jobs += [(f"{staged.name} ({staged.aliases[-1]})", partial(_upload, api, staged)) for staged in found]
+    for name, job in jobs:
         try:
-            print(_upload(api, staged), flush=True)
+            print(job(), flush=True)
         except Exception as error:  # wandb and its transports raise many types; the next one is tried all the same
             left += 1
-            reason = str(error) if isinstance(error, CommandError) else one_line(error)
-            _fail(1, f"{staged.name} ({staged.aliases[-1]}) is not delivered: {reason}")
+            reason = str(error) if isinstance(error, CommandError | RowsError) else one_line(error)
+            _fail(1, f"{name} is not delivered: {reason}")
             _check_server(api)
     return 1 if left else 0
+
+
+def _upload_rows(api: Any, log: TransactionLog) -> str:
+    """Deliver the rows of a run; returns what to say. Raises RowsError, and what wandb and requests raise."""
+    entity = log.entity or api.default_entity
+    base_url = api.settings["base_url"].rstrip("/")
+    variables = {"entity": entity, "project": log.project, "run": log.run_id}
+
+    def post(body: dict[str, Any]) -> None:
+        address = f"{base_url}/files/{entity}/{log.project}/{log.run_id}/file_stream"
+        requests.post(address, json=body, auth=("api", api.api_key), timeout=API_TIMEOUT_SECONDS).raise_for_status()
+
+    sent = deliver_rows(log, ask=lambda: parse_answer(api._service_api.execute_graphql(QUESTION, variables)), post=post)
+    name = f"{entity}/{log.project}/{log.run_id}"
+    return f"{name}: {sent} rows delivered" if sent else f"{name}: W&B has all rows of {log.folder.name}"
 
 
 def _upload(api: Any, staged: Staged) -> str:
@@ -106,10 +132,10 @@ def link(name: str, registry: str, aliases: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m harness.tracking", description="Artifacts after the training.")
+    parser = argparse.ArgumentParser(prog="python -m harness.tracking", description="W&B after the training.")
     commands = parser.add_subparsers(dest="command", required=True)
-    of_upload = commands.add_parser("upload", help="Deliver the artifacts that runs left staged.", allow_abbrev=False)
-    of_upload.add_argument("output_dir", nargs="+", type=Path, help="Folders of runs, with wandb-artifacts in them.")
+    of_upload = commands.add_parser("upload", help="Deliver what runs could not.", allow_abbrev=False)
+    of_upload.add_argument("output_dir", nargs="+", type=Path, help="Folders of trainings, or of W&B's run-*.")
     of_link = commands.add_parser("link", help="Link an artifact to a registry.", allow_abbrev=False)
     of_link.add_argument("artifact", metavar="ENTITY/PROJECT/NAME:ALIAS")
     of_link.add_argument("--registry", required=True, help="Collection in W&B's model registry, or a full path to one.")

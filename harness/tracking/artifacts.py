@@ -12,8 +12,9 @@ from typing import Any
 
 from harness.tracking.configuration import plain
 from harness.tracking.opening import one_line
+from harness.tracking.outcome import Delivery, Pending
 from harness.tracking.staging import FOLDER, stage, sweep, waiting
-from harness.tracking.uploads import Delivery, Pending, Uploads
+from harness.tracking.uploads import Uploads
 
 __all__ = ["Artifacts", "Delivery", "Pending"]
 
@@ -90,14 +91,15 @@ class Artifacts:
             registry=self._registry,
         )
 
-    def close(self) -> Delivery:
+    def close(self, limit: float | None = None) -> Delivery:
         """
-        Wait for the uploads while the server answers, then say what was delivered. Call it before `run.finish()`.
+        Wait for the uploads, then say what was delivered. Call it before `run.finish()`.
 
-        It never raises: Ctrl-C ends the waiting. What W&B has not confirmed stays staged, for the command it returns.
+        It waits for at most `limit` seconds; None: while the server answers and bytes move. It never raises: Ctrl-C
+        ends the waiting. What W&B has not confirmed stays staged, for the next life of the run or the command returned.
         """
         if self._delivery is None:
-            self._delivery = self._uploads.close()
+            self._delivery = self._uploads.close(limit)
         return self._delivery
 
     def _take_up(self) -> None:

@@ -84,7 +84,8 @@ def deliver(staged: Staged, *, api: Callable[[], Any], log: Callable[[Any, list[
     )
     taken = {alias for version in newer for alias in version.aliases}
     committed = log(artifact, [alias for alias in (*staged.aliases, "latest") if alias not in taken])
-    if committed.digest != digest or committed.manifest.digest() != digest:
+    found = api().artifact(committed.qualified_name)  # `committed` may hold what was sent, not what has arrived
+    if found.digest != digest or found.manifest.digest() != digest:
         raise DeliveryError(f"what W&B has of {committed.name} differs from what was sent")
     complete(staged)  # it was not changed while it was read
     if newer:

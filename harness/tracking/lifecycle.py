@@ -28,7 +28,7 @@ def trackers(config: TrackingConfig, *, dir: str) -> list[str | WandbTracker]:  
         return chosen
     check_environment()
     check_credentials(config)
-    return [WandbTracker(replace(config, wandb_dir=config.wandb_dir or dir)), *chosen]
+    return [WandbTracker(replace(config, wandb_dir=config.wandb_dir or dir), output_dir=dir), *chosen]
 
 
 def wandb_tracker(chosen: list[str | WandbTracker]) -> WandbTracker:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def open_run(config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Ca
         return _offline(kwargs, mode=mode, reason="")
     try:
         if (reason := _why_offline(kwargs["settings"])) is None:
-            return _init({**kwargs, "mode": "online"})
+            return _online(kwargs)
         is_login = False
     except NoCredentialsError:
         if mode == "online":
@@ -79,8 +80,9 @@ def failures() -> tuple[type[Exception], ...]:
     """What wandb raises when its server, its service process or the disk fails."""
     import wandb
     from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+    from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
 
-    return (wandb.Error, OSError, HandleAbandonedError, MailboxClosedError)
+    return (wandb.Error, OSError, HandleAbandonedError, MailboxClosedError, ServerResponseError)
 
 
 def one_line(error: Exception) -> str:
@@ -145,6 +147,18 @@ def _why_silent(base_url: str, timeout: float) -> str | None:
     return f"{base_url} answers {status}" if status >= 500 else None
 
 
+def _online(kwargs: Mapping[str, Any]) -> Any:
+    import wandb
+
+    try:
+        return _init({**kwargs, "mode": "online"})
+    except Exception:
+        # Its process goes on holding the run's id: the offline run, or a notebook's next try, would be refused.
+        with suppress(*failures()):
+            wandb.teardown()
+        raise
+
+
 def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: bool = False) -> Any:
     from wandb.errors import UsageError
 
@@ -156,7 +170,7 @@ def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: 
         logger.warning("W&B is off, the training goes on without it: %s", one_line(error))
         return None
     if reason:
-        folder = run.settings.sync_dir
+        folder = shlex.quote(str(run.settings.sync_dir))
         logger.warning(
             "%s: the run is kept offline in %s. Look at it with `wandb leet %s`; "
             "upload it later with %s`wandb sync %s`.",

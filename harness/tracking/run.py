@@ -8,6 +8,7 @@ import numbers
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from accelerate.tracking import GeneralTracker
 from harness.tracking.artifacts import Artifacts
 from harness.tracking.configuration import masked, model_config, num_parameters, plain
 from harness.tracking.opening import failures, one_line, open_run
+from harness.tracking.randomness import separate_randomness
 from harness.tracking.report import count_rows, describe_delivery
 from harness.tracking.settings import TrackingConfig
 from harness.tracking.watch import Watch, log_graph
 
 logger = logging.getLogger(__name__)
 
+# What uploads, and then the end of the run, get of the time that a preempted job has left.
+PREEMPTED_SECONDS = 10.0
 # They describe the whole run: the Trainer puts them into the summary, under these names, not into a row.
 SUMMARY_ONLY = (
     "train_runtime",
@@ -51,6 +55,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     - config: all that the --wandb_* flags say; default: the WANDB_* variables. run_name, log_model and watch are the
       commonest of them.
+    - output_dir: the folder of the checkpoints, where an earlier life of the run may have left uploads; default: where
+      wandb keeps its files.
     - init_kwargs: anything else that `wandb.init` takes: project, id, resume, group, dir ...
 
     A run that is already open is adopted as it is and left open at the end. Without credentials, or when the
@@ -69,6 +75,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         run_name: str | None = None,
         log_model: str | None = None,
         watch: str | None = None,
+        output_dir: str | Path | None = None,
         **init_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -76,6 +83,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.config = TrackingConfig.from_environment(**changes) if config is None else replace(config, **changes)
         self._init_kwargs = {**self.config.init_kwargs(), **init_kwargs}
+        self._output_dir = None if output_dir is None else Path(output_dir)
         self._run: Any = None
         self._artifacts: Artifacts | None = None
         self._watch: Watch | None = None
@@ -83,6 +91,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._num_parameters: int | None = None
         self._architecture = ""
         self._is_own = False
+        self._is_preempting = False
         self._has_warned = False
         self._stop = threading.Event()
         self._where = ""
@@ -112,6 +121,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             return
         import wandb
 
+        separate_randomness()
         self._is_own = wandb.run is None
         # A function, not the event's method: wandb copies its settings deeply.
         stop = lambda: self._stop.set()  # noqa: E731
@@ -119,14 +129,17 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._where = "" if self._run is None else _where(self._run)
         self._deliver(self._define_metrics)
         if self._run is not None and not self._run.disabled and self.config.wandb_log_model != "false":
+            # A run that is called like its folder has a path for a name: the Trainer takes its id then.
+            named = self.config.run_name not in (None, str(self._output_dir))
             self._artifacts = Artifacts(
                 self._run,
                 log_model=self.config.wandb_log_model,
-                suffix=(self.config.run_name and self._run.name) or self._run.id,
+                suffix=(self._run.name if named else None) or self._run.id,
                 naming=self.config.wandb_artifact_names,
                 keep_checkpoints=self.config.wandb_keep_checkpoints,
                 registry=self.config.wandb_registry,
                 finish_timeout=self.config.wandb_finish_timeout,
+                output_dir=self._output_dir,
             )
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
@@ -201,7 +214,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
     def log_model(self, files: Sequence[Path], *, metadata: Mapping[str, float] | None = None) -> None:
         """With --wandb_log_model: hand the files of the final model over; `metadata` replaces the summary's numbers."""
         if self._artifacts is not None:
-            numbers_ = self._numbers(with_parameters=False) if metadata is None else dict(metadata)
+            numbers_: dict[str, Any] = self._numbers(with_parameters=False) if metadata is None else dict(metadata)
             if metadata is not None:
                 numbers_["model/num_parameters"] = self._num_parameters or 0
             self._artifacts.log_model(
@@ -209,7 +222,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             )
 
     def mark_preempting(self) -> None:
-        """Tell W&B at once that the run is going to be preempted."""
+        """Tell W&B at once that the run is going to be preempted. `finish` then takes seconds, whatever the network."""
+        self._is_preempting = True
         self._deliver(lambda: self._run.mark_preempting())
 
     def finish(self, exit_code: int = 0) -> None:
@@ -220,11 +234,14 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         """
         if self._run is None:
             return
-        delivery = self._artifacts.close() if self._artifacts is not None else None
+        # A life that a next one follows, which delivers what is left, does not wait for slow uploads.
+        limit = self.config.wandb_finish_timeout if exit_code else None
+        limit = PREEMPTED_SECONDS if self._is_preempting else limit
+        delivery = self._artifacts.close(limit) if self._artifacts is not None else None
         run, self._artifacts = self._run, None
         if self._is_own and not (exit_code == 0 and _is_notebook()):
             sent = self._rows_sent()
-            self._deliver(lambda: run.finish(exit_code=exit_code))
+            self._end(lambda: run.finish(exit_code=exit_code))
             self._report = describe_delivery(run, count_rows(run, sent=sent), delivery)
         elif delivery is not None:
             self._report = describe_delivery(run, None, delivery)
@@ -255,8 +272,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             row = {**histograms, **row}
         self._run.log(row, **kwargs)
 
-    def _numbers(self, *, with_parameters: bool = True) -> dict[str, float]:
-        """The numbers of the summary, as the Trainer puts them into an artifact's metadata."""
+    def _numbers(self, *, with_parameters: bool = True) -> dict[str, float | None]:
+        """The numbers of the summary, as the Trainer puts them into an artifact's metadata: NaN is null there."""
         found: dict[str, float] = {}
 
         def read() -> None:
@@ -267,7 +284,22 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._deliver(read)
         if with_parameters and self._num_parameters is not None:
             found["model/num_parameters"] = self._num_parameters
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+    def _end(self, finish: Callable[[], None]) -> None:
+        """Finish the run; one that is being preempted for so long only. wandb writes all of it to the disk at exit."""
+        if not self._is_preempting:
+            self._deliver(finish)
+            return
+
+        def attempt() -> None:
+            with suppress(*failures()):
+                finish()
+
+        # The finish_timeout of an open run can't be changed: wandb's process has its own copy.
+        thread = threading.Thread(target=attempt, name="wandb-finish", daemon=True)
+        thread.start()
+        thread.join(PREEMPTED_SECONDS)
 
     def _rows_sent(self) -> int | None:
         sent: list[int] = []

@@ -78,6 +78,8 @@ def stage(root: Path, *, links: Mapping[str, Path], texts: Mapping[str, str], **
 
     After a kill in between, `complete` makes the missing links. Raises OSError, and leaves nothing then.
     """
+    if not links and not texts:
+        raise FileNotFoundError("there are no files")
     root.mkdir(parents=True, exist_ok=True)
     taken = [int(found[1]) for path in root.iterdir() if (found := NUMBERED.fullmatch(path.name))]
     folder = root / f"{max(taken, default=0) + 1:04d}-{fields['name']}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.tracking.delivery import build, delete_superseded, deliver, is_checkpoint, link_command, registry_path
 from harness.tracking.opening import one_line, server_answers
+from harness.tracking.outcome import Delivery, Pending
 from harness.tracking.staging import Staged, StagingError, discard, waiting, write_record
 
 logger = logging.getLogger(__name__)
@@ -26,45 +27,6 @@ BACKLOG = 3
 PROBE_SECONDS = 2.0
 # An upload of which no byte moves for so many times the patience with a silent server has hung.
 STALLED = 10
-NAMES_IN_A_LINE = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pending:
-    """An artifact that W&B doesn't have, or has not linked, and why."""
-
-    name: str
-    aliases: list[str]
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Delivery:
-    """
-    What became of the artifacts: committed (`name:v0`), still pending, staged for `wandb sync` by an offline run.
-
-    `command` delivers what is left; None if nothing is, or if no command can.
-    """
-
-    committed: list[str] = dataclasses.field(default_factory=list)
-    pending: list[Pending] = dataclasses.field(default_factory=list)
-    staged: list[str] = dataclasses.field(default_factory=list)
-    command: str | None = None
-
-    def describe(self) -> str:
-        """All of it in a line."""
-        parts = []
-        if self.committed or not (self.pending or self.staged):
-            named = f": {_listed(self.committed)}" if self.committed else ""
-            parts.append(f"{_count(self.committed)} confirmed by the server{named}")
-        if self.staged:
-            parts.append(f"{_count(self.staged)} staged: {_listed(self.staged)}")
-        if self.pending:
-            reasons = [f"{pending.name} ({pending.aliases[-1]}): {pending.reason}" for pending in self.pending]
-            parts.append(f"{_count(self.pending)} not delivered: {_listed(reasons)}")
-        if self.command is not None:
-            parts.append(f"deliver: {self.command}")
-        return "; ".join(parts)
 
 
 @dataclasses.dataclass(eq=False)
@@ -126,10 +88,14 @@ class Uploads:
         """Note an artifact that could not even be staged, for the report."""
         self._failed.append(pending)
 
-    def close(self) -> Delivery:
-        """Wait for the uploads while the server answers, stop the thread, and say what was delivered. Never raises."""
+    def close(self, limit: float | None = None) -> Delivery:
+        """
+        Wait for the uploads, stop the thread, and say what was delivered. Never raises.
+
+        It waits for at most `limit` seconds; None: while the server answers and bytes move.
+        """
         try:
-            reason = self._wait()
+            reason = self._wait(math.inf if limit is None else limit)
         except KeyboardInterrupt:
             reason = "interrupted"
         with self._changed:
@@ -139,7 +105,7 @@ class Uploads:
 
     # The caller's thread
 
-    def _wait(self) -> str:
+    def _wait(self, limit: float) -> str:
         """Return when the thread is done (""), or why it is not waited for."""
         with self._changed:
             self._is_closing = True
@@ -148,27 +114,29 @@ class Uploads:
             self._changed.notify_all()
         if self._thread is None:
             return ""
-        answered_at = moved_at = time.monotonic()
+        began = answered_at = moved_at = time.monotonic()
         progress: Any = None
-        self._thread.join(PROBE_SECONDS)
+        self._thread.join(min(PROBE_SECONDS, limit))
         while self._thread.is_alive():
-            if self._is_offline or server_answers(self._run.settings.base_url, timeout=PROBE_SECONDS):
-                answered_at = time.monotonic()
-            if (now := (len(self._committed), self._bytes_sent())) != progress or self._is_offline:
-                progress, moved_at = now, time.monotonic()
-            for since, limit, what in (
+            for since, patience, what in (
+                (began, limit, "not confirmed"),
                 (answered_at, self._finish_timeout, "the server did not answer"),
                 (moved_at, STALLED * self._finish_timeout, "the upload did not move"),
             ):
-                if time.monotonic() - since > limit:
-                    return f"{what} for {limit:g} s"
-            self._thread.join(PROBE_SECONDS)
+                if time.monotonic() - since >= patience:
+                    return f"{what} for {patience:g} s"
+            probe = min(PROBE_SECONDS, max(0.1, limit - (time.monotonic() - began)))
+            if self._is_offline or server_answers(self._run.settings.base_url, timeout=probe):
+                answered_at = time.monotonic()
+            if (now := (len(self._committed), self._bytes_sent(probe))) != progress or self._is_offline:
+                progress, moved_at = now, time.monotonic()
+            self._thread.join(probe)
         return ""
 
-    def _bytes_sent(self) -> int | None:
+    def _bytes_sent(self, timeout: float) -> int | None:
         """How much wandb has handed to the network, as its own progress display asks for it; None if unknown."""
         try:
-            response = self._run._interface.deliver_poll_exit().wait_or(timeout=PROBE_SECONDS)
+            response = self._run._interface.deliver_poll_exit().wait_or(timeout=timeout)
             return int(response.response.poll_exit_response.pusher_stats.uploaded_bytes)
         except Exception:  # no public interface: nothing depends on it, whatever becomes of it
             return None
@@ -230,6 +198,8 @@ class Uploads:
         """Decide what a failed attempt leads to."""
         staged, reason = upload.staged, one_line(error)
         with self._changed:
+            if self._is_stopped:  # closed meanwhile: the report has said it
+                return
             upload.reason = reason
             upload.is_late |= upload.attempts > len(RETRY_SECONDS)
             if isinstance(error, StagingError):
@@ -317,6 +287,8 @@ class Uploads:
         for root in {upload.staged.folder.parent for upload in self._waiting}:
             self._drop_superseded(root)
         for upload in [upload for upload in self._waiting if upload.artifact is not None]:
+            if self._is_stopped:
+                return
             try:
                 self._run.log_artifact(upload.artifact, aliases=upload.staged.aliases)
                 write_record(dataclasses.replace(upload.staged, sync_dir=str(self._run.settings.sync_dir)))
@@ -339,12 +311,3 @@ def _is_loss(error: BaseException) -> bool:
     while cause is not None and not isinstance(cause, HandleAbandonedError | MailboxClosedError):
         cause = cause.__cause__ or cause.__context__
     return cause is not None
-
-
-def _count(what: list[Any]) -> str:
-    return f"{len(what)} artifact{'' if len(what) == 1 else 's'}"
-
-
-def _listed(names: list[str]) -> str:
-    more = [f"{len(names) - NAMES_IN_A_LINE} more"] if len(names) > NAMES_IN_A_LINE else []
-    return ", ".join([*names[:NAMES_IN_A_LINE], *more])

@@ -17,11 +17,26 @@ HEADER, BLOCK, CHUNK_HEADER = b":W&B", 32768, struct.Struct("<IHB")
 WHOLE, FIRST, LAST = 1, 2, 4
 
 
+@dataclass(frozen=True)
+class RecordedArtifact:
+    """What an offline run will upload; `files` are where it lies, by its name in the artifact."""
+
+    collection: str
+    type: str
+    aliases: list[str]
+    metadata: dict[str, Any]
+    files: dict[str, Path]
+
+
 @dataclass
 class WandbFile:
     path: Path
+    run_id: str = ""
     project: str = ""
     display_name: str = ""
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    artifacts: list[RecordedArtifact] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -37,6 +52,7 @@ def read(path: Path) -> WandbFile:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.project, run.display_name = record.run.project, record.run.display_name
+            run.run_id, run.group, run.tags = record.run.run_id, record.run.run_group, list(record.run.tags)
             run.config |= _values(record.run.config.update)
         elif kind == "config":
             run.config |= _values(record.config.update)
@@ -46,6 +62,8 @@ def read(path: Path) -> WandbFile:
             run.rows.append(_values(record.history.item))
         elif kind == "metric":
             run.metrics.append(MessageToDict(record.metric))
+        elif kind == "artifact":
+            run.artifacts.append(_artifact(record.artifact))
         elif kind == "preempting":
             run.is_preempting = True
         elif kind == "exit":
@@ -56,6 +74,12 @@ def read(path: Path) -> WandbFile:
 def read_all(folder: Path) -> list[WandbFile]:
     """Every run below `folder`, oldest first."""
     return [read(path) for path in sorted(folder.rglob("run-*.wandb"), key=lambda path: path.parent.name)]
+
+
+def _artifact(record: Any) -> RecordedArtifact:
+    assert not record.manifest.manifest_file_path, "a manifest in a file of its own is not read here"
+    files = {entry.path: Path(entry.local_path) for entry in record.manifest.contents}
+    return RecordedArtifact(record.name, record.type, list(record.aliases), json.loads(record.metadata or "{}"), files)
 
 
 def _records(data: bytes) -> Iterator[Any]:

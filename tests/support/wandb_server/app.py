@@ -45,6 +45,7 @@ def build(folder: Path, silence_seconds: float) -> Starlette:
             Route("/storage/{kind}/{number:int}{rest:path}", download, methods=["GET"]),
             Route("/artifactsV2/{region}/{entity}/{project}/{collection}/{artifact}/{birth}/{md5}/{name}", by_digest),
             Route("/sdk/otel/v1/{signal}", telemetry, methods=["POST"]),
+            Route("/", front_page),
             Route("/_control/faults", set_fault, methods=["POST"]),
             Route("/_control/faults", clear_faults, methods=["DELETE"]),
             Route("/_control/stop", stop_run, methods=["POST"]),
@@ -105,6 +106,13 @@ async def telemetry(request: Request) -> Response:
     await request.body()
     await strike(request, "otel")
     return JSONResponse({})
+
+
+@guarded
+async def front_page(request: Request) -> Response:
+    """The app in a browser; also what tells whether the server is there."""
+    await strike(request, "app")
+    return Response("<title>W&amp;B</title>", media_type="text/html")
 
 
 @guarded

@@ -15,7 +15,7 @@ class Fault:
     """Strikes the requests whose label `match` is found in, `count` times or for `seconds`, without either for good.
 
     Labels are "graphql OPERATION", "file_stream ENTITY/PROJECT/RUN", "put artifact/NAME", "put manifest/ID",
-    "put run/NAME", the same three with "get", "otel". Kinds:
+    "put run/NAME", the same three with "get", "otel", "app" (a browser's question). Kinds:
     `status` answers `code`; `error` answers 200 with a GraphQL error; `hang` answers after the fault is over;
     `drop` resets the connection, of an upload or download after `after_bytes`; `throttle` takes `bytes_per_second`
     of an upload; `corrupt` flips a stored byte of an upload that arrived whole.

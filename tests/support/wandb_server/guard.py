@@ -50,7 +50,8 @@ async def strike(request: Request, label: str, *, transfer: bool = False) -> Con
     """Name the request in the log and let faults strike it. Raises Struck."""
     request.scope["label"] = label
     context: Context = request.app.state.context
-    if await context.faults.hang(label) and await request.is_disconnected():
+    # Of a transfer the body is still to come, and `is_disconnected` would swallow it.
+    if await context.faults.hang(label) and not transfer and await request.is_disconnected():
         raise Struck(Response(status_code=NOBODY_WAITS))
     if fault := context.faults.take("status", label):
         raise Struck(JSONResponse({"error": "a fault was asked for"}, status_code=fault.code))

@@ -38,7 +38,7 @@ class Recorder:
             await send(message)
 
         try:
-            if scope["path"].startswith(FREE) or _has_key(scope):
+            if scope["path"] == "/" or scope["path"].startswith(FREE) or _has_key(scope):
                 await self._app(scope, receive, watch)
             else:
                 await JSONResponse({"error": "invalid API key"}, status_code=401)(scope, receive, watch)

@@ -1,0 +1,54 @@
+"""The parity task at a pace: each step writes down when it began, and takes a given time at least."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from harness.tasks import Task, TaskConfig
+from tests.support import parity_task
+
+
+class Paced(Dataset):  # type: ignore[type-arg]
+    """
+    Samples, the first of each batch after `seconds` of sleep; `times` gets a line for it, on the monotonic clock.
+
+    With `raises_at` that sample, counted from 1, can't be read.
+    """
+
+    def __init__(self, samples: Any, *, times: Path, seconds: float, batch: int, raises_at: int) -> None:
+        self.samples, self.times, self.seconds, self.batch, self.raises_at = samples, times, seconds, batch, raises_at
+        self.count = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self.count % self.batch == 0:
+            write_time(self.times)
+            time.sleep(self.seconds)
+        self.count += 1
+        if self.count == self.raises_at:
+            raise RuntimeError(f"sample {self.count} can't be read")
+        return self.samples[index]
+
+
+def write_time(path: Path) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{time.monotonic()}\n")
+
+
+def build(config: TaskConfig) -> Task:
+    given = {"seconds": 0.0, "batch": 8, "raises_at": 0, **(config.task_args or {})}
+    task = parity_task.build(replace(config, task_args=None))
+    times = Path(given.pop("times"))
+    write_time(times.with_name("built"))
+    if os.environ.get("RANK", "0") != "0":
+        times = times.with_name(f"{times.name}-{os.environ['RANK']}")
+    return replace(task, train_dataset=Paced(task.train_dataset, times=times, **given))
