@@ -17,6 +17,7 @@ from harness import loop
 from harness.arguments import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
 from harness.train import main
 from tests.support.wandb_file import read_all
+from tests.test_wandb_parity import DIFFERENCES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -172,6 +173,12 @@ def test_the_ddp_command_starts_two_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "run/checkpoint-2/harness_state.json").read_text(encoding="utf-8"))
     assert manifest["world_size"] == 2
+
+
+def test_the_differences_in_wandb_are_those_that_were_found() -> None:
+    text = section("### Where it differs from the Trainer's")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [difference.as_markdown() for difference in DIFFERENCES.values()]
 
 
 @pytest.mark.parametrize(
