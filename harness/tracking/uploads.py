@@ -78,10 +78,8 @@ class Uploads:
             behind = [] if self._is_offline else list(self._waiting)
         if len(behind) >= BACKLOG and not self._has_backlog:
             pinned = sum(upload.staged.pinned_bytes() for upload in behind)
-            logger.warning(
-                "Uploads to W&B are slower than saves: %d artifacts wait; %.1f MB are on the disk only for them.",
-                *(len(behind), pinned / 1e6),
-            )
+            disk = f"; {pinned / 1e6:.1f} MB are on the disk only for them" if pinned else ""
+            logger.warning("Uploads to W&B are slower than saves: %d artifacts wait%s.", len(behind), disk)
         self._has_backlog = len(behind) >= BACKLOG
 
     def add_failed(self, pending: Pending) -> None:
