@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(1)
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # pytest names the running test; torch and wandb leave these when they are used.
 SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")

@@ -276,6 +276,7 @@ def test_a_compiled_model_shows_the_same_under_the_same_names(where: str) -> Non
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
 def test_a_model_compiled_by_inductor_shows_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", "")  # it would leave it behind
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # and its threads
     model, plain = torch.compile(mlp()), mlp()
     backward(model)  # type: ignore[arg-type]
     backward(plain)
