@@ -15,6 +15,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import logging
+import time
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,7 @@ from harness.tracking import rewrite, run_config, trackers
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
 
 logger = logging.getLogger("harness")
+SECONDS_FOR_RANK_ZERO = 5.0
 PREDICTIONS_FILE = "predict_results.txt"  # the name in Transformers' example scripts
 
 
@@ -67,8 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    if is_first_rank():  # ranks fail together, with one message
+    if is_first_rank():
         print(f"harness-train: {message}", file=sys.stderr, flush=True)
+    elif code in (1, 2):
+        # Ranks fail together, with one message. A launcher ends all when one has ended, and that has to be rank zero;
+        # who is still here after it failed alone.
+        time.sleep(SECONDS_FOR_RANK_ZERO)
+        print(f"harness-train: {message} (not on rank zero)", file=sys.stderr, flush=True)
     return code
 
 

@@ -17,6 +17,8 @@ from harness.tracking.staging import FOLDER, stage, waiting
 from tests.support.artifact_processes import command, ended, start
 from tests.support.wandb_server import WandbServer
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ("-m", "tests.support.artifact_scenarios")
 PLAIN = (
     *("whole_way", "no_copy", "names_of_transformers", "end_only", "refused_once", "refused_always"),
@@ -152,7 +154,6 @@ def test_a_refused_upload_is_tried_again_in_its_place(played: Played, server: Wa
     }
 
 
-@pytest.mark.slow
 def test_a_cut_connection_and_a_sick_server_delay_it_only(played_slow: Played, server: WandbServer) -> None:
     assert played_slow["cut_and_500"]["pending"] == []
     (found,) = [each for each in server.artifacts("checkpoint-cut") if each.state == "COMMITTED"]
@@ -160,7 +161,6 @@ def test_a_cut_connection_and_a_sick_server_delay_it_only(played_slow: Played, s
     assert any(each.get("fault") and each["label"] == "put artifact/model.safetensors" for each in server.requests())
 
 
-@pytest.mark.slow
 def test_one_that_comes_late_takes_no_alias_from_a_newer_one(played_slow: Played, server: WandbServer) -> None:
     result = played_slow["set_aside"]
     assert result["pending"] == []
@@ -179,7 +179,6 @@ def test_one_that_comes_late_takes_no_alias_from_a_newer_one(played_slow: Played
     }
 
 
-@pytest.mark.slow
 def test_keep_checkpoints_deletes_only_this_runs_unnamed_versions(played_slow: Played, server: WandbServer) -> None:
     assert played_slow["keep"]["pending"] == []
     kept = {
@@ -191,13 +190,11 @@ def test_keep_checkpoints_deletes_only_this_runs_unnamed_versions(played_slow: P
     assert kept == {(b"other", b"1"), *((b"keeper", step) for step in (b"1", b"3", b"6", b"7"))}
 
 
-@pytest.mark.slow
 def test_a_resumed_run_leaves_latest_to_the_final_model(played_slow: Played, server: WandbServer) -> None:
     assert played_slow["resumed"]["committed"] == ["model-again:v0"], "the same content stays one version"
     assert aliases(server, "model-again") == {"v0": {"base_model"}, "v1": {"final_model", "latest"}}
 
 
-@pytest.mark.slow
 def test_a_link_that_fails_is_reported_with_a_command(played_slow: Played, server: WandbServer) -> None:
     result = played_slow["bad_registry"]
     assert result["committed"] == ["model-badreg:v0"]
@@ -210,7 +207,6 @@ def test_a_link_that_fails_is_reported_with_a_command(played_slow: Played, serve
     )
 
 
-@pytest.mark.slow
 def test_the_command_links_later(played_slow: Played, server: WandbServer, tmp_path: Path) -> None:
     line = played_slow["bad_registry"]["command"]
     failed = command(line, tmp_path, server)
@@ -249,7 +245,6 @@ def test_what_was_changed_after_staging_is_not_uploaded(played: Played, server: 
     assert len([each for each in server.artifacts("checkpoint-changed") if each.state == "COMMITTED"]) == 1
 
 
-@pytest.mark.slow
 def test_slow_uploads_stall_nothing_and_come_in_order(played_slow: Played, server: WandbServer) -> None:
     result = played_slow["slow_uploads"]
     assert sorted(result["took"])[-2] < 0.05, "one may be hit by something else on this machine"
@@ -261,7 +256,6 @@ def test_slow_uploads_stall_nothing_and_come_in_order(played_slow: Played, serve
     assert [version for version in found if "latest" in found[version]] == ["v7"]
 
 
-@pytest.mark.slow
 def test_whatever_wandb_raises_reaches_the_report_only(played_slow: Played) -> None:
     result = played_slow["unexpected_kinds"]
     assert result["committed"] == []
@@ -295,7 +289,6 @@ def test_offline_the_newest_and_the_best_wait_for_wandb_sync(played: Played) -> 
     ]
 
 
-@pytest.mark.slow
 def test_wandb_sync_delivers_what_an_offline_run_staged(played: Played, server: WandbServer) -> None:
     folder, result = played.folder, played["offline"]
     for line in (result["command"], f"python -m harness.tracking upload {folder / 'offline'}"):
@@ -310,7 +303,6 @@ def test_wandb_sync_delivers_what_an_offline_run_staged(played: Played, server: 
     assert not (folder / "offline" / FOLDER).exists()
 
 
-@pytest.mark.slow
 def test_the_command_delivers_without_opening_the_run(played: Played, server: WandbServer) -> None:
     before = server.run("stuck")
     done = command(played["refused_always"]["command"], played.folder, server)
@@ -321,7 +313,6 @@ def test_the_command_delivers_without_opening_the_run(played: Played, server: Wa
     assert (after.state, after.exit_code, after.rows) == (before.state, before.exit_code, before.rows)
 
 
-@pytest.mark.slow
 def test_a_killed_run_delivers_what_was_staged_when_it_is_resumed(server: WandbServer, tmp_path: Path) -> None:
     process = start(*SCRIPT, "killed_first", folder=tmp_path, server=server)
     end = time.monotonic() + 60

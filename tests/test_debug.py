@@ -152,6 +152,7 @@ def test_a_console_that_is_off_shows_nothing(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_breakpoint_in_a_collator_stops_at_a_prompt_and_goes_on(tmp_path: Path) -> None:
     main_end, its_end = pty.openpty()
     flags = ["--task=tests.support.odd_tasks:with_breakpoint", '--task_args={"stop": true}', "--use_cpu", "--debug"]

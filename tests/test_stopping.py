@@ -51,6 +51,7 @@ def test_sigterm_saves_says_so_and_the_run_goes_on_as_if_nothing_had_been(uninte
     assert_equal_runs(uninterrupted, folder)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     task = {"task_args": {"after": 20, "rank": 1, "sent": str(tmp_path / "sent")}}

@@ -660,6 +660,7 @@ class TestRun:
             assert "the" in found["data"][0][0] + found["data"][0][1]
 
 
+@pytest.mark.slow
 def test_tables_come_with_the_evaluations_that_are_due_and_change_no_number(
     folder: Path, gpt: Task, tmp_path: Path
 ) -> None:

@@ -347,6 +347,7 @@ def check_fallback(folder: Path, result: subprocess.CompletedProcess[str]) -> No
     assert not files_with(KEY, folder)
 
 
+@pytest.mark.slow
 def test_a_refused_key_leaves_an_offline_run_and_no_key_on_disk(refusing_server: str, tmp_path: Path) -> None:
     where = {"WANDB_BASE_URL": refusing_server, "WANDB_API_KEY": KEY}
     check_fallback(tmp_path, run(OWN_LOOP, str(tmp_path / "out"), folder=tmp_path, **where))
@@ -378,6 +379,7 @@ def test_training_survives_the_death_of_wandbs_process(tmp_path: Path) -> None:
     assert result.stderr.count("W&B failed, the training goes on") == 1
 
 
+@pytest.mark.slow
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS, encoding="utf-8")

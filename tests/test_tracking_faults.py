@@ -16,6 +16,8 @@ from tests.support.faulty_training import SAVES, STEPS, Training, committed
 from tests.support.parity import history
 from tests.support.wandb_server import WandbServer
 
+pytestmark = pytest.mark.slow
+
 Scenario = Callable[[Path, WandbServer], Training]
 # What other processes here may take from a step, and from all of them; a wait for the server takes longer.
 STEP_SLACK_SECONDS, TRAINING_SLACK_SECONDS = 2.0, 5.0
@@ -281,7 +283,6 @@ def deliver(training: Training) -> None:
 # At length.
 
 
-@pytest.mark.slow
 def test_a_connection_that_drops_in_mid_upload_delays_the_artifact_only(played_at_length: Played) -> None:
     training, server = played_at_length.undisturbed(cuts_uploads)
     assert sum(bool(request.get("fault")) for request in server.requests()) == 2
@@ -290,7 +291,6 @@ def test_a_connection_that_drops_in_mid_upload_delays_the_artifact_only(played_a
     assert_artifacts_are_there_once(training, server)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "scenario", [answers_500_for_20_seconds, hangs_for_60_seconds, dies_and_comes_back, no_room_for_wandb]
 )
@@ -303,7 +303,6 @@ def test_what_was_logged_while_the_server_was_ill_or_away_arrives_once(
     assert_artifacts_are_there_once(training, server)
 
 
-@pytest.mark.slow
 def test_uploads_slower_than_the_saves_come_whole_and_in_order(played_at_length: Played) -> None:
     training, server = played_at_length.undisturbed(is_slower_than_the_saves)
     assert training.err.count("Uploads to W&B are slower than saves") == 1
@@ -311,7 +310,6 @@ def test_uploads_slower_than_the_saves_come_whole_and_in_order(played_at_length:
     assert_artifacts_are_there_once(training, server, save_steps=3)
 
 
-@pytest.mark.slow
 def test_rows_that_the_server_refuses_are_missed_and_can_be_delivered_later(played_at_length: Played) -> None:
     training, server = played_at_length.undisturbed(refuses_rows)
     arrived = len(server.runs()[0].rows)
@@ -322,7 +320,6 @@ def test_rows_that_the_server_refuses_are_missed_and_can_be_delivered_later(play
     assert_rows_are_there_once(training, server)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scenario", [is_silent_from_the_start, is_silent_behind_its_front_page])
 def test_a_server_that_is_silent_from_the_start_costs_seconds_and_leaves_an_offline_run(
     played_at_length: Played, scenario: Scenario
@@ -337,7 +334,6 @@ def test_a_server_that_is_silent_from_the_start_costs_seconds_and_leaves_an_offl
     assert_artifacts_are_there_once(training, server)
 
 
-@pytest.mark.slow
 def test_without_room_to_stage_one_warning_is_given_and_the_report_names_the_artifacts(
     played_at_length: Played,
 ) -> None:
@@ -351,7 +347,6 @@ def test_without_room_to_stage_one_warning_is_given_and_the_report_names_the_art
     assert list(committed(server)) == []
 
 
-@pytest.mark.slow
 def test_rows_that_a_full_disk_has_lost_are_not_called_kept(played_at_length: Played) -> None:
     training, _ = played_at_length.undisturbed(no_room_for_an_offline_run)
     lost = re.fullmatch(r"(\d+) of 31 rows are in (\S+), the others are lost \(a full disk\?\)", training.report[1])

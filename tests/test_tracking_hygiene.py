@@ -20,6 +20,8 @@ from tests.support.wandb_file import read_all
 from tests.support.wandb_server import API_KEY, WandbServer
 from tests.test_launch import DDP, launcher
 
+pytestmark = pytest.mark.slow
+
 PROJECT = "huggingface"
 # Made up anew: a source that holds them would be in the patch of what is not committed.
 TOKEN, HF_TOKEN, OFFLINE_KEY = f"hf_{secrets.token_hex(17)}", f"hf_{secrets.token_hex(17)}", secrets.token_hex(20)
@@ -216,7 +218,6 @@ def test_an_offline_run_that_crashes_is_recorded_as_failed(played: Played) -> No
 # At length.
 
 
-@pytest.mark.slow
 def test_no_secret_is_kept_offline(played_at_length: Played) -> None:
     training = played_at_length[is_good_offline]
     assert any(path.suffix == ".wandb" for path in files_with("<TOKEN>", training.folder))
@@ -224,7 +225,6 @@ def test_no_secret_is_kept_offline(played_at_length: Played) -> None:
         assert files_with(secret, training.folder) == []
 
 
-@pytest.mark.slow
 def test_a_crash_fails_the_run_keeps_its_rows_and_leaks_nothing(played_at_length: Played) -> None:
     training, server = played_at_length[crashes], played_at_length.server
     assert "RuntimeError: sample 60 can't be read" in training.err
@@ -236,7 +236,6 @@ def test_a_crash_fails_the_run_keeps_its_rows_and_leaks_nothing(played_at_length
         assert files_with(secret, training.folder, server.folder) == []
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_is_not_called_finished(played_at_length: Played) -> None:
     training = played_at_length[is_interrupted]
     assert training.err.splitlines()[-1] == "harness-train: Interrupted."
@@ -245,7 +244,6 @@ def test_an_interrupted_run_is_not_called_finished(played_at_length: Played) -> 
     assert len(run.rows) > 0
 
 
-@pytest.mark.slow
 def test_a_preempted_run_goes_on_as_the_same_run(played_at_length: Played) -> None:
     training = played_at_length[is_terminated_and_resumed]
     assert training.report[1] == f"{STEPS + 1} rows, all confirmed by the server"
@@ -254,7 +252,6 @@ def test_a_preempted_run_goes_on_as_the_same_run(played_at_length: Played) -> No
     assert [row["train/global_step"] for row in run.rows] == [*range(1, STEPS + 1), STEPS]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scenario", [is_stopped_in_the_app, is_stopped_in_the_app_on_two_ranks])
 def test_stop_in_the_app_ends_the_training_at_a_step_with_a_checkpoint(
     played_at_length: Played, scenario: Scenario
@@ -271,7 +268,6 @@ def test_stop_in_the_app_ends_the_training_at_a_step_with_a_checkpoint(
     assert [row["train/global_step"] for row in run.rows] == list(range(1, step + 1))
 
 
-@pytest.mark.slow
 def test_in_a_notebook_the_run_stays_open_until_it_is_finished_there(tmp_path: Path) -> None:
     pytest.importorskip("ipykernel")
     with WandbServer(tmp_path / "server") as server:

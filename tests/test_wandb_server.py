@@ -240,6 +240,7 @@ def test_resume_must_allow_and_never_mean_what_they_mean_at_wandb(server: WandbS
     assert resumed.config == {"never": 1, "must": 1, "allow": 1}
 
 
+@pytest.mark.slow
 def test_the_state_of_a_run_tells_how_it_ended(tmp_path: Path) -> None:
     with WandbServer(tmp_path / "server", silence_seconds=0.5) as server:
         run(ENDS, folder=tmp_path / "run", server=server, code=1)
