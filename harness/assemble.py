@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from harness import rng
 from harness.arguments import Config
 from harness.best import BestModel
-from harness.checkpoint import Checkpoints, Saved, describe_change
+from harness.checkpoint import Saved, describe_change
 from harness.config import ConfigError
 from harness.console import Console
 from harness.data import (
@@ -33,6 +34,7 @@ from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, prepare_model
 from harness.optim import build_optimizer, build_scheduler
 from harness.plan import resolve_plan
+from harness.saving import Checkpoints
 from harness.state import TRAINER_STATE_FILE, TrainState
 from harness.stopping import Stop
 from harness.tasks import Task, resolve
@@ -201,7 +203,11 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         eval_sets=eval_sets(session),
         best=BestModel(config.best, metric=config.best_metric, keeps_checkpoints=saves),
         checkpoints=Checkpoints(
-            session.output_dir, config.checkpoint, ranks=ranks, agree=lambda error: agree(accelerator, error)
+            session.output_dir,
+            config.checkpoint,
+            ranks=ranks,
+            agree=lambda error: agree(accelerator, error),
+            gather=lambda value: gather_object([value]),
         ),
         window=Window(accelerator, config.metrics),
         work=Work(

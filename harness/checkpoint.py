@@ -1,15 +1,13 @@
-"""Checkpoints in the Trainer's layout: whole or absent. Find, save (write, commit, prune), restore."""
+"""Checkpoints in the Trainer's layout: where they are, which are whole, what is in them."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from harness.config import ConfigError, arg
-from harness.state import TRAINER_STATE_FILE, write_json
+from harness.state import TRAINER_STATE_FILE
 
 STATE_FILE = "harness_state.json"
 FORMAT_VERSION = 1
@@ -37,6 +34,7 @@ class CheckpointConfig:
     output_dir: str | None = arg(help="Folder of the run; default: a fresh one under runs/.")
     save_total_limit: int | None = arg(help="Keep so many checkpoints: the newest, and the best one.")
     save_only_model: bool = arg(False, "Save the weights alone: such a checkpoint can't be resumed.")
+    async_save: bool = arg(True, "Write checkpoints in the background, from copies in host memory.")
     resume_from_checkpoint: str | None = arg(
         help="A checkpoint's folder; true: the newest in --output_dir; auto: the newest, or a fresh start.",
         nargs="?",
@@ -57,10 +55,6 @@ class CheckpointConfig:
                 f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "
                 "give it, or a checkpoint's folder."
             )
-
-
-class CheckpointError(Exception):
-    """A checkpoint could not be written; the older ones are as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,153 +178,7 @@ def _why_damaged(file: Path, size: int, digest: str) -> str | None:
         return f"{file.name} is missing"
     if file.stat().st_size != size:
         return f"{file.name} has {file.stat().st_size} bytes instead of {size}"
-    return f"{file.name} is damaged: its digest differs" if _digest(file) != digest else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Content:
-    """
-    What a save writes. `files` maps names to their torch state, `trainer_state` is the Trainer's JSON.
-
-    `rank_state` is this rank's alone: generators, and what it has not reported. `shared` is ours, plain JSON.
-    """
-
-    step: int
-    write_model: Callable[[Path], object]
-    files: Mapping[str, Any]
-    trainer_state: Mapping[str, Any]
-    rank_state: Mapping[str, Any]
-    shared: Mapping[str, Any]
-
-
-class Checkpoints:
-    """
-    The checkpoints of one run on disk.
-
-    `agree` is collective: it takes this rank's error or None and returns the first error of any rank; it is a
-    barrier too.
-    """
-
-    def __init__(
-        self,
-        output_dir: Path,
-        config: CheckpointConfig,
-        *,
-        ranks: tuple[int, int],
-        agree: Callable[[BaseException | None], str | None],
-    ) -> None:
-        self.output_dir, self.config = output_dir, config
-        self.process_index, self.num_processes = ranks
-        self.agree = agree
-        self.saved_step: int | None = None
-
-    @property
-    def is_writer(self) -> bool:
-        """Whether this rank writes what is not its own alone."""
-        return self.process_index == 0
-
-    def path_of(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
-        return self.output_dir / f"checkpoint-{step}"
-
-    def save(self, content: Content) -> Path:
-        """
-        Collective: write `checkpoint-N.partial`, its manifest last, then rename it to `checkpoint-N`.
-
-        Raises CheckpointError on all ranks if one of them could not write; an older checkpoint is then untouched.
-        """
-        final = self.path_of(content.step)
-        partial = final.with_name(f"{final.name}.partial")
-        self.together(lambda: _renew(partial) if self.is_writer else None)
-        self.together(lambda: self._write(content, partial))
-        self.together(lambda: self._commit(content, partial, final) if self.is_writer else None)
-        self.saved_step = content.step
-        return final
-
-    def together(self, act: Callable[[], None]) -> None:
-        """
-        Collective: each rank acts; all go on when all are done, or none does.
-
-        Raises CheckpointError on all ranks if one could not write; any other error where it happened.
-        """
-        failure: BaseException | None = None
-        try:
-            act()
-        except (SafetensorError, RuntimeError) as error:
-            # Of a full disk safetensors and torch speak in types of their own.
-            is_of_disk = any(words in str(error) for words in ("I/O error", "PytorchStreamWriter", "file write failed"))
-            failure = OSError(str(error)) if is_of_disk else error
-        except Exception as error:  # told to the other ranks, then raised
-            failure = error
-        message = self.agree(failure)
-        if failure is not None and not isinstance(failure, OSError):
-            raise failure
-        if message is not None:
-            raise CheckpointError(
-                f"A checkpoint could not be written to {self.output_dir}: {message}. The older ones are untouched; "
-                "make room, then go on with --resume_from_checkpoint true."
-            ) from failure
-
-    def _write(self, content: Content, folder: Path) -> None:
-        if not self.config.save_only_model:
-            torch.save(dict(content.rank_state), folder / rng_file(self.process_index, self.num_processes))
-        if not self.is_writer:
-            return
-        content.write_model(folder)
-        if not self.config.save_only_model:
-            for name, state in content.files.items():
-                torch.save(state, folder / name)
-        write_json(folder / TRAINER_STATE_FILE, content.trainer_state)
-
-    def _commit(self, content: Content, partial: Path, final: Path) -> None:
-        files = {}
-        for path in sorted(partial.iterdir()):
-            _sync(path)
-            files[path.name] = {"size": path.stat().st_size, "sha256": _digest(path)}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": content.step,
-            "world_size": self.num_processes,
-            "only_model": self.config.save_only_model,
-            "files": files,
-            **content.shared,
-        }
-        write_json(partial / STATE_FILE, manifest)
-        _sync(partial / STATE_FILE)
-        _sync(partial)
-        replaced = final.with_name(f"{final.name}.replaced")
-        if final.exists():  # a run that was resumed before this step writes it again
-            final.rename(replaced)
-        partial.rename(final)
-        _sync(self.output_dir)
-        if replaced.exists():
-            shutil.rmtree(replaced)
-
-    def prune(self, *, saved: Path, best: str | None) -> None:
-        """
-        Rank zero: delete the oldest checkpoints beyond `save_total_limit`; never the one just saved, never the best.
-
-        Those of later steps go first: the run was resumed before them and will write them again.
-        """
-        limit = self.config.save_total_limit
-        if limit is None or not self.is_writer:
-            return
-        checkpoints = list_checkpoints(self.output_dir)
-        superseded = checkpoints[checkpoints.index(saved) + 1 :]
-        checkpoints = [*superseded, *(path for path in checkpoints if path not in superseded)]
-        protected = {saved.name}
-        if best is not None:
-            protected.add(Path(best).name)
-        excess = len(checkpoints) - max(limit, len(protected))
-        for path in [path for path in checkpoints if path.name not in protected][: max(excess, 0)]:
-            shutil.rmtree(path)
-
-    def keep_only(self, best: str) -> None:
-        """Rank zero: delete all but the best, as the Trainer does at the end with save_total_limit 1."""
-        if self.is_writer:
-            for path in list_checkpoints(self.output_dir):
-                if path.name != Path(best).name:
-                    shutil.rmtree(path)
+    return f"{file.name} is damaged: its digest differs" if digest_of(file) != digest else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,21 +227,8 @@ def _load(path: Path, device: torch.device) -> Any:
         raise ConfigError(f"{path} can't be loaded safely: {reason}") from error
 
 
-def _renew(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

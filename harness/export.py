@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,20 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from harness.config import ConfigError
 
 
-def save_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, as_published: bool) -> list[Path]:
+def save_model(
+    model: torch.nn.Module,
+    processing_class: Any,
+    folder: Path,
+    *,
+    as_published: bool,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> list[Path]:
     """
     Write weights, config and processing class as the Trainer writes them; returns their files. Call it on one rank.
 
     `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's
     own (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
-    `from_pretrained` reads both.
+    `from_pretrained` reads both. `weights` are written in place of the model's own state dict.
 
     A model that is no PreTrainedModel has its state dict in model.safetensors; tied tensors are written once.
     """
@@ -30,7 +38,8 @@ def save_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, a
     partial = folder / "model.partial"
     if partial.exists():
         shutil.rmtree(partial)
-    _write_model(model, processing_class, partial, as_published=as_published)
+    weights = model.state_dict() if weights is None else weights
+    _write_model(model, weights, processing_class, partial, as_published=as_published)
     files = []
     for path in sorted(partial.rglob("*")):
         final = folder / path.relative_to(partial)
@@ -43,19 +52,26 @@ def save_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, a
     return files
 
 
-def _write_model(model: torch.nn.Module, processing_class: Any, folder: Path, *, as_published: bool) -> None:
+def _write_model(
+    model: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    processing_class: Any,
+    folder: Path,
+    *,
+    as_published: bool,
+) -> None:
     folder.mkdir()
     if isinstance(model, PreTrainedModel):
         shows_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a bar for each save would break up the training's own
-        model.save_pretrained(folder, save_original_format=as_published)
+        model.save_pretrained(folder, state_dict=dict(weights), save_original_format=as_published)
         if shows_bars:
             logging.enable_progress_bar()
     else:
         seen: set[int] = set()
         tensors = {
             name: tensor.contiguous()
-            for name, tensor in model.state_dict().items()
+            for name, tensor in weights.items()
             if not (tensor.data_ptr() in seen or seen.add(tensor.data_ptr()))  # type: ignore[func-returns-value]
         }
         save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})

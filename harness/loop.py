@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from accelerate.utils.memory import clear_device_cache
 
 from harness import rng
 from harness.best import BestModel
-from harness.checkpoint import Checkpoints, Content
 from harness.console import Console
 from harness.evaluation import EvalSet, Evaluator
 from harness.export import load_weights, save_model
@@ -24,11 +24,14 @@ from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.plan import Due, Plan
+from harness.saving import Checkpoints, Content
 from harness.state import TrainState
 from harness.stopping import NONE, PREEMPTED, PREEMPTED_EXIT_CODE, Stop, StoppedError
 from harness.topology import software
 from harness.tracking import WandbTracker, rewrite
 from harness.tracking.tables import SampleTables, is_due, last_evaluation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +184,16 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Collective: write checkpoint-N. Raises CheckpointError if it could not be written."""
+    """Collective: copy what checkpoint-N is made of; it is written while the training goes on."""
+    run.checkpoints.settle()
     run.work.settle_flos(state)
     if run.work.counts != "no":
         run.work.settle_tokens(state)
-    best = state.best_global_step
-    if best and (best == state.global_step or run.checkpoints.path_of(best).is_dir()):
-        state.best_model_checkpoint = str(run.checkpoints.path_of(best))
+    best, known = run.checkpoints.path_of(state.best_global_step or 0), state.best_model_checkpoint
+    if state.best_global_step == state.global_step or best.is_dir():
+        state.best_model_checkpoint = str(best)
+    elif known is not None and not Path(known).is_dir():  # its save has failed
+        state.best_model_checkpoint = None
     world_size = run.accelerator.num_processes
     files = {"optimizer.pt": run.optimizer.state_dict(), "scheduler.pt": run.scheduler.state_dict()}
     if run.accelerator.scaler is not None:
@@ -195,7 +201,10 @@ def save(run: Run, state: TrainState) -> None:
     model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
     content = Content(
         step=state.global_step,
-        write_model=lambda folder: save_model(model, run.processing_class, folder, as_published=False),
+        weights=model.state_dict(),
+        write_model=lambda folder, weights: save_model(
+            model, run.processing_class, folder, as_published=False, weights=weights
+        ),
         files=files,
         trainer_state=state.trainer_state(early_stopping=run.best.early_stopping),
         # One file a rank: the Trainer reads its own keys from it and leaves ours alone.
@@ -208,10 +217,9 @@ def save(run: Run, state: TrainState) -> None:
             "optim": run.optim.optim,
         },
     )
-    saved = run.checkpoints.save(content)
     is_best = state.best_global_step == state.global_step
-    run.tracker.log_checkpoint(saved, step=state.global_step, epoch=state.epoch, is_best=is_best)
-    run.checkpoints.prune(saved=saved, best=state.best_model_checkpoint)
+    log = run.tracker.checkpoint_logger(step=state.global_step, epoch=state.epoch, is_best=is_best)
+    run.checkpoints.save(content, best=state.best_model_checkpoint, then=log)
 
 
 def heed_stop(run: Run, state: TrainState) -> None:
@@ -222,8 +230,10 @@ def heed_stop(run: Run, state: TrainState) -> None:
     if reason == PREEMPTED:
         run.tracker.mark_preempting()
     saves = run.plan.config.save_strategy != "no"
+    run.checkpoints.settle()
     if saves and run.checkpoints.saved_step != state.global_step:
         save(run, state)
+        run.checkpoints.check_last()
     where = f"step {state.global_step} of {run.plan.max_steps}"
     done = f"saved; go on with --resume_from_checkpoint true --output_dir {run.checkpoints.output_dir}"
     if reason == PREEMPTED:
@@ -246,7 +256,11 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
     metrics["total_flos"] = state.total_flos
     metrics["train_loss"] = state.total_loss / max(state.global_step - state.loss_from_step, 0.001)
     emit(run, state, metrics, {})
+    run.checkpoints.settle()
     best = state.best_model_checkpoint
+    if best is not None and not Path(best).is_dir():
+        logger.warning("The best checkpoint %s was not saved: the weights stay those of the last step.", best)
+        best = state.best_model_checkpoint = None
     if best is not None and run.best.config.load_best_model_at_end:
         load_weights(run.accelerator.unwrap_model(run.model, keep_torch_compile=False), Path(best))
     if best is not None and run.checkpoints.config.save_total_limit == 1:

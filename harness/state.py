@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ class TrainState:
             counter = {"early_stopping_patience_counter": self.early_stopping_patience_counter}
             callbacks["EarlyStoppingCallback"] = {"args": early_stopping, "attributes": counter}
         callbacks["TrainerControl"] = {"args": control, "attributes": {}}
-        ours = {name: value for name, value in asdict(self).items() if name not in (*_OURS, "should_stop")}
+        names = [each.name for each in fields(self) if each.name not in (*_OURS, "should_stop")]
+        # Rows are never changed once they are in the history: a long one is not copied row by row.
+        ours = {name: getattr(self, name) for name in names} | {"log_history": list(self.log_history)}
         return ours | {
             "is_hyper_param_search": False,
             "is_local_process_zero": True,

@@ -23,13 +23,14 @@ from accelerate import Accelerator
 
 from harness.arguments import Config, parse
 from harness.assemble import Session, assemble, build_run, eval_set, eval_sets, restore, weights_dtype
-from harness.checkpoint import CheckpointError, Found, check_output_dir, choose_output_dir, find, read
+from harness.checkpoint import Found, check_output_dir, choose_output_dir, find, read
 from harness.config import ConfigError
 from harness.console import set_up_logging
 from harness.debug import NonFiniteError, describe_batch, watch_training
 from harness.export import save_model
 from harness.loop import Run, fit
 from harness.model_card import write_model_card
+from harness.saving import CheckpointError
 from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
 from harness.stopping import PREEMPTED_FILE, StoppedError
 from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
@@ -118,7 +119,7 @@ def run_on(accelerator: Accelerator, config: Config) -> None:
         if accelerator.is_main_process:
             update_json(output_dir / "all_results.json", results)
             show_sample(session)
-            rows = describe_end(session, state, results)
+            rows = describe_end(session, run, state, results)
         accelerator.wait_for_everyone()  # nobody waits for rank zero's last uploads
         exit_code = 0
     except StoppedError as stopped:
@@ -172,10 +173,14 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     if config.debug.is_on:
         console.line(describe_batch(run.loader.peek(), session.task.processing_class))
     run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
-    with watch_training(config.debug, session.task.model, console.line), run.stop.listening():
-        results = fit(run, state)
+    try:
+        with watch_training(config.debug, session.task.model, console.line), run.stop.listening():
+            results = fit(run, state)
+    finally:
+        run.checkpoints.wait()  # whatever ends the training: what it was saving becomes whole
     console.close()
     run.checkpoints.together(lambda: save_final(session, run, state) if run.checkpoints.is_writer else None)
+    run.checkpoints.check_last()
     return results
 
 
@@ -227,7 +232,9 @@ def show_sample(session: Session) -> None:
         session.console.line(f"sample: {session.task.sample(session.task.model.eval())}")
 
 
-def describe_end(session: Session, state: TrainState, results: dict[str, float]) -> list[tuple[str, str]]:
+def describe_end(
+    session: Session, run: Run | None, state: TrainState, results: dict[str, float]
+) -> list[tuple[str, str]]:
     """Rank zero: what came out and where it is, as rows of a short table."""
     rows = []
     if state.best_metric is not None:
@@ -238,10 +245,11 @@ def describe_end(session: Session, state: TrainState, results: dict[str, float])
     if "train_samples_per_second" in results:
         rate, seconds = results["train_samples_per_second"], results["train_runtime"]
         rows.append(("speed", f"{rate:.1f} samples/s, {seconds:.1f} s in all"))
-    if session.config.run.trains:
+    if run is not None:
         rows.append(("model", str(session.output_dir)))
         if session.config.plan.save_strategy != "no":
             rows.append(("checkpoints", f"{session.output_dir}/checkpoint-*"))
+            rows.append(("", run.checkpoints.describe()))
     if session.config.run.do_predict and session.task.describe_predictions is not None:
         rows.append(("predictions", f"{session.output_dir}/{PREDICTIONS_FILE}"))
     return rows

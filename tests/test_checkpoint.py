@@ -21,9 +21,6 @@ import torch
 from harness.checkpoint import (
     STATE_FILE,
     CheckpointConfig,
-    CheckpointError,
-    Checkpoints,
-    Content,
     check_output_dir,
     choose_output_dir,
     find,
@@ -33,6 +30,7 @@ from harness.checkpoint import (
     why_invalid,
 )
 from harness.config import ConfigError
+from harness.saving import CheckpointError, Checkpoints, Content
 from harness.state import TRAINER_STATE_FILE
 from harness.train import main
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, assert_equal_weights, reset, run_harness
@@ -44,15 +42,21 @@ SAVING = {**TRAINING, "num_train_epochs": 1, "save_strategy": "steps", "save_ste
 
 def writer(folder: Path, **config: Any) -> Checkpoints:
     agree: Callable[[BaseException | None], str | None] = lambda error: None if error is None else str(error)  # noqa: E731
-    return Checkpoints(folder, CheckpointConfig(**config), ranks=(0, 1), agree=agree)
+    return Checkpoints(folder, CheckpointConfig(**config), ranks=(0, 1), agree=agree, gather=lambda value: [value])
 
 
-def content(step: int, write_model: Callable[[Path], None] | None = None) -> Content:
-    def write(folder: Path) -> None:
+def save(checkpoints: Checkpoints, content: Content, *, best: str | None = None) -> None:
+    checkpoints.save(content, best=best)
+    checkpoints.check_last()
+
+
+def content(step: int, write_model: Callable[[Path, Any], None] | None = None) -> Content:
+    def write(folder: Path, weights: Any) -> None:
         (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
 
     return Content(
         step=step,
+        weights={},
         write_model=write_model or write,
         files={"optimizer.pt": {"state": torch.arange(9)}, "scheduler.pt": {"last_epoch": step}},
         trainer_state={"global_step": step},
@@ -65,7 +69,7 @@ def content(step: int, write_model: Callable[[Path], None] | None = None) -> Con
 def two(tmp_path: Path) -> Path:
     """A run with checkpoint-5 and checkpoint-10."""
     for step in (5, 10):
-        writer(tmp_path).save(content(step))
+        save(writer(tmp_path), content(step))
     return tmp_path
 
 
@@ -141,8 +145,8 @@ def test_a_trainers_checkpoint_without_weights_is_no_whole_one(two: Path) -> Non
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:
-    writer(tmp_path).save(content(5))
-    writer(tmp_path, save_only_model=True).save(content(10))
+    save(writer(tmp_path), content(5))
+    save(writer(tmp_path, save_only_model=True), content(10))
     assert {path.name for path in (tmp_path / "checkpoint-10").iterdir()} == {
         "model.safetensors",
         TRAINER_STATE_FILE,
@@ -184,7 +188,7 @@ def test_a_leftover_of_a_save_is_ignored_and_replaced(two: Path) -> None:
     shutil.copytree(two / "checkpoint-10", partial)
     (partial / "stray").write_text("of another life", encoding="utf-8")
     assert resumed(two)[0] == two / "checkpoint-10"
-    writer(two).save(content(15))
+    save(writer(two), content(15))
     assert not partial.exists()
     assert why_invalid(two / "checkpoint-15") is None
     assert not (two / "checkpoint-15" / "stray").exists()
@@ -192,28 +196,28 @@ def test_a_leftover_of_a_save_is_ignored_and_replaced(two: Path) -> None:
 
 def test_a_step_saved_again_replaces_its_checkpoint(two: Path) -> None:
     (two / "checkpoint-10" / "stray").write_text("old", encoding="utf-8")
-    writer(two).save(content(10))
+    save(writer(two), content(10))
     assert not (two / "checkpoint-10" / "stray").exists()
     assert why_invalid(two / "checkpoint-10") is None
 
 
 def test_a_save_that_fails_leaves_the_older_ones(two: Path) -> None:
-    def full(folder: Path) -> None:
+    def full(folder: Path, weights: Any) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"No space left on device.*older ones are untouched.*--resume"):
-        writer(two).save(content(15, full))
+        save(writer(two), content(15, full))
     assert [path.name for path in list_checkpoints(two)] == ["checkpoint-5", "checkpoint-10"]
     assert resumed(two)[0] == two / "checkpoint-10"
 
 
 def test_a_bug_in_a_save_is_not_taken_for_a_full_disk(two: Path) -> None:
-    def broken(folder: Path) -> None:
+    def broken(folder: Path, weights: Any) -> None:
         raise KeyError("a bug")
 
     with pytest.raises(KeyError, match="a bug"):
-        writer(two).save(content(15, broken))
+        save(writer(two), content(15, broken))
 
 
 @pytest.mark.parametrize(
@@ -233,23 +237,23 @@ def test_pruning_keeps_the_newest_and_the_best(
     limit: int | None, best: int | None, kept: list[int], tmp_path: Path
 ) -> None:
     checkpoints = writer(tmp_path, save_total_limit=limit)
-    saved = [checkpoints.save(content(step)) for step in (1, 2, 3, 4)]
-    checkpoints.prune(saved=saved[-1], best=None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    for step in (1, 2, 3, 4):
+        path = str(tmp_path / f"checkpoint-{best}")
+        save(checkpoints, content(step), best=path if best is not None and best <= step else None)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
 
 
 def test_pruning_keeps_what_was_just_saved_and_not_stale_later_steps(tmp_path: Path) -> None:
     checkpoints = writer(tmp_path, save_total_limit=2)
-    for step in (1, 4, 6):
-        checkpoints.save(content(step))
-    checkpoints.prune(saved=checkpoints.save(content(2)), best=None)
+    for step in (1, 6, 2):
+        save(checkpoints, content(step))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_loses_none(two: Path) -> None:
     (two / "checkpoint-10").rename(two / "checkpoint-10.replaced")
     assert resumed(two) == (two / "checkpoint-10.replaced", ())
-    writer(two).save(content(10))
+    save(writer(two), content(10))
     assert [path.name for path in list_checkpoints(two)] == ["checkpoint-5", "checkpoint-10"]
 
 

@@ -24,7 +24,7 @@ from tests.support.wandb_file import WandbFile, read_all
 ROOT = Path(__file__).parent.parent
 KEY = "0123456789abcdef0123456789abcdef01234567"
 SECRET = "hf_averysecrettokenindeed"  # noqa: S105 - that is what is looked for
-CLOCK = ("_timestamp", "_runtime", "_wandb")
+CLOCK = ("_timestamp", "_runtime", "_wandb", "_wandb.runtime")
 
 LOGS = [
     (1, {"loss": 2.5, "grad_norm": 1.25, "learning_rate": 5e-5, "epoch": 0.1}),

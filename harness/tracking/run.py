@@ -200,16 +200,23 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         if values:
             self._deliver(lambda: self._run.log({**values, "train/global_step": step}))
 
+    def checkpoint_logger(self, *, step: int, epoch: float = 0.0, is_best: bool = False) -> Callable[[Path], None]:
+        """What hands a checkpoint's folder over once it is written: `log_checkpoint`, with the numbers of now."""
+        metadata = self._numbers() if self._artifacts is not None else {}
+
+        def log(folder: Path) -> None:
+            if self._artifacts is not None:
+                self._artifacts.log_checkpoint(folder, step=step, epoch=epoch, is_best=is_best, metadata=metadata)
+
+        return log
+
     def log_checkpoint(self, folder: str | Path, *, step: int, epoch: float = 0.0, is_best: bool = False) -> None:
         """
         With --wandb_log_model checkpoint: hand a checkpoint's folder over to be uploaded in the background.
 
         It may be deleted as soon as this returns, which takes milliseconds.
         """
-        if self._artifacts is not None:
-            self._artifacts.log_checkpoint(
-                Path(folder), step=step, epoch=epoch, is_best=is_best, metadata=self._numbers()
-            )
+        self.checkpoint_logger(step=step, epoch=epoch, is_best=is_best)(Path(folder))
 
     def log_model(self, files: Sequence[Path], *, metadata: Mapping[str, float] | None = None) -> None:
         """With --wandb_log_model: hand the files of the final model over; `metadata` replaces the summary's numbers."""

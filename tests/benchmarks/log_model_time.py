@@ -3,7 +3,7 @@ What `WANDB_LOG_MODEL=checkpoint` costs: the Trainer and harness, with and witho
 
 `python -m tests.benchmarks.log_model_time [rounds]` runs each in a process of its own against a W&B server on this
 machine. It prints, as medians, how long a save holds the training up (the longest intervals between two calls of the
-collator, less a step), what of it is the logging (the Trainer's callback, our log_checkpoint), the whole training, the
+collator, less a step), what of it is the logging (the callback, our checkpoint_logger), the whole training, the
 end after its last step, and the most disk in use.
 """
 
@@ -95,7 +95,7 @@ def train(who: str, folder: str) -> None:
         trainer.save_model()
         wandb.finish()
     else:
-        WandbTracker.log_checkpoint = timed(WandbTracker.log_checkpoint)
+        WandbTracker.checkpoint_logger = timed(WandbTracker.checkpoint_logger)
         flags = [f"--{name}={value}" for name, value in arguments(folder).items()]
         assert main(["--task=tests.benchmarks.log_model_time:build", *flags]) == 0
     times = calls[WARMUP_STEPS:]
