@@ -178,7 +178,9 @@ class Config:
     def as_yaml(self) -> str:
         """The values by flag name; `--config` reads them again."""
         # Which run it was is no part of how it was configured: another one of the same configuration is a new run.
-        skipped = ("config", "print_config", "token", "wandb_run_id", "wandb_resume")
+        # What one resume was allowed is not allowed for good.
+        skipped = ["config", "print_config", "token", "wandb_run_id", "wandb_resume"]
+        skipped += ["allow_changed_arguments", "allow_changed_data_order"]
         values = {name: dict(v) if isinstance(v, dict) else v for name, v in self.flat().items() if name not in skipped}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from harness import rng
 from harness.arguments import Config
 from harness.best import BestModel
+from harness.changes import Changes, compare, recorded
 from harness.checkpoint import Saved, describe_change
 from harness.config import ConfigError
 from harness.console import Console
@@ -33,7 +34,8 @@ from harness.loop import Run
 from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, prepare_model
 from harness.optim import build_optimizer, build_scheduler
-from harness.plan import resolve_plan
+from harness.plan import Plan, resolve_plan
+from harness.position import at_step, converted, has_other_layout, why_other_order
 from harness.saving import Checkpoints
 from harness.state import TRAINER_STATE_FILE, TrainState
 from harness.stopping import Stop
@@ -187,7 +189,6 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     plan.show_in(state)
     state.train_batch_size = data.per_device_train_batch_size
     model, optimizer = accelerator.prepare(task.model, build_optimizer(task.model, config.optim))
-    ranks = (accelerator.process_index, accelerator.num_processes)
     saves = config.plan.save_strategy != "no"
     return Run(
         accelerator=accelerator,
@@ -205,7 +206,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         checkpoints=Checkpoints(
             session.output_dir,
             config.checkpoint,
-            ranks=ranks,
+            ranks=(accelerator.process_index, accelerator.num_processes),
             agree=lambda error: agree(accelerator, error),
             gather=lambda value: gather_object([value]),
         ),
@@ -224,6 +225,18 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         stop=Stop(accelerator, requested=lambda: tracker.stop_requested),
         modeling=config.modeling,
         optim=config.optim,
+        arguments=_arguments(session, plan),
+    )
+
+
+def _arguments(session: Session, plan: Plan) -> dict[str, Any]:
+    accelerator = session.accelerator
+    return recorded(
+        session.config.flat(),
+        mixed_precision=accelerator.mixed_precision,
+        device=accelerator.device.type,
+        num_processes=accelerator.num_processes,
+        total_steps=plan.max_steps,
     )
 
 
@@ -253,24 +266,60 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
         run.accelerator.scaler.load_state_dict(saved.files["scaler.pt"])
     if change := describe_change(saved.shared.get("software", {}), software()):
         logger.warning("%s was saved with %s: numbers may differ in their last bits.", saved.path, change)
-    position = saved.shared.get("data")
-    if position is None:  # a Trainer's: it counts optimizer steps
-        updates, accumulation = run.plan.updates_per_epoch, run.loader.config.gradient_accumulation_steps
-        epoch, steps = divmod(state.global_step, updates)
-        position = {"epoch": epoch, "batches": steps * accumulation}
-    elif (change := describe_change(position, run.loader.state_dict())) and not run.loader.config.ignore_data_skip:
-        raise ConfigError(
-            f"{saved.path} was saved with {change}: the data would come in another order. "
-            "Use the same values, or --ignore_data_skip to begin the epoch's data anew."
-        )
+    changes = _check_changes(run, saved)
+    if changes.told:
+        run.console.line(f"Other arguments than those of {saved.path.name}: {', '.join(changes.told)}.")
+    position, is_exact = _position(run, state, saved)
     if saved.rank_state is None:
         logger.warning("%s has no random state for this rank: the run goes on, but not to the bit.", saved.path)
         run.loader.load_position(position)
-    else:
-        ours = saved.rank_state.get("harness", {})
-        run.loader.load_state_dict(position, ours.get("data", {}), saved.rank_state)
-        if "window" in ours:
-            run.window.load_state_dict(ours["window"])
+        return
+    ours = saved.rank_state.get("harness", {})
+    # What was drawn ahead elsewhere is another batch here.
+    run.loader.load_state_dict(position, ours.get("data", {}) if is_exact else {}, saved.rank_state)
+    if saved.other_ranks and "window" in ours:
+        run.window.load_state_dicts([other["harness"]["window"] for other in saved.other_ranks])
+    elif "window" in ours:
+        run.window.load_state_dict(ours["window"])
+
+
+def _check_changes(run: Run, saved: Saved) -> Changes:
+    """What differs from the arguments of the checkpoint. Raises ConfigError for all at once that is not allowed."""
+    changes = compare(saved.shared.get("arguments", {}), run.arguments)
+    other_order = why_other_order(saved.shared.get("data", {}), run.loader.state_dict())
+    problems = []
+    if changes.refused and not run.checkpoints.config.allow_changed_arguments:
+        problems.append(
+            f"{saved.path} was saved with other arguments ({', '.join(changes.refused)}), so the run would not go on "
+            "as it began: give those it was saved with, or --allow_changed_arguments."
+        )
+    if other_order and not run.loader.config.allow_changed_data_order:
+        problems.append(
+            f"{saved.path} was saved with {other_order}, so the data would come in another order: "
+            "use the same values, or give --allow_changed_data_order."
+        )
+    if problems:
+        raise ConfigError(" ".join(problems))
+    return changes
+
+
+def _position(run: Run, state: TrainState, saved: Saved) -> tuple[Mapping[str, int], bool]:
+    """Where the data goes on, and whether in the very batches of the checkpoint."""
+    position, now = saved.shared.get("data"), run.loader.state_dict()
+    other_order = why_other_order(position or {}, now)
+    if other_order:
+        run.console.line(f"The data goes on in another order, {saved.path.name} was saved with {other_order}.")
+    if position is None or other_order:  # a Trainer's counts optimizer steps
+        accumulation = run.loader.config.gradient_accumulation_steps
+        steps = at_step(state.global_step, updates_per_epoch=run.plan.updates_per_epoch, accumulation=accumulation)
+        return steps, position is None
+    if has_other_layout(position, now):
+        run.console.line(
+            "The same samples come in the same steps, in other batches: the numbers are equal up to rounding, "
+            "as long as nothing is drawn at random (dropout, random collators)."
+        )
+        return converted(position, now), False
+    return position, True
 
 
 def _restore_optimizer(run: Run, saved: Saved) -> None:

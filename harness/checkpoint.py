@@ -41,6 +41,8 @@ class CheckpointConfig:
         const="true",
     )
 
+    allow_changed_arguments: bool = arg(False, "Resume even if arguments that decide the numbers have changed.")
+
     def __post_init__(self) -> None:
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ConfigError(
@@ -183,11 +185,17 @@ def _why_damaged(file: Path, size: int, digest: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint that has been read: torch states by file name, this rank's state, and our JSON (or {})."""
+    """
+    A checkpoint that has been read: torch states by file name, this rank's state, and our JSON (or {}).
+
+    If another number of ranks saved it, `other_ranks` holds the states of them all, and `rank_state` is the one that
+    this rank goes on from: that of its own number, or counted round from rank zero's again.
+    """
 
     path: Path
     files: dict[str, Any]
     rank_state: dict[str, Any] | None
+    other_ranks: tuple[dict[str, Any], ...] = ()
     shared: dict[str, Any]
 
 
@@ -204,11 +212,24 @@ def read(path: Path, *, ranks: tuple[int, int], device: torch.device) -> Saved:
         for name in ("optimizer.pt", "scheduler.pt", "scaler.pt")
         if (path / name).is_file()
     }
-    own = path / rng_file(*ranks)
-    rank_state = _load(own, torch.device("cpu")) if own.is_file() else None
     manifest = path / STATE_FILE
     shared = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    return Saved(path=path, files=files, rank_state=rank_state, shared=shared)
+    own = path / rng_file(*ranks)
+    is_same_number = shared.get("world_size", ranks[1]) == ranks[1] and own.is_file()
+    states = tuple(_load(file, torch.device("cpu")) for file in ([own] if is_same_number else _rng_files(path)))
+    return Saved(
+        path=path,
+        files=files,
+        rank_state=states[ranks[0] % len(states)] if states else None,
+        other_ranks=() if is_same_number else states,
+        shared=shared,
+    )
+
+
+def _rng_files(path: Path) -> list[Path]:
+    """The files of all ranks that saved, in their order."""
+    alone = path / rng_file(0, 1)
+    return [alone] if alone.is_file() else sorted(path.glob("rng_state_*.pth"), key=lambda file: (len(file.name), file))
 
 
 def rng_file(process_index: int, num_processes: int) -> str:

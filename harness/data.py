@@ -43,6 +43,9 @@ class DataConfig:
     dataloader_in_order: bool = arg(True, "Keep the order of the batches with several workers.")
     remove_unused_columns: bool = arg(True, "Hide the columns that the model's forward does not take.")
     ignore_data_skip: bool = arg(False, "On resume begin the epoch's data anew: fast, but not the same run.")
+    allow_changed_data_order: bool = arg(
+        False, "Resume even if the global batch, the data or its order has changed: some samples come twice or never."
+    )
     overfit_batches: int | None = arg(help="Train and evaluate on the first N batches only, to see the loss go to 0.")
 
     def __post_init__(self) -> None:

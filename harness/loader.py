@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import broadcast_object_list, send_to_device
+from datasets import Dataset
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.trainer_utils import seed_worker
 
 from harness import rng
 from harness.data import Collator, DataConfig, Samples, worker_options
+from harness.data_digest import digest_of_samples
 
 Batch = dict[str, Any]
 Order = npt.NDArray[np.int64]
@@ -230,8 +232,25 @@ class TrainLoader:
             "per_device_train_batch_size": self.config.per_device_train_batch_size,
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "train_sampling_strategy": self.config.train_sampling_strategy,
+            "dataloader_drop_last": self.config.dataloader_drop_last,
+            # Workers share a stream out among themselves; elsewhere they change no order.
+            "dataloader_num_workers": self.config.dataloader_num_workers if self.is_stream else None,
             "seed": self.seed,
+            "data_digest": self.data_digest,
         }
+
+    @cached_property
+    def data_digest(self) -> str | None:
+        """
+        Of some training samples; None for a stream.
+
+        None too where workers read the samples, except from a table of `datasets`: a file that is opened here before
+        they start would be theirs too.
+        """
+        dataset = self.loader.dataset
+        if self.is_stream or (self.config.dataloader_num_workers > 0 and not isinstance(dataset, Dataset)):
+            return None
+        return digest_of_samples(dataset)
 
     def rng_state_dict(self) -> dict[str, Any]:
         """What this rank's generators were at the epoch's beginning and before the batch drawn ahead."""

@@ -59,6 +59,7 @@ class Run:
     stop: Stop
     modeling: ModelingConfig
     optim: OptimConfig
+    arguments: Mapping[str, Any]
 
 
 def fit(run: Run, state: TrainState) -> dict[str, float]:
@@ -215,6 +216,7 @@ def save(run: Run, state: TrainState) -> None:
             "data": run.loader.state_dict(),
             "software": software(),
             "optim": run.optim.optim,
+            "arguments": run.arguments,
         },
     )
     is_best = state.best_global_step == state.global_step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,16 @@ class Window:
         """Go on in the window."""
         self.sums.copy_(saved["sums"])
         self.grad_norm, self.learning_rate = saved["grad_norm"], saved["learning_rate"]
+
+    def load_state_dicts(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """
+        Go on in a window of other ranks, all of which are given: the next report says what theirs would have said.
+
+        The mean of their losses is everybody's; the losses that were not finite are counted once.
+        """
+        sums = torch.stack([state["sums"] for state in saved])
+        num_nonfinite = sums[:, 1].sum() if self.accelerator.is_main_process else torch.zeros(())
+        self.load_state_dict({**saved[0], "sums": torch.stack([sums[:, 0].mean(), num_nonfinite])})
 
 
 class Work:

@@ -27,6 +27,7 @@ from harness.data import (
     first_samples,
     usable_samples,
 )
+from harness.data_digest import digest_of_samples
 from harness.loader import RankBatches, TrainLoader, step_groups
 
 SEED = 42
@@ -169,6 +170,7 @@ def test_resume_at_90_percent_of_a_million_samples_reads_none_of_the_skipped(acc
     dataset, batch_size = Counted(1_000_000), 10
     loader = loader_of(accelerator, dataset, per_device_train_batch_size=batch_size)
     position = {**loader.state_dict(), "epoch": 0, "batches": 90_000}
+    dataset.read.clear()  # a few, for the digest
     loader.load_state_dict(position, {}, rng.capture())
     started_at = time.monotonic()
     first = next(loader.epoch(0))
@@ -229,8 +231,21 @@ def test_state_counts_batches_and_what_they_are_counted_in(accelerator: Accelera
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "train_sampling_strategy": "random",
+        "dataloader_drop_last": False,
+        "dataloader_num_workers": None,
         "seed": SEED,
+        "data_digest": digest_of_samples(Counted(21)),
     }
+
+
+def test_samples_are_read_for_a_digest_where_nothing_of_them_is_shared_with_workers(accelerator: Accelerator) -> None:
+    dataset = Counted(21)
+    loader = loader_of(accelerator, dataset, dataloader_num_workers=1)
+    assert loader.data_digest is None
+    assert dataset.read == []
+    rows = datasets.Dataset.from_dict({"ids": [1, 2]})
+    assert loader_of(accelerator, rows, dataloader_num_workers=1).data_digest == digest_of_samples(rows)
+    assert loader_of(accelerator, stream(10)).state_dict()["data_digest"] is None
 
 
 def grouped(accelerator: Accelerator, size: int = 40, **config: Any) -> TrainLoader:

@@ -173,13 +173,16 @@ def test_torchrun_trains_the_same(ours: Path, tmp_path: Path) -> None:
     assert_equal_runs(ours, folder)
 
 
-def test_a_checkpoint_of_two_processes_is_refused_by_one(
+def test_a_checkpoint_of_two_processes_is_refused_by_one_with_another_global_batch(
     ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert processes_of(ours) == 2
     arguments = {**ARGUMENTS, "resume_from_checkpoint": ours / "checkpoint-3"}
     assert main([*flags(tmp_path / "out", arguments), "--use_cpu"]) == 2
-    assert "num_processes 2 (now 1)" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "16 samples: --per_device_train_batch_size 4 x --gradient_accumulation_steps 2 x 2 processes" in shown
+    assert "(now 8 samples: --per_device_train_batch_size 4 x --gradient_accumulation_steps 2 x 1 processes)" in shown
+    assert "--allow_changed_data_order" in shown
     assert not (tmp_path / "out").exists()
 
 

@@ -23,6 +23,7 @@ LAYERS = (
     ("tasks",),
     (
         "data",
+        "data_digest",
         "modeling",
         "optim",
         "plan",
@@ -35,8 +36,8 @@ LAYERS = (
         "stopping",
         "tracking",
     ),
-    ("loader", "saving"),
-    ("arguments", "loop"),
+    ("loader", "saving", "changes"),
+    ("arguments", "loop", "position"),
     ("assemble",),
     ("model_card",),
     ("train",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,20 @@ def test_window_goes_on_where_it_was_saved(accelerator: Accelerator) -> None:
     for step, loss in enumerate(FINITE[2:], start=2):
         second.add(torch.tensor(loss), steps_since_report=step)
     assert second.drain() == whole.drain()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_window_of_other_ranks_is_reported_as_theirs(ranks: int, accelerator: Accelerator) -> None:
+    saved = [{"sums": torch.tensor([2.0 + i, 1.0 + i]), "grad_norm": 0.5, "learning_rate": 1e-3} for i in range(2)]
+    reports = []
+    for rank in range(ranks):
+        found = Window(accelerator, MetricsConfig())
+        found.accelerator = SimpleNamespace(is_main_process=rank == 0)  # type: ignore[assignment]
+        found.load_state_dicts(saved)
+        assert found.last_step() == {"grad_norm": 0.5, "learning_rate": 1e-3}
+        reports.append(found.sums.tolist())
+    assert [report[0] for report in reports] == [2.5] * ranks, "the mean over any number of ranks is theirs"
+    assert sum(report[1] for report in reports) == 3, "each loss that was not finite is counted once"
 
 
 def test_saved_window_does_not_change_with_later_steps(accelerator: Accelerator) -> None:

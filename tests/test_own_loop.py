@@ -160,7 +160,8 @@ def test_the_guides_resume_snippet_goes_on_with_what_was_logged(tmp_path: Path) 
         ended = run([*command, *as_flags({**first, **stopping})], WANDB_RUN_ID="guide", **variables)
         assert ended.code == 85, ended.err[-2000:]
 
-        again = as_flags({**arguments, "output_dir": tmp_path / "again"})
+        # The task that stopped was another one by name.
+        again = as_flags({**arguments, "output_dir": tmp_path / "again", "allow_changed_arguments": True})
         resumed = run([sys.executable, "-c", GUIDE, *again], cwd=tmp_path, **variables)
         assert resumed.code == 0, resumed.err[-2000:]
         assert_equal_runs(tmp_path / "whole", tmp_path / "again")

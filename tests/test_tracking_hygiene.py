@@ -83,7 +83,8 @@ def is_terminated(folder: Path, server: WandbServer) -> Training:
 def is_terminated_and_resumed(folder: Path, server: WandbServer) -> Training:
     is_terminated(folder, server)
     (folder / "times").unlink()
-    return Training(folder, server, resume_from_checkpoint="true").ended()
+    # Its pace is an argument of the task.
+    return Training(folder, server, resume_from_checkpoint="true", allow_changed_arguments=True).ended()
 
 
 def is_stopped_in_the_app(folder: Path, server: WandbServer) -> Training:
