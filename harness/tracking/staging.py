@@ -57,6 +57,11 @@ class Staged:
         """Its place among those staged in the same folder."""
         return int(self.folder.name.partition("-")[0])
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether nobody has discarded it meanwhile: its record goes first."""
+        return (self.folder / RECORD_FILE).exists()
+
     def path_of(self, name: str) -> Path:
         """Where a file of the artifact waits."""
         return self.folder / "files" / name

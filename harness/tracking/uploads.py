@@ -218,11 +218,15 @@ class Uploads:
 
     def _deliver(self, upload: _Upload) -> None:
         staged = upload.staged
-        if not staged.folder.exists():  # `harness.tracking upload` has delivered it
-            committed = None
-        else:
-            committed = deliver(staged, api=self._api, log=self._log, may_be_late=upload.is_late)
-            discard(staged)
+        committed = None
+        try:
+            if staged.is_waiting:
+                committed = deliver(staged, api=self._api, log=self._log, may_be_late=upload.is_late)
+                discard(staged)
+        except StagingError:
+            if staged.is_waiting:
+                raise
+            # Else `harness.tracking upload`, or an earlier life's last thread, has delivered it.
         with self._changed:
             self._waiting.remove(upload)
             if committed is not None:
