@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from harness.topology import settle
 from tests.support.parity import run_trainer
 
 
@@ -17,6 +18,8 @@ def main() -> None:
     trainer = run_trainer(Path(call["folder"]), call["arguments"], task_config=call.get("task_config"))
     if trainer.is_world_process_zero():
         print(f"processes: {trainer.args.world_size}")
+    torch.distributed.barrier()
+    settle()  # without it a rank hangs now and then in torch's destructor
     torch.distributed.destroy_process_group()
 
 
