@@ -266,9 +266,10 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
         run.accelerator.scaler.load_state_dict(saved.files["scaler.pt"])
     if change := describe_change(saved.shared.get("software", {}), software()):
         logger.warning("%s was saved with %s: numbers may differ in their last bits.", saved.path, change)
-    changes = _check_changes(run, saved)
+    changes, other_numbers = _check_changes(run, saved)
     if changes.told:
         run.console.line(f"Other arguments than those of {saved.path.name}: {', '.join(changes.told)}.")
+    run.tracker.load_state_dict(saved.shared.get("tracking", {}), changes=other_numbers)
     position, is_exact = _position(run, state, saved)
     if saved.rank_state is None:
         logger.warning("%s has no random state for this rank: the run goes on, but not to the bit.", saved.path)
@@ -283,8 +284,12 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
         run.window.load_state_dict(ours["window"])
 
 
-def _check_changes(run: Run, saved: Saved) -> Changes:
-    """What differs from the arguments of the checkpoint. Raises ConfigError for all at once that is not allowed."""
+def _check_changes(run: Run, saved: Saved) -> tuple[Changes, str]:
+    """
+    What differs from the arguments of the checkpoint, and what of that makes other numbers.
+
+    Raises ConfigError for all at once that is not allowed.
+    """
     changes = compare(saved.shared.get("arguments", {}), run.arguments)
     other_order = why_other_order(saved.shared.get("data", {}), run.loader.state_dict())
     problems = []
@@ -300,7 +305,9 @@ def _check_changes(run: Run, saved: Saved) -> Changes:
         )
     if problems:
         raise ConfigError(" ".join(problems))
-    return changes
+    return changes, "; ".join(
+        [*changes.refused, *([f"{saved.path.name} was saved with {other_order}"] * bool(other_order))]
+    )
 
 
 def _position(run: Run, state: TrainState, saved: Saved) -> tuple[Mapping[str, int], bool]:

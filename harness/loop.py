@@ -217,6 +217,7 @@ def save(run: Run, state: TrainState) -> None:
             "software": software(),
             "optim": run.optim.optim,
             "arguments": run.arguments,
+            "tracking": run.tracker.state_dict(),
         },
     )
     is_best = state.best_global_step == state.global_step

@@ -102,7 +102,8 @@ def run_on(accelerator: Accelerator, config: Config) -> None:
     found, output_dir = tell_all(accelerator, lambda: locate(config))
     for reason in found.passed_over:
         logger.warning("Passed over %s.", reason)
-    chosen = trackers(config.tracking, dir=str(output_dir))
+    resumes = config.checkpoint.resume_from_checkpoint is not None
+    chosen = trackers(config.tracking, dir=str(output_dir), resumes=resumes)
     session = assemble(config, accelerator, output_dir, weights=found.path)
     state = TrainState()
     run = build_run(session, state, wandb_tracker(chosen)) if config.run.trains else None

@@ -12,14 +12,22 @@ from accelerate.tracking import filter_trackers
 
 from harness.topology import software, tell_all
 from harness.tracking.configuration import launch_config, store_configuration
+from harness.tracking.lives import Lives
 from harness.tracking.opening import check_credentials
 from harness.tracking.run import WandbTracker
 from harness.tracking.settings import TrackingConfig, check_environment
 
 
-def trackers(config: TrackingConfig, *, dir: str) -> list[str | WandbTracker]:  # noqa: A002 - wandb's name for it
+def trackers(
+    config: TrackingConfig,
+    *,
+    dir: str,  # noqa: A002 - wandb's name for it
+    resumes: bool = False,
+) -> list[str | WandbTracker]:
     """
     What to give `Accelerator(log_with=...)`; W&B's files go to `dir` unless --wandb_dir says otherwise.
+
+    `resumes`: the training goes on where another life of it ended, and so does its run.
 
     Raises ConfigError, on every rank alike, for variables that W&B doesn't understand and for a lack of credentials.
     """
@@ -28,7 +36,8 @@ def trackers(config: TrackingConfig, *, dir: str) -> list[str | WandbTracker]:  
         return chosen
     check_environment()
     check_credentials(config)
-    return [WandbTracker(replace(config, wandb_dir=config.wandb_dir or dir), output_dir=dir), *chosen]
+    lives = None if config.wandb_mode == "disabled" else Lives(Path(dir), resumes=resumes)
+    return [WandbTracker(replace(config, wandb_dir=config.wandb_dir or dir), output_dir=dir, lives=lives), *chosen]
 
 
 def wandb_tracker(chosen: list[str | WandbTracker]) -> WandbTracker:

@@ -27,12 +27,14 @@ NEEDS_CREDENTIALS = (
 )
 
 
-def open_run(config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Callable[[], None]) -> Any:
+def open_run(
+    config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Callable[[], None], must_be_online: bool = False
+) -> Any:
     """
     Make the run; `stop` is called from another thread when the user presses Stop in the app.
 
-    None if wandb itself does not work. Raises ConfigError for what wandb refuses, and if --wandb_mode online has no
-    credentials.
+    None if wandb itself does not work, or if it can't be online and `must_be_online`. Raises ConfigError for what wandb
+    refuses, and if --wandb_mode online has no credentials.
     """
     from wandb.errors import UsageError
 
@@ -56,6 +58,9 @@ def open_run(config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Ca
         raise ConfigError(f"W&B refuses the run: {error}") from error
     except failures() as error:
         reason, is_login = f"W&B could not be reached ({one_line(error)})", False
+    if must_be_online:
+        logger.warning("%s: the run is online and stays so; its rows wait on this disk until it is resumed.", reason)
+        return None
     return _offline(kwargs, mode="offline", reason=reason, needs_login=is_login)
 
 
@@ -89,6 +94,20 @@ def one_line(error: Exception) -> str:
     """An error as a short line."""
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
+
+
+def where(run: Any) -> str:
+    """Where to find a run: its address, or its folder and how to upload it."""
+    if run.disabled:
+        return ""
+    folder = run.settings.sync_dir
+    return f"offline in {folder}; upload it with `wandb sync {folder}`" if run.offline else str(run.url)
+
+
+def is_notebook() -> bool:
+    """Whether this is a Jupyter kernel: the test that IPython's own documentation gives."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
 def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> Any:

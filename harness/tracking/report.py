@@ -62,8 +62,14 @@ def count_rows(run: Any, *, sent: int | None) -> RowCount:
     return RowCount(sent=sent, confirmed=confirmed)
 
 
-def describe_delivery(run: Any, rows: RowCount | None, delivery: Delivery | None) -> list[str]:
-    """What has arrived and what has not, with the command that delivers it: a line for rows, one for artifacts."""
+def describe_delivery(
+    run: Any, rows: RowCount | None, delivery: Delivery | None, *, home: Path | None = None
+) -> list[str]:
+    """
+    What has arrived and what has not, with the command that delivers it: a line for rows, one for artifacts.
+
+    home: the folder that holds the journal of the rows; default: the run's own has what there is.
+    """
     lines = []
     folder = Path(run.settings.sync_dir)
     if rows is not None and not run.disabled and not (run.offline and rows.is_whole):
@@ -75,7 +81,7 @@ def describe_delivery(run: Any, rows: RowCount | None, delivery: Delivery | None
         elif delivery is not None and delivery.command and str(folder.parents[1]) in shlex.split(delivery.command):
             lines.append(f"{known} of {rows.sent} rows confirmed by the server; deliver the rest as the artifacts")
         else:
-            command = f"{UPLOAD} {shlex.quote(str(folder))}"
+            command = f"{UPLOAD} {shlex.quote(str(home or folder))}"
             lines.append(f"{known} of {rows.sent} rows confirmed by the server; deliver the rest: {command}")
     if delivery is not None:
         lines.append(delivery.describe())

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.tracking import identity as identities
+from harness.tracking.journal import FILE as JOURNAL
+from harness.tracking.journal import Journal
 from harness.tracking.transaction_log import TransactionLog, read_log
 
 HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
@@ -57,6 +60,8 @@ def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
         # A life begins with the row that the server awaits: rows of the lives before are there, or were made again.
         if log is not None and (log.run_id not in latest or log.started_at > latest[log.run_id].started_at):
             latest[log.run_id] = log
+    if (journaled := _journaled(folder, latest)) is not None:
+        latest[journaled.run_id] = journaled
     return sorted(latest.values(), key=lambda log: log.started_at), problems
 
 
@@ -131,6 +136,42 @@ def parse_answer(answer: dict[str, Any]) -> AtServer | None:
         summary=json.loads(bucket["summaryMetrics"] or "{}"),
         state=str(bucket["state"]),
     )
+
+
+def _journaled(folder: Path, logs: Mapping[str, TransactionLog]) -> TransactionLog | None:
+    """All rows of the training's own run, from its journal: of those that wandb's files lack nothing else is left."""
+    identity = identities.read(folder)
+    if identity is None or identity.mode != "online":
+        return None
+    rows = {
+        line["_step"]: {name: value for name, value in line.items() if name != "_row" and _is_plain(value)}
+        for line, _ in Journal(folder / JOURNAL).lines()
+        if line["_row"] >= identity.first_row
+    }
+    if not rows or sorted(rows) != list(range(min(rows), min(rows) + len(rows))):
+        return None
+    log = logs.get(identity.run_id)
+    for row in log.rows if log is not None else ():
+        if row.get("_step") in rows and row.get("_timestamp") == rows[row["_step"]]["_timestamp"]:
+            rows[row["_step"]] = row  # has tables too
+    summary: dict[str, Any] = {}
+    for step in sorted(rows):
+        summary |= rows[step]
+    return TransactionLog(
+        folder=folder,
+        entity=identity.entity or "",
+        project=identity.project or "",
+        run_id=identity.run_id,
+        started_at=log.started_at if log is not None else rows[min(rows)]["_timestamp"],
+        rows=[rows[step] for step in sorted(rows)],
+        summary=_merged(summary, log.summary if log is not None else {}),
+        exit_code=identity.exit_code,
+        is_preempting=log is not None and log.is_preempting,
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, dict) or value.get("_type") not in ("table", "chart")
 
 
 def _is_same(at_server: dict[str, Any], row: dict[str, Any]) -> bool:

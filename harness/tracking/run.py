@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from accelerate.tracking import GeneralTracker
 
 from harness.tracking.artifacts import Artifacts
 from harness.tracking.configuration import masked, model_config, num_parameters, plain
-from harness.tracking.opening import failures, one_line, open_run
+from harness.tracking.history import History
+from harness.tracking.journal import revived
+from harness.tracking.lives import Lives
+from harness.tracking.names import SUMMARY_ONLY, rewrite
+from harness.tracking.opening import failures, is_notebook, one_line, open_run, where
 from harness.tracking.randomness import separate_randomness
-from harness.tracking.report import count_rows, describe_delivery
+from harness.tracking.report import UPLOAD, count_rows, describe_delivery
 from harness.tracking.settings import TrackingConfig
 from harness.tracking.watch import Watch, log_graph
 
@@ -30,23 +35,6 @@ logger = logging.getLogger(__name__)
 
 # What uploads, and then the end of the run, get of the time that a preempted job has left.
 PREEMPTED_SECONDS = 10.0
-# They describe the whole run: the Trainer puts them into the summary, under these names, not into a row.
-SUMMARY_ONLY = (
-    "train_runtime",
-    "train_samples_per_second",
-    "train_steps_per_second",
-    "train_loss",
-    "total_flos",
-)
-
-
-def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The Trainer's names as its reports show them: `eval_loss` is `eval/loss`, `loss` is `train/loss`.
-
-    Names with a slash are the user's own and stay, as do the five of the summary: twice changes nothing.
-    """
-    return {_rewritten(name): value for name, value in values.items()}
 
 
 class WandbTracker(GeneralTracker):  # type: ignore[misc]
@@ -57,6 +45,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
       commonest of them.
     - output_dir: the folder of the checkpoints, where an earlier life of the run may have left uploads; default: where
       wandb keeps its files.
+    - lives: what makes one run, with each row once, of all lives of a training that resumes; its caller saves and
+      loads the tracker's state. Without it each start is a run, as WANDB_RUN_ID and WANDB_RESUME say.
     - init_kwargs: anything else that `wandb.init` takes: project, id, resume, group, dir ...
 
     A run that is already open is adopted as it is and left open at the end. Without credentials, or when the
@@ -76,6 +66,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         log_model: str | None = None,
         watch: str | None = None,
         output_dir: str | Path | None = None,
+        lives: Lives | None = None,
         **init_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -84,6 +75,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self.config = TrackingConfig.from_environment(**changes) if config is None else replace(config, **changes)
         self._init_kwargs = {**self.config.init_kwargs(), **init_kwargs}
         self._output_dir = None if output_dir is None else Path(output_dir)
+        self._lives = lives
+        self._history: History | None = None
         self._run: Any = None
         self._artifacts: Artifacts | None = None
         self._watch: Watch | None = None
@@ -125,8 +118,13 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._is_own = wandb.run is None
         # A function, not the event's method: wandb copies its settings deeply.
         stop = lambda: self._stop.set()  # noqa: E731
-        self._run = open_run(self.config, self._init_kwargs, stop=stop) if self._is_own else wandb.run
-        self._where = "" if self._run is None else _where(self._run)
+        if not self._is_own:
+            self._run = wandb.run
+        elif self._lives is None:
+            self._run = open_run(self.config, self._init_kwargs, stop=stop)
+        else:
+            self._run, self._history = self._lives.open(self.config, self._init_kwargs, stop=stop)
+        self._where = "" if self._run is None else where(self._run)
         self._deliver(self._define_metrics)
         if self._run is not None and not self._run.disabled and self.config.wandb_log_model != "false":
             # A run that is called like its folder has a path for a name: the Trainer takes its id then.
@@ -183,22 +181,21 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         """
         if self._watch is not None and self._watch.is_due(step):
             grad_scale = 1.0 if scaler is None else float(scaler.get_scale())
-            self._attached |= self._watch.observe(grad_scale=grad_scale)
+            observed = self._watch.observe(grad_scale=grad_scale)
+            self._attached |= {name: {"_type": "histogram", **asdict(found)} for name, found in observed.items()}
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Send one row under the Trainer's names. `step` is the optimizer step; wandb's own counts rows."""
-        if self._run is None:
-            return
         summary = {name: value for name, value in values.items() if name in SUMMARY_ONLY}
         row = rewrite({name: value for name, value in values.items() if name not in SUMMARY_ONLY})
         if step is not None:
             row["train/global_step"] = step
-        self._deliver(lambda: self._send(summary, row, kwargs))
+        self._send(summary, row, kwargs)
 
     def log_media(self, values: Mapping[str, Any], *, step: int) -> None:
         """Send tables and charts, or anything of one's own, in a row under the names they have."""
         if values:
-            self._deliver(lambda: self._run.log({**values, "train/global_step": step}))
+            self._send({}, {**values, "train/global_step": step}, {})
 
     def checkpoint_logger(self, *, step: int, epoch: float = 0.0, is_best: bool = False) -> Callable[[Path], None]:
         """What hands a checkpoint's folder over once it is written: `log_checkpoint`, with the numbers of now."""
@@ -228,6 +225,28 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 files, architecture=f"{self._architecture}\n", metadata={**numbers_, "final_model": True}
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in JSON types: the rows so far, the run, histograms that wait for a row."""
+        if self._history is None or self._lives is None or self._lives.identity is None:
+            return {}
+        self._history.sync()
+        return {
+            "rows": self._history.rows,
+            "run": self._lives.identity.of_checkpoint(),
+            "attached": self._attached,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any], *, changes: str = "") -> None:
+        """
+        Go on with the rows and the run of a checkpoint; before `start`.
+
+        `changes` says what makes the numbers others than they were, "" if nothing does: a run that has rows beyond the
+        checkpoint then can't go on.
+        """
+        if self._lives is not None:
+            self._lives.load_state_dict(saved, changes=changes)
+            self._attached = dict(saved.get("attached", {}))
+
     def mark_preempting(self) -> None:
         """Tell W&B at once that the run is going to be preempted. `finish` then takes seconds, whatever the network."""
         self._is_preempting = True
@@ -239,6 +258,13 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
         In a notebook a run that did not fail stays open until `wandb.finish()`, as under the Trainer.
         """
+        history, self._history = self._history, None
+        if history is not None and self._lives is not None:
+            history.close()
+            self._lives.ended(exit_code)
+            if self._run is None:
+                path = self._lives.journal_path
+                self._report = [f"{history.rows} rows are in {path}; deliver them: {UPLOAD} {quote(str(path.parent))}"]
         if self._run is None:
             return
         # A life that a next one follows, which delivers what is left, does not wait for slow uploads.
@@ -246,10 +272,11 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         limit = PREEMPTED_SECONDS if self._is_preempting else limit
         delivery = self._artifacts.close(limit) if self._artifacts is not None else None
         run, self._artifacts = self._run, None
-        if self._is_own and not (exit_code == 0 and _is_notebook()):
+        if self._is_own and not (exit_code == 0 and is_notebook()):
             sent = self._rows_sent()
             self._end(lambda: run.finish(exit_code=exit_code))
-            self._report = describe_delivery(run, count_rows(run, sent=sent), delivery)
+            home = self._output_dir if history is not None else None
+            self._report = describe_delivery(run, count_rows(run, sent=sent), delivery, home=home)
         elif delivery is not None:
             self._report = describe_delivery(run, None, delivery)
         self._run = None
@@ -267,17 +294,13 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._run.define_metric("*", step_metric="train/global_step", step_sync=True)
 
     def _send(self, summary: dict[str, Any], row: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        for name, value in summary.items():
-            self._run.summary[name] = value
-        if self._attached:
-            import wandb
-
-            attached, self._attached = self._attached, {}
-            histograms = {
-                name: wandb.Histogram(np_histogram=(found.values, found.bins)) for name, found in attached.items()
-            }
-            row = {**histograms, **row}
-        self._run.log(row, **kwargs)
+        row, self._attached = {**revived(self._attached), **row}, {}
+        if summary:
+            self._deliver(lambda: self._run.summary.update(summary))
+        if self._history is None:
+            self._deliver(lambda: self._run.log(row, **kwargs))
+        else:
+            self._attempt(partial(self._history.log, row))
 
     def _numbers(self, *, with_parameters: bool = True) -> dict[str, float | None]:
         """The numbers of the summary, as the Trainer puts them into an artifact's metadata: NaN is null there."""
@@ -315,31 +338,13 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     def _deliver(self, action: Callable[[], Any]) -> None:
         """Do something with the run, if there is one; a failure of wandb's is a warning, the first time."""
-        if self._run is None:
-            return
+        if self._run is not None:
+            self._attempt(action)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except failures() as error:
             if not self._has_warned:
                 logger.warning("W&B failed, the training goes on; rows may be missing: %s", one_line(error))
             self._has_warned = True
-
-
-def _where(run: Any) -> str:
-    if run.disabled:
-        return ""
-    folder = run.settings.sync_dir
-    return f"offline in {folder}; upload it with `wandb sync {folder}`" if run.offline else str(run.url)
-
-
-def _is_notebook() -> bool:
-    """Whether this is a Jupyter kernel: the test that IPython's own documentation gives."""
-    shell = sys.modules.get("IPython")
-    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
-
-
-def _rewritten(name: str) -> str:
-    for prefix in ("eval", "test"):
-        if name.startswith(f"{prefix}_"):
-            return f"{prefix}/{name[len(prefix) + 1 :]}"
-    return name if "/" in name or name in SUMMARY_ONLY else f"train/{name}"

@@ -61,6 +61,9 @@ class TrackingConfig:
     wandb_resume: str | None = arg(
         help="allow, must, never or auto: what a run id that exists means; default with an id: allow. Or WANDB_RESUME."
     )
+    wandb_fork: bool = arg(
+        False, "Go on from the checkpoint as a new W&B run, in one group with the run that the checkpoint is of."
+    )
     wandb_run_group: str | None = arg(help="Group of the run. Or WANDB_RUN_GROUP.")
     wandb_job_type: str | None = arg(help="Job type of the run. Or WANDB_JOB_TYPE.")
     wandb_tags: list[str] | None = arg(help="Tags of the run. Or WANDB_TAGS, with commas.", nargs="+")

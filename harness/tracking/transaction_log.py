@@ -39,7 +39,7 @@ def read_log(path: Path) -> TransactionLog | None:
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     exit_code, is_preempting = None, False
-    for record in _records(path.read_bytes()):
+    for record, _ in read_records(path.read_bytes()):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run = record.run
@@ -67,8 +67,12 @@ def read_log(path: Path) -> TransactionLog | None:
     )
 
 
-def _records(data: bytes) -> Iterator[Any]:
-    """The whole records in their order; what a kill has torn off at the end is left out."""
+def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
+    """
+    The whole records in their order, each with the number of bytes up to its end.
+
+    What a kill has torn off at the end is left out. Raises ValueError for another kind of file.
+    """
     from wandb.proto import wandb_internal_pb2
 
     if data and data[: len(MAGIC)] != MAGIC:
@@ -80,6 +84,9 @@ def _records(data: bytes) -> Iterator[Any]:
             position += left
             continue
         checksum, size, kind = CHUNK_HEADER.unpack_from(data, position)
+        if kind == size == 0:  # the rest of a block
+            position += left
+            continue
         position += CHUNK_HEADER.size
         chunk = data[position : position + size]
         if zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
@@ -89,7 +96,7 @@ def _records(data: bytes) -> Iterator[Any]:
         if kind in (WHOLE, LAST):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(body)
-            yield record
+            yield record, position
 
 
 def _put(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:

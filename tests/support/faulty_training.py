@@ -38,7 +38,7 @@ class Training:
     """
     The tiny training under `folder`: 30 steps of `pace` seconds at least, a checkpoint every 10. It has begun.
 
-    `arguments` are further flags, `variables` the environment's. Its run is called like `folder`.
+    `arguments` are further flags, None takes one away, `variables` the environment's. Its run is called like `folder`.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class Training:
     def _flags(self, task: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
         checkpoints = {"save_strategy": "steps", "save_steps": SAVES, "output_dir": self.output_dir}
         args = {"times": str(self.times), "seconds": self.pace, **task}
-        return [*as_flags({**TRAINING, **checkpoints, "task": TASK, "task_args": args, **arguments}), "--use_cpu"]
+        flags = {**TRAINING, **checkpoints, "task": TASK, "task_args": args, **arguments}
+        return [*as_flags({name: value for name, value in flags.items() if value is not None}), "--use_cpu"]
 
     @property
     def out(self) -> str:
