@@ -6,9 +6,10 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ STATE_FILE = "harness_state.json"
 FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
+LEFTOVER = re.compile(r"checkpoint-\d+(\.[0-9a-f]+)?\.partial")
 CHUNK_BYTES = 1 << 20
 
 
@@ -36,7 +38,8 @@ class CheckpointConfig:
     save_only_model: bool = arg(False, "Save the weights alone: such a checkpoint can't be resumed.")
     async_save: bool = arg(True, "Write checkpoints in the background, from copies in host memory.")
     resume_from_checkpoint: str | None = arg(
-        help="A checkpoint's folder; true: the newest in --output_dir; auto: the newest, or a fresh start.",
+        help="A checkpoint's folder; true: the newest in --output_dir; auto: the newest, or a fresh start; false: no "
+        "resume. Default: false, and auto for a requeued SLURM job.",
         nargs="?",
         const="true",
     )
@@ -51,12 +54,23 @@ class CheckpointConfig:
             )
         resume = self.resume_from_checkpoint
         if resume is not None and resume.lower() in ("true", "auto", "false"):
-            object.__setattr__(self, "resume_from_checkpoint", None if resume.lower() == "false" else resume.lower())
+            object.__setattr__(self, "resume_from_checkpoint", resume.lower())
         if self.resume_from_checkpoint in ("true", "auto") and self.output_dir is None:
             raise ConfigError(
                 f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "
                 "give it, or a checkpoint's folder."
             )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is something to go on from, or may be."""
+        return self.resume_from_checkpoint not in (None, "false")
+
+    def as_requeued(self) -> CheckpointConfig:
+        """What holds for a job that was started again: without a word it goes on where it was."""
+        if self.resume_from_checkpoint is not None or self.output_dir is None:
+            return self
+        return replace(self, resume_from_checkpoint="auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +94,21 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(present, key=lambda path: int(path.name.removesuffix(".replaced").rpartition("-")[2]))
 
 
+def remove_leftovers(output_dir: Path) -> list[str]:
+    """
+    Delete what saves of dead writers have left, and return the names. Nobody may be writing to the folder.
+
+    A checkpoint that a kill left as checkpoint-N.replaced alone stays: it is the only one of its step.
+    """
+    if not output_dir.is_dir():
+        return []
+    left = [path for path in output_dir.iterdir() if path.is_dir() and LEFTOVER.fullmatch(path.name)]
+    left += [path for path in output_dir.glob("checkpoint-*.replaced") if path.with_suffix("").is_dir()]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return sorted(path.name for path in left if not path.exists())
+
+
 def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
     """
     Local: the checkpoint that `--resume_from_checkpoint` means.
@@ -87,7 +116,7 @@ def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
     Raises ConfigError where there must be one and is none: `true`, or a path that holds no whole checkpoint.
     """
     wanted = config.resume_from_checkpoint
-    if wanted is None:
+    if wanted is None or not config.resumes:
         return Found(path=None)
     if wanted not in ("true", "auto"):
         path = Path(wanted).expanduser()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from harness.checkpoint import FORMAT_VERSION, STATE_FILE, CheckpointConfig, digest_of, list_checkpoints, rng_file
 from harness.host_copies import HostCopies
+from harness.lock import Lock
 from harness.state import TRAINER_STATE_FILE, write_json
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class Checkpoints:
     - ranks: this one, and how many there are.
     - agree: collective; it takes this rank's error or None and returns the first error of any rank; a barrier too.
     - gather: collective; a value of each rank, in their order.
+
+    With a `lock` on the folder nothing is put in place once another process has it.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Checkpoints:
         self.output_dir, self.config = output_dir, config
         self.process_index, self.num_processes = ranks
         self.agree, self.gather = agree, gather
+        self.lock: Lock | None = None
         self.saved_step: int | None = None
         self.num_saves, self.held_seconds = 0, 0.0
         self._begun_step: int | None = None
@@ -189,7 +193,8 @@ class Checkpoints:
         self, content: Content, rank_states: list[Any], best: str | None, then: Callable[[Path], None] | None
     ) -> None:
         final = self.path_of(content.step)
-        partial = final.with_name(f"{final.name}.partial")
+        # A writer that was shut out may still be at the same step.
+        partial = final.with_name(f"{final.name}{'' if self.lock is None else '.' + self.lock.token}.partial")
         try:
             self._write(content, rank_states, partial)
             self._commit(content, partial, final)
@@ -240,6 +245,10 @@ class Checkpoints:
         write_json(partial / STATE_FILE, manifest)
         _sync(partial / STATE_FILE)
         _sync(partial)
+        if self.lock is not None and self.lock.is_lost():
+            raise CheckpointError(
+                f"Another process has taken over {self.output_dir}: this one ends, {final.name} is not put there."
+            )
         replaced = final.with_name(f"{final.name}.replaced")
         if final.exists():  # a run that was resumed before this step writes it again
             final.rename(replaced)

@@ -17,23 +17,25 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 
 from harness.arguments import Config, parse
 from harness.assemble import Session, assemble, build_run, eval_set, eval_sets, restore, weights_dtype
-from harness.checkpoint import Found, check_output_dir, choose_output_dir, find, read
+from harness.checkpoint import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
 from harness.config import ConfigError
 from harness.console import set_up_logging
 from harness.debug import NonFiniteError, describe_batch, watch_training
 from harness.export import save_model
+from harness.lock import Lock
 from harness.loop import Run, fit
 from harness.model_card import write_model_card
 from harness.saving import CheckpointError
 from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
 from harness.stopping import PREEMPTED_FILE, StoppedError
-from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
+from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, slurm_job, tell_all
 from harness.tracking import rewrite, run_config, trackers
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
 
@@ -82,10 +84,13 @@ def _fail(code: int, message: str) -> int:
 
 def run_command(config: Config) -> None:
     """Collective: everything that a command line asks for."""
+    if slurm_job()[1] > 0:
+        config = replace(config, checkpoint=config.checkpoint.as_requeued())
     checkpoints_activations = config.modeling.checkpoints_activations
     accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
     try:
-        run_on(accelerator, config)
+        with Lock() as lock:
+            run_on(accelerator, config, lock)
     except StoppedError:
         accelerator.wait_for_everyone()  # a launcher ends all when one has ended: rank zero is still closing
         raise
@@ -94,22 +99,23 @@ def run_command(config: Config) -> None:
     accelerator.end_training()
 
 
-def run_on(accelerator: Accelerator, config: Config) -> None:
+def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     """Collective: find, assemble, train, evaluate, show."""
     set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
     if (idle := idle_accelerators(accelerator)) > 0:
         logger.warning("%d more accelerators are idle; to use them: accelerate launch --multi_gpu ...", idle)
-    found, output_dir = tell_all(accelerator, lambda: locate(config))
+    found, output_dir = tell_all(accelerator, lambda: locate(config, lock))
     for reason in found.passed_over:
         logger.warning("Passed over %s.", reason)
-    resumes = config.checkpoint.resume_from_checkpoint is not None
-    chosen = trackers(config.tracking, dir=str(output_dir), resumes=resumes)
+    chosen = trackers(config.tracking, dir=str(output_dir), resumes=config.checkpoint.resumes)
     session = assemble(config, accelerator, output_dir, weights=found.path)
     state = TrainState()
     run = build_run(session, state, wandb_tracker(chosen)) if config.run.trains else None
     if run is not None and found.path is not None:
         restore_together(run, state, found.path)
-    tell_all(accelerator, lambda: begin_output(session))
+    tell_all(accelerator, lambda: begin_output(session, lock))
+    if run is not None:
+        run.checkpoints.lock = lock
     configuration = run_config(session.task.model, config.flat())
     open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
     exit_code = 1
@@ -134,19 +140,36 @@ def run_on(accelerator: Accelerator, config: Config) -> None:
         session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
 
 
-def locate(config: Config) -> tuple[Found, Path]:
-    """Rank zero: the checkpoint to go on from, and the folder of the run. Raises ConfigError, writes nothing."""
+def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
+    """
+    Rank zero: the checkpoint to go on from, and the folder of the run. Raises ConfigError.
+
+    Writes nothing but the lock, and that where something is: who still writes there must not while it is read.
+    """
     output_dir = choose_output_dir(config.checkpoint)
+    if config.run.trains and config.checkpoint.resumes and output_dir.is_dir():
+        take(lock, output_dir)
     found = find(config.checkpoint, output_dir)
     check_output_dir(output_dir, may_hold_run=found.path is not None or not config.run.trains)
     return found, output_dir
 
 
-def begin_output(session: Session) -> None:
+def take(lock: Lock, output_dir: Path) -> None:
+    """Rank zero: shut other writers out of the folder. Raises ConfigError."""
+    try:
+        lock.take(output_dir)
+    except OSError as error:
+        raise ConfigError(f"--output_dir={output_dir} can't be written to: {error}.") from error
+
+
+def begin_output(session: Session, lock: Lock) -> None:
     """Rank zero: make the folder of the run and write the configuration into it: the first thing written."""
     try:
         session.output_dir.mkdir(parents=True, exist_ok=True)
         if session.config.run.trains:  # an evaluation alone leaves the trained run's as it is
+            take(lock, session.output_dir)
+            if left := remove_leftovers(session.output_dir):
+                logger.info("Removed what saves that did not end have left: %s.", ", ".join(left))
             (session.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
             (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
     except OSError as error:

@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from harness.topology import is_running
+
 logger = logging.getLogger(__name__)
 
 NAME = "wandb-core"
@@ -28,16 +30,6 @@ def describe_processes() -> dict[str, Any]:
                 if child.name().startswith(NAME):
                     cores.append([child.pid, child.create_time()])
     return {"host": platform.node(), "owner": [os.getpid(), own.create_time()], "cores": cores}
-
-
-def is_running(pid: int, created_at: float) -> bool:
-    """Whether that very process lives on this machine; a zombie does not."""
-    try:
-        process = psutil.Process(pid)
-        is_it = abs(process.create_time() - created_at) < 1
-        return bool(is_it and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_SECONDS) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -54,19 +55,34 @@ class Journal:
                     yield line, end
 
     def begin(self, size: int) -> None:
-        """Keep the first `size` bytes and go on behind them."""
+        """
+        Keep the first `size` bytes and go on behind them, in a file of this life's own.
+
+        A process that was shut out but has not noticed it yet then writes to the old one, which nobody sees.
+        """
+        self._size = size
+        self._open()
+
+    def _open(self) -> None:
+        partial = self.path.with_name(f"{FILE}.partial")
         try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            os.ftruncate(self._descriptor, size)
-            os.fsync(self._descriptor)
+            partial.unlink(missing_ok=True)
+            if self._size:
+                shutil.copyfile(self.path, partial)
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(descriptor, self._size)
+            os.fsync(descriptor)
+            partial.replace(self.path)
+            self._descriptor = descriptor
         except OSError as error:
             self._warn(error)
-        self._size = size
 
     def append(self, row: int, step: int, timestamp: float, values: Mapping[str, Any]) -> None:
         """Write a line, values as `encoded` gives them; a kill of this process after it does not lose it."""
         line = dict(zip(COLUMNS, (row, step, timestamp), strict=True)) | dict(values)
         self._unwritten += json.dumps(line).encode() + b"\n"
+        if self._descriptor is None:
+            self._open()
         if self._descriptor is None:
             return
         try:

@@ -100,8 +100,13 @@ def where(run: Any) -> str:
     """Where to find a run: its address, or its folder and how to upload it."""
     if run.disabled:
         return ""
-    folder = run.settings.sync_dir
-    return f"offline in {folder}; upload it with `wandb sync {folder}`" if run.offline else str(run.url)
+    if not run.offline:
+        return str(run.url)
+    folder = Path(run.settings.sync_dir)
+    lives = sorted(folder.parent.glob(f"offline-run-*-{run.id}*"))
+    # In the order of their names, which is that of their beginnings; all of them are the run.
+    folders = shlex.join(map(str, lives if len(lives) > 1 else [folder]))
+    return f"offline in {folder}; upload it with `wandb sync {folders}`"
 
 
 def is_notebook() -> bool:
