@@ -67,6 +67,7 @@ REFUSED = frozenset(
         *("keep_linebreaks", "max_seq_length", "pad_to_max_length", "mlm_probability", "line_by_line"),
         *("do_regression", "remove_unused_columns", "overfit_batches"),
         *("train_sampling_strategy", "length_column_name", "data_seed", "dataloader_drop_last"),
+        "dataloader_seed_batches",
         *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1"),
         *("adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
         *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),

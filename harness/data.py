@@ -41,6 +41,11 @@ class DataConfig:
     dataloader_prefetch_factor: int | None = arg(help="Batches each worker loads ahead; default: torch's 2.")
     dataloader_multiprocessing_context: str | None = arg(help="How workers start: fork, spawn, forkserver.")
     dataloader_in_order: bool = arg(True, "Keep the order of the batches with several workers.")
+    dataloader_seed_batches: bool = arg(
+        False,
+        "Seed each batch from --seed, epoch and number: what collators and samples draw at random resumes exactly "
+        "with workers too.",
+    )
     remove_unused_columns: bool = arg(True, "Hide the columns that the model's forward does not take.")
     ignore_data_skip: bool = arg(False, "On resume begin the epoch's data anew: fast, but not the same run.")
     allow_changed_data_order: bool = arg(

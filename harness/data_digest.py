@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,30 +24,18 @@ def digest_of_samples(dataset: Any) -> str | None:
     indices = sorted({round(i * (size - 1) / (NUM_SAMPLES - 1)) for i in range(NUM_SAMPLES)}) if size else []
     digest, again = hashlib.sha256(), hashlib.sha256()
     try:
-        with _generators_at_rest():
+        # Samples that draw random numbers are alike, and the run's generators stay where they are.
+        with rng.seeded(0):
             for i in indices:
                 _add(digest, dataset[i])
                 if i == 0:
                     first = digest.hexdigest()
-        with _generators_at_rest():
+        with rng.seeded(0):
             for i in indices[:1]:
                 _add(again, dataset[i])
     except Exception:  # whatever a data set raises: the training will meet it, or never needs that sample
         return None
     return digest.hexdigest()[:16] if not indices or again.hexdigest() == first else None
-
-
-@contextmanager
-def _generators_at_rest() -> Iterator[None]:
-    """Samples that draw random numbers are alike, and the run's generators stay where they are."""
-    before = rng.capture_host()
-    random.seed(0)
-    np.random.seed(0)
-    torch.default_generator.manual_seed(0)
-    try:
-        yield
-    finally:
-        rng.restore(before)
 
 
 def _add(digest: Any, value: Any) -> None:

@@ -11,18 +11,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import Dataset
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from harness import rng
-from harness.data import Collator, DataConfig, Samples, worker_options
+from harness.batches import BatchMaker, IndexedBatches, as_it_is
+from harness.data import DataConfig, Samples, worker_options
 from harness.data_digest import digest_of_samples
+from harness.streams import StreamBatches
 
 Batch = dict[str, Any]
 Order = npt.NDArray[np.int64]
+# What a rank keeps beside the position.
+NOTHING_KEPT = {"epoch_start": None, "ahead": None, "stream": None}
 
 
 class RankBatches:
@@ -63,46 +66,15 @@ class RankBatches:
             yield order[begin : begin + self.batch_size].tolist()
 
 
-class RememberingCollator:
-    """
-    A collator that keeps the generators' state from before its last call.
+class NumberedBatches:
+    """The index batches of a rank as (epoch, number among those of all ranks, indices)."""
 
-    The loader is one batch ahead of the step that is saved, so a collator that draws random numbers has used the
-    generators once more than the saved state shows. After a resume that one batch is collated again from the
-    state it had, and the generators go on from the saved one. Workers have generators of their own: there
-    nothing is kept.
-    """
+    def __init__(self, batches: RankBatches) -> None:
+        self.batches, self.epoch = batches, 0
 
-    def __init__(self, collate: Collator) -> None:
-        self.collate = collate
-        self.before: rng.RngState | None = None
-        self._replay: tuple[rng.RngState, rng.RngState] | None = None
-        self._skip = 0
-
-    def replay(self, before: rng.RngState, after: rng.RngState, *, skip: int) -> None:
-        """Let `skip` batches pass, collate the next one from `before`, then go on from `after`."""
-        self._replay, self._skip = (before, after), skip
-
-    def cancel_replay(self) -> bool:
-        """Whether a replay was still waiting for its batch; it waits no more."""
-        waiting, self._replay, self._skip = self._replay is not None, None, 0
-        return waiting
-
-    def __call__(self, samples: list[Any]) -> Mapping[str, Any]:
-        """Collate, remembering."""
-        if get_worker_info() is not None:
-            return self.collate(samples)
-        if self._skip > 0:
-            self._skip -= 1
-            return self.collate(samples)
-        if self._replay is None:
-            self.before = rng.capture_host()
-            return self.collate(samples)
-        (self.before, after), self._replay = self._replay, None
-        rng.restore(self.before)
-        batch = self.collate(samples)
-        rng.restore(after)
-        return batch
+    def __iter__(self) -> Iterator[tuple[int, int, list[int]]]:
+        for i, indices in enumerate(self.batches, start=self.batches.start):
+            yield self.epoch, i * self.batches.num_processes + self.batches.process_index, indices
 
 
 class TrainLoader:
@@ -119,40 +91,38 @@ class TrainLoader:
         self._exhausted = False
         self._resume: dict[str, Any] | None = None
         self._epoch_start: rng.RngState | None = None
-        self.collate = RememberingCollator(samples.collate)
-        loader_options: dict[str, Any] = {
-            "collate_fn": self.collate,
+        self.make = BatchMaker(samples.collate, seed=seed if config.dataloader_seed_batches else None)
+        self.dataset, self.lengths = samples.dataset, samples.lengths
+        self.num_samples: int | None = None
+        self.num_batches: int | None = None
+        self.stream: StreamBatches | None = None
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        batch_size, drop_last = config.per_device_train_batch_size, config.dataloader_drop_last
+        options: dict[str, Any] = {
+            "batch_size": None,  # the samples of a batch are put together by what makes it
+            "collate_fn": as_it_is,
             **worker_options(config),
             "worker_init_fn": partial(
                 seed_worker, num_workers=config.dataloader_num_workers, rank=accelerator.process_index
             ),
         }
-        self.is_stream = samples.is_stream
-        self.num_samples: int | None = None
-        self.num_batches: int | None = None
-        if self.is_stream:
-            self.stream = samples.dataset
-            batching: dict[str, Any] = {
-                "batch_size": config.per_device_train_batch_size,
-                "drop_last": config.dataloader_drop_last,
-            }
-            if accelerator.num_processes > 1:
-                # Each rank reads the stream and keeps its own samples: batches of any length, nothing is sent around.
-                ranks = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
-                self.stream = IterableDatasetShard(samples.dataset, **batching, **ranks)
-            self.loader = DataLoader(self.stream, **batching, **loader_options)
+        if samples.is_stream:
+            self.stream = StreamBatches(
+                samples.dataset,
+                self.make,
+                batch_size=batch_size,
+                drop_last=drop_last,
+                ranks=ranks,
+                num_workers=config.dataloader_num_workers,
+            )
+            self.loader: DataLoader[Any] = DataLoader(self.stream, **options)
             return
         self.num_samples = len(samples.dataset)
-        places = (accelerator.process_index, accelerator.num_processes)
-        self.batches = RankBatches(
-            self.num_samples,
-            config.per_device_train_batch_size,
-            ranks=places,
-            drop_last=config.dataloader_drop_last,
-        )
+        self.batches = RankBatches(self.num_samples, batch_size, ranks=ranks, drop_last=drop_last)
         self.num_batches = len(self.batches)
-        self.lengths = samples.lengths
-        self.loader = DataLoader(samples.dataset, batch_sampler=self.batches, **loader_options)
+        self.numbered = NumberedBatches(self.batches)
+        dataset: Any = IndexedBatches(samples.dataset, self.make)
+        self.loader = DataLoader(dataset, sampler=self.numbered, **options)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """
@@ -167,36 +137,46 @@ class TrainLoader:
             rng.restore(resume["epoch_start"] if start > 0 and resume["epoch_start"] else resume["saved"])
         self.epoch_index, self.batches_drawn, self._exhausted = epoch, start, False
         self._epoch_start = rng.capture_host()
-        if not self.is_stream:
+        place = resume["stream"] if resume is not None and start > 0 else None
+        if self.stream is not None:
+            self.stream.begin(epoch, place)
+        else:
             self.batches.begin(partial(self._order, epoch), start)
-        elif hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)
+            self.numbered.epoch = epoch
         batches = self._one_ahead(iter(self.loader)) if self.remaining != 0 else iter(())
         if resume is not None and start > 0:
-            self._go_on(batches, resume, skip=start if self.is_stream else 0)
-        for batch in batches:
+            self._go_on(batches, resume, skip=start if self.stream is not None and place is None else 0)
+        for batch, mark in batches:
+            self._consume(mark)
             self.batches_drawn += 1
             yield batch
         self._exhausted = True
 
-    def _go_on(self, batches: Iterator[Batch], resume: dict[str, Any], *, skip: int) -> None:
-        """Read a stream up to the position, and put the generators back to where they were at the save."""
+    def _go_on(self, batches: Iterator[tuple[Batch, Any]], resume: dict[str, Any], *, skip: int) -> None:
+        """Put the generators back to where they were at the save; a stream without state is read up to the position."""
         replays = resume["ahead"] is not None and self.remaining != 0
         if replays:
-            self.collate.replay(before=resume["ahead"], after=resume["saved"], skip=skip)
-        for _ in range(skip):
-            next(batches, None)
-        if not replays or (skip > 0 and self.collate.cancel_replay()):
+            self.make.replay(before=resume["ahead"], after=resume["saved"], skip=skip)
+        for _, mark in islice(batches, skip):
+            self._consume(mark)
+        if skip > 0:
+            self.make.cancel_replay()  # if the stream has ended before
+        if skip > 0 or not replays:
             rng.restore(resume["saved"])
 
-    def _one_ahead(self, batches: Iterator[Mapping[str, Any]]) -> Iterator[Batch]:
+    def _consume(self, mark: Any) -> None:
+        if self.stream is not None:
+            self.stream.consumed(mark)
+
+    def _one_ahead(self, made: Iterator[tuple[Mapping[str, Any] | None, Any]]) -> Iterator[tuple[Batch, Any]]:
+        batches = (pair for pair in made if pair[0] is not None)
         current = next(batches, None)
         while current is not None:
             # From pinned memory the copy need not be waited for: waiting would be a host sync at every step.
             pinned = self.config.dataloader_pin_memory
-            current = send_to_device(current, self.accelerator.device, non_blocking=pinned)
+            batch = send_to_device(current[0], self.accelerator.device, non_blocking=pinned)
             following = next(batches, None)
-            yield current
+            yield batch, current[1]
             current = following
 
     def _order(self, epoch: int) -> Order:
@@ -234,7 +214,7 @@ class TrainLoader:
             "train_sampling_strategy": self.config.train_sampling_strategy,
             "dataloader_drop_last": self.config.dataloader_drop_last,
             # Workers share a stream out among themselves; elsewhere they change no order.
-            "dataloader_num_workers": self.config.dataloader_num_workers if self.is_stream else None,
+            "dataloader_num_workers": self.config.dataloader_num_workers if self.stream is not None else None,
             "seed": self.seed,
             "data_digest": self.data_digest,
         }
@@ -247,24 +227,25 @@ class TrainLoader:
         None too where workers read the samples, except from a table of `datasets`: a file that is opened here before
         they start would be theirs too.
         """
-        dataset = self.loader.dataset
-        if self.is_stream or (self.config.dataloader_num_workers > 0 and not isinstance(dataset, Dataset)):
+        has_workers = self.config.dataloader_num_workers > 0
+        if self.stream is not None or (has_workers and not isinstance(self.dataset, Dataset)):
             return None
-        return digest_of_samples(dataset)
+        return digest_of_samples(self.dataset)
 
     def rng_state_dict(self) -> dict[str, Any]:
-        """What this rank's generators were at the epoch's beginning and before the batch drawn ahead."""
-        ahead = self.collate.before if self.config.dataloader_num_workers == 0 else None
-        return {"epoch_start": self._epoch_start, "ahead": ahead}
+        """
+        What is this rank's alone: plain values.
+
+        Its generators at the epoch's beginning and before the batch drawn ahead, and where its stream stands.
+        """
+        ahead = self.make.before if self.config.dataloader_num_workers == 0 else None
+        stream = None if self.stream is None else self.stream.state_dict()
+        return {"epoch_start": self._epoch_start, "ahead": ahead, "stream": stream}
 
     def load_state_dict(self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState) -> None:
         """Continue from a position; `saved` is the generators' state at the save, put back when the data is there."""
         self.load_position(position)
-        self._resume = {
-            "epoch_start": generators.get("epoch_start"),
-            "ahead": generators.get("ahead"),
-            "saved": saved,
-        }
+        self._resume = {name: generators.get(name) for name in NOTHING_KEPT} | {"saved": saved}
 
     def load_position(self, position: Mapping[str, int]) -> None:
         """Continue from a position without generators: the order is right, what is drawn at random is not."""
@@ -272,17 +253,23 @@ class TrainLoader:
         if self.config.ignore_data_skip:
             self.epoch_index += self.remaining == 0  # that epoch was over, but for what belongs to its end
             self.batches_drawn = 0
-        now = rng.capture_host()
-        self._resume = {"epoch_start": None, "ahead": None, "saved": now}
+        self._resume = {**NOTHING_KEPT, "saved": rng.capture_host()}
+
+    @property
+    def why_read_again(self) -> str:
+        """Why a resumed stream has to be read from the epoch's beginning; empty if it has not."""
+        if self.stream is None or self._resume is None or self.batches_drawn == 0 or self._resume["stream"]:
+            return ""
+        return self.stream.fault or "the checkpoint has no state of it for these processes and batches"
 
     def peek(self) -> Batch:
         """The first micro-batch of the order, collated without moving a generator or the position."""
         before = rng.capture_host()
-        if self.is_stream:
-            batch = next(iter(self.loader))
+        if self.stream is not None:
+            batch = next(iter(self.loader))[0]
         else:
             indices = self._order(0)[: self.config.per_device_train_batch_size].tolist()
-            batch = self.collate.collate([self.loader.dataset[i] for i in indices])
+            batch = IndexedBatches(self.dataset, self.make)[0, 0, indices][0]
         rng.restore(before)
         return dict(send_to_device(batch, self.accelerator.device))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -53,3 +55,17 @@ def restore(state: RngState) -> None:
 def capture_host() -> RngState:
     """The generators that a collator or a sampler may draw from. Costs some microseconds, no device sync."""
     return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Within it the generators of `capture_host` are seeded from numbers of 0 or more; then they are as before."""
+    before = capture_host()
+    python, numpy, cpu = np.random.SeedSequence(numbers).generate_state(3, np.uint64).tolist()
+    random.seed(python)
+    np.random.seed(numpy % 2**32)
+    torch.default_generator.manual_seed(cpu)  # torch.manual_seed would move the devices' generators
+    try:
+        yield
+    finally:
+        restore(before)

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from harness.arguments import Config, parse
-from harness.assemble import Session, assemble, build_run, eval_set, eval_sets, restore, weights_dtype
+from harness.assemble import Session, assemble, build_run, eval_set, eval_sets, weights_dtype
 from harness.checkpoint import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
 from harness.config import ConfigError
 from harness.console import set_up_logging
@@ -32,6 +32,7 @@ from harness.export import save_model
 from harness.lock import Lock
 from harness.loop import Run, fit
 from harness.model_card import write_model_card
+from harness.restoring import restore
 from harness.saving import CheckpointError
 from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
 from harness.stopping import PREEMPTED_FILE, StoppedError

@@ -1,0 +1,153 @@
+"""Batches of a stream, and the state of the stream after each: a resume goes on there and reads nothing again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.iterable_dataset import BufferShuffledExamplesIterable
+from torch.utils.data import IterableDataset, get_worker_info
+
+# Of one worker after one of its batches: its number, how many batches it has given, the state of its stream or None.
+Mark = Mapping[str, Any]
+Make = Callable[..., Mapping[str, Any] | None]
+
+
+class StreamBatches(IterableDataset[Any]):
+    """
+    The batches of one rank, each with the mark of its worker after it; (None, None) is no batch and says nothing.
+
+    All ranks read the whole stream in rounds of a batch for each, as accelerate's IterableDatasetShard: the last round
+    is filled up with the first samples. Workers share the stream out among themselves and give batches in turn.
+    """
+
+    def __init__(
+        self, stream: Any, make: Make, *, batch_size: int, drop_last: bool, ranks: tuple[int, int], num_workers: int
+    ) -> None:
+        self.stream, self.make = stream, make
+        self.batch_size, self.drop_last = batch_size, drop_last
+        self.process_index, self.num_processes = ranks
+        self.num_workers = max(1, num_workers)
+        self.fault = why_no_state(stream)
+        # Shared, so that workers that outlive an epoch see the next one.
+        self.epoch: torch.Tensor = torch.tensor(0).share_memory_()  # type: ignore[no-untyped-call]
+        self._start: Mapping[str, Any] | None = None
+        self._marks: list[Mark | None] = [None] * self.num_workers
+        self._next_worker = 0
+        self._beginning: Any = None
+
+    def begin(self, epoch: int, state: Mapping[str, Any] | None) -> None:
+        """Start an epoch, from what `state_dict` gave in it, or from its beginning."""
+        self.epoch.fill_(epoch)
+        self._start = state
+        self._marks = [None] * self.num_workers if state is None else list(state["workers"])
+        self._next_worker = 0 if state is None else state["next_worker"]
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+
+    def consumed(self, mark: Mark | None) -> None:
+        """Count a batch that is to be trained on; those that are only drawn ahead don't count."""
+        if mark is not None:
+            self._marks[mark["worker"]] = mark
+            self._next_worker = (mark["worker"] + 1) % self.num_workers
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where each worker stands after the consumed batches: plain values; None if the stream offers no state."""
+        if self.fault or any(mark is not None and mark["state"] is None for mark in self._marks):
+            return None
+        return {"workers": list(self._marks), "next_worker": self._next_worker}
+
+    def __iter__(self) -> Iterator[tuple[Mapping[str, Any] | None, Mark | None]]:
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        start, self._start = self._start, None
+        mark: Mark = {"batches": 0, "state": None}
+        if start is not None:
+            mark = start["workers"][worker] or mark
+            if worker < start["next_worker"]:
+                yield None, None  # the loader asks the workers in turn, from the first one on
+        self._load(mark["state"])
+        rounds = self._rounds(is_whole=mark["state"] is None)
+        state: Any = None
+
+        def fetch() -> list[Any]:
+            nonlocal state
+            samples, state = next(rounds, ([], None))
+            return samples
+
+        epoch = int(self.epoch)
+        for i in itertools.count(mark["batches"]):
+            batch = self.make(fetch, epoch, self.process_index, worker, i)
+            if batch is None:
+                return
+            yield batch, {"worker": worker, "batches": i + 1, "state": state}
+
+    def _load(self, state: Any) -> None:
+        """Put the stream to a state; None is its beginning."""
+        if state is not None and self._beginning is None:
+            # A stream of `datasets` builds its state when it is read: an empty one is its beginning.
+            self._beginning = {} if isinstance(self.stream, datasets.IterableDataset) else self.stream.state_dict()
+        if self._beginning is not None:
+            self.stream.load_state_dict(self._beginning if state is None else state)
+        # What accelerate does with several processes.
+        generator = getattr(self.stream, "generator", None)
+        if self.num_processes > 1 and isinstance(generator, torch.Generator) and not hasattr(self.stream, "set_epoch"):
+            generator.manual_seed(int(self.epoch))
+
+    def _rounds(self, *, is_whole: bool) -> Iterator[tuple[list[Any], Any]]:
+        """This rank's samples of each round, and the stream's state after the round."""
+        size = self.batch_size * self.num_processes
+        own = slice(self.process_index * self.batch_size, (self.process_index + 1) * self.batch_size)
+        samples = iter(self.stream)
+        first: list[Any] = []
+        while len(read := list(islice(samples, size))) == size:
+            first = first or (read if is_whole else [])
+            yield read[own], self._state()
+        if not read or self.drop_last:
+            return
+        state = self._state()
+        if self.num_processes > 1:
+            if not is_whole:  # resumed behind them
+                self._load(None)
+                first = list(islice(iter(self.stream), size))
+            read += list(islice(itertools.cycle(first or tuple(read)), size - len(read)))
+        yield read[own], state
+
+    def _state(self) -> Any:
+        try:
+            return None if self.fault else _plain(self.stream.state_dict())
+        except TypeError:  # it could not be loaded again without trusting the file: the stream will be read again
+            return None
+
+
+def why_no_state(stream: Any) -> str:
+    """Why a stream can't go on from a state; empty if it can."""
+    if not (hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict")):
+        return "it has no state_dict and load_state_dict"
+    sources: list[Any] = [getattr(stream, "_ex_iterable", None)]
+    while sources:
+        source = sources.pop()
+        if isinstance(source, BufferShuffledExamplesIterable):
+            return "a shuffle buffer is not in its state"
+        sources += [source.ex_iterable] if hasattr(source, "ex_iterable") else getattr(source, "ex_iterables", [])
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    """A copy in types that are loaded with weights_only=True. Raises TypeError for any other."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value] if isinstance(value, list) else tuple(_plain(each) for each in value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    raise TypeError(f"{type(value).__name__} is no plain value")

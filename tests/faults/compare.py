@@ -1,0 +1,135 @@
+"""What differs between a run that was killed and one that was left alone, each kind of difference counted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.checkpoint import list_checkpoints, read, why_invalid
+from tests.faults.plan import STEPS
+from tests.support.parity import TIMING, history
+
+# wandb's own, and the clock's.
+NOT_COMPARED = ("_timestamp", "_runtime", "_step")
+VERDICTS = (
+    "lost",  # runs that did not get to their end
+    "diverged",  # bits: losses, weights, trainer state
+    "checkpoints",  # the last checkpoint is missing, damaged or another
+    "leftovers",  # folders of saves that did not end
+    "unheeded",  # SIGTERM while it trained, and no end with a checkpoint
+    "rows_missing",
+    "rows_double",
+    "rows_differing",
+    "rows_disordered",
+    "runs",  # more than one run in W&B, or none
+)
+
+
+@dataclass
+class Verdict:
+    """How much of each, and what exactly."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    details: list[str] = field(default_factory=list)
+
+    def add(self, name: str, detail: str, number: int = 1) -> None:
+        assert name in VERDICTS
+        self.counts[name] += number
+        self.details.append(f"{name}: {detail}")
+
+    @property
+    def is_good(self) -> bool:
+        return not self.counts
+
+
+def compare_runs(expected: Path, found: Path, *, processes: int, verdict: Verdict) -> None:
+    """Losses, final weights, trainer state and the last checkpoint of two folders of a run."""
+    events, others = history(expected), history(found)
+    differing = [i for i, (a, b) in enumerate(zip(events, others, strict=False)) if list(a.items()) != list(b.items())]
+    if differing or len(events) != len(others):
+        first = f"first {events[differing[0]]} became {others[differing[0]]}" if differing else "no value differs"
+        verdict.add("diverged", f"{len(others)} events for {len(events)}, {len(differing)} differ, {first}")
+    if (expected / "model.safetensors").read_bytes() != (found / "model.safetensors").read_bytes():
+        verdict.add("diverged", "the final weights")
+    a, b = _state(expected), _state(found)
+    if names := [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]:
+        verdict.add("diverged", f"trainer_state.json: {[(name, a.get(name), b.get(name)) for name in names]}")
+    _compare_checkpoints(expected, found, processes=processes, verdict=verdict)
+    left = sorted(path.name for path in found.iterdir() if path.name.endswith((".partial", ".replaced", ".tmp")))
+    if left:
+        verdict.add("leftovers", ", ".join(left), len(left))
+
+
+def _compare_checkpoints(expected: Path, found: Path, *, processes: int, verdict: Verdict) -> None:
+    for path in list_checkpoints(found):
+        if (fault := why_invalid(path)) is not None:
+            verdict.add("checkpoints", f"{path.name}: {fault}")
+    last = f"checkpoint-{STEPS}"
+    if not (found / last).is_dir():
+        verdict.add("checkpoints", f"{last} is missing")
+        return
+    if why_invalid(found / last) is not None:
+        return
+    if (expected / last / "model.safetensors").read_bytes() != (found / last / "model.safetensors").read_bytes():
+        verdict.add("checkpoints", f"{last}: other weights")
+    for rank in range(processes):
+        a, b = (read(each / last, ranks=(rank, processes), device=torch.device("cpu")) for each in (expected, found))
+        if plain((a.files, a.rank_state)) != plain((b.files, b.rank_state)):
+            verdict.add("checkpoints", f"{last}: another optimizer, schedule or generator of rank {rank}")
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    del state["log_history"]
+    if state["best_model_checkpoint"] is not None:
+        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+    return dict(state)
+
+
+def plain(value: Any) -> Any:
+    """Something that == compares."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return (str(value.dtype), tuple(value.shape), bytes(np.asarray(value)))
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def compare_rows(expected: list[dict[str, Any]], found: list[dict[str, Any]], *, verdict: Verdict) -> None:
+    """
+    The rows in W&B: the same ones, each once, in order, with the same values but for the clock's.
+
+    A row is known by its step and its names: a step has a row of losses and one of an evaluation.
+    """
+    wanted, there = Counter(map(_key, expected)), Counter(map(_key, found))
+    missing, double = wanted - there, there - wanted
+    for name, keys in (("rows_missing", missing), ("rows_double", double)):
+        if keys:
+            steps = sorted({key[0] for key in keys}, key=str)
+            verdict.add(name, f"at steps {_short(steps)}", keys.total())
+    values = {_key(row): _value(row) for row in expected}
+    differing = [row for row in found if _key(row) in values and _value(row) != values[_key(row)]]
+    if differing:
+        first = differing[0]
+        verdict.add("rows_differing", f"{_value(first)} instead of {values[_key(first)]}", len(differing))
+    if not missing and not double and list(map(_key, expected)) != list(map(_key, found)):
+        verdict.add("rows_disordered", f"steps {_short([_key(row)[0] for row in found])}")
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    return row.get("train/global_step"), tuple(sorted(name for name in row if not name.startswith("_")))
+
+
+def _value(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in NOT_COMPARED and not TIMING.search(name)}
+
+
+def _short(values: list[Any]) -> str:
+    return f"{values}" if len(values) <= 12 else f"{values[:12]} and {len(values) - 12} more"

@@ -1,0 +1,270 @@
+"""A case: one training, killed and restarted until it ends; then compared with the reference of its configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.faults import deaths, moments
+from tests.faults.compare import Verdict, compare_rows, compare_runs
+from tests.faults.life import HungError, Life, committed_steps, end_processes_of
+from tests.faults.plan import SMALL_DISK, Case, Configuration, Kill
+from tests.support.artifact_processes import environment
+from tests.support.parity import as_flags
+from tests.support.wandb_server import WandbServer
+from tests.test_launch import DDP, SCRIPT, launcher
+
+MOST_LIVES = 15
+# While it trains, it listens.
+LISTENS = ("step", "save", "commit", "evaluation", "upload")
+
+
+@dataclass
+class Result:
+    """What came of a case; one line of results.jsonl."""
+
+    name: str
+    seed: int
+    case: int
+    configuration: str
+    kills: list[dict[str, Any]] = field(default_factory=list)
+    lives: int = 0
+    seconds: float = 0.0
+    verdicts: dict[str, int] = field(default_factory=dict)
+    details: list[str] = field(default_factory=list)
+    kept: str | None = None
+
+
+class Laboratory:
+    """Works in `folder`, with one W&B server for all that is online. A context manager."""
+
+    def __init__(self, folder: Path, *, pins_run_id: bool) -> None:
+        self.folder, self.pins_run_id = folder.resolve(), pins_run_id
+        self.server = WandbServer(self.folder / "server")
+        self._serves = False
+
+    def __enter__(self) -> Laboratory:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        deaths.sweep(self.folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        deaths.sweep(self.folder)
+
+    def reference(self, configuration: Configuration) -> tuple[Path, moments.Durations]:
+        """The folder of an uninterrupted run, made once, and how long its parts took. Raises RuntimeError."""
+        if configuration.tracking != "none" and not self._serves:
+            self.server.start()
+            self._serves = True
+        place = self.folder / f"reference-{configuration.label}"
+        measured = place / "durations.json"
+        if not measured.is_file():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            life = self._start(configuration, place, place / "run", number=1)
+            code = life.end()
+            if code != 0:
+                raise RuntimeError(f"the reference in {place} ended with {code}:\n{life.text('err')[-3000:]}")
+            if configuration.tracking == "offline":
+                self.sync(place, project=place.name)
+            measured.write_text(json.dumps(asdict(moments.measured(life))), encoding="utf-8")
+        return place / "run", moments.Durations(**json.loads(measured.read_text(encoding="utf-8")))
+
+    def run(self, case: Case) -> Result:
+        """Play a case to its end; what it leaves is kept if anything is wrong. Nothing goes on running."""
+        expected, durations = self.reference(case.configuration)
+        place = self.folder / f"case-{case.name}"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        result = Result(case.name, case.seed, case.index, case.configuration.label)
+        verdict, began = Verdict(), time.monotonic()
+        with contextlib.ExitStack() as stack:
+            if case.on_small_disk:
+                stack.enter_context(deaths.small_disk(place / "disk", SMALL_DISK))
+            stack.callback(_free, place)
+            output_dir = place / "disk" / "run"
+            if self._live(case, place, output_dir, durations, result, verdict):
+                self._compare(case, place, expected, output_dir, verdict)
+            end_processes_of(place)
+            if not verdict.is_good and case.on_small_disk and output_dir.is_dir():
+                deaths.mend_folder(output_dir)
+                shutil.copytree(output_dir, place / "run")
+                result.kept = str(place / "run")
+            elif not verdict.is_good:
+                result.kept = str(output_dir)
+        if verdict.is_good:
+            shutil.rmtree(place)
+        result.seconds = round(time.monotonic() - began, 1)
+        result.verdicts, result.details = dict(verdict.counts), verdict.details
+        return result
+
+    def _live(
+        self,
+        case: Case,
+        place: Path,
+        output_dir: Path,
+        durations: moments.Durations,
+        result: Result,
+        verdict: Verdict,
+    ) -> bool:
+        """All lives of a case; whether the last one got to the end."""
+        kills = list(case.kills)
+        for number in range(1, MOST_LIVES + 1):
+            life = self._start(case.configuration, place, output_dir, number=number)
+            result.lives = number
+            kill = kills.pop(0) if kills else None
+            try:
+                struck, code = self._one_life(case, life, kill, durations, result, verdict)
+            except HungError as error:
+                verdict.add("lost", str(error))
+                return False
+            if code == 0:
+                return True
+            if not struck:
+                verdict.add("lost", f"life {number} ended by itself with {code}: {_last_words(life)}")
+                return False
+            deaths.mend(life)
+        verdict.add("lost", f"no end after {MOST_LIVES} lives")
+        return False
+
+    def _one_life(
+        self,
+        case: Case,
+        life: Life,
+        kill: Kill | None,
+        durations: moments.Durations,
+        result: Result,
+        verdict: Verdict,
+    ) -> tuple[bool, int]:
+        """Whether it was killed, and its exit code."""
+        if kill is None:
+            return False, life.end()
+        requests = self.server.folder / "requests.jsonl" if case.configuration.uploads else None
+        if not moments.wait_for(kill, life, durations, requests):
+            return False, life.end()
+        record = {"kind": kill.kind, "moment": kill.moment, "life": life.number, "step": life.step}
+        record |= {
+            "committed": committed_steps(life.output_dir),
+            "after_seconds": round(time.time() - life.began_at, 3),
+        }
+        result.kills.append(record)
+        record["done"] = deaths.strike(kill, life)
+        code = life.end()
+        record["code"] = code
+        if kill.kind == "term" and kill.moment in LISTENS and case.configuration.who == "ours" and code != 0:
+            marked = (life.output_dir / "preempted").is_file()
+            if not marked or (case.configuration.processes == 1 and code != 85):
+                verdict.add("unheeded", f"SIGTERM in life {life.number}: exit code {code}, marker: {marked}")
+        return True, code
+
+    def _start(self, configuration: Configuration, place: Path, output_dir: Path, *, number: int) -> Life:
+        arguments = {**configuration.arguments, "output_dir": str(output_dir)}
+        if configuration.who == "ours":
+            command = [SCRIPT, *as_flags({**arguments, **self._flags(configuration)}), "--resume_from_checkpoint=auto"]
+            command = [*command, "--use_cpu"] if configuration.processes == 1 else command
+        else:
+            arguments |= {"report_to": "none" if configuration.tracking == "none" else "wandb"}
+            command = ["-m", "tests.faults.trainer_life", json.dumps(arguments)]
+        started = launcher(DDP) if configuration.processes == 2 else [sys.executable]
+        return Life.start([*started, *command], self._variables(configuration, place), place, output_dir, number)
+
+    def _flags(self, configuration: Configuration) -> dict[str, Any]:
+        flags: dict[str, Any] = {
+            "task": "tests.faults.task:build",
+            # The Trainer gets the easier one: with a collator that draws random numbers it is not exact.
+            "task_args": {"random_collator": True},
+            "report_to": "none" if configuration.tracking == "none" else "wandb",
+        }
+        if configuration.tracking != "none":
+            flags |= {"wandb_mode": configuration.tracking, "wandb_finish_timeout": 20}
+            flags["wandb_log_model"] = "checkpoint" if configuration.uploads else "false"
+        return flags
+
+    def _variables(self, configuration: Configuration, place: Path) -> dict[str, str]:
+        tracked = {"WANDB_PROJECT": place.name, "WANDB_SILENT": "true", "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.5"}
+        if configuration.who == "trainer":
+            tracked |= {"WANDB_MODE": configuration.tracking, "WANDB_DIR": str(place / "disk")}
+            tracked |= {"WANDB_LOG_MODEL": "checkpoint" if configuration.uploads else "false"}
+        if configuration.who == "trainer" or self.pins_run_id:
+            tracked |= {"WANDB_RUN_ID": place.name[-64:], "WANDB_RESUME": "allow"}
+        # Steps keep their time when several threads don't compete; sums are the same with one in both.
+        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        variables |= tracked if configuration.tracking != "none" else {}
+        server = self.server if configuration.tracking == "online" else None
+        found = environment(place, server, **variables)
+        return {name: value for name, value in found.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+    def _compare(self, case: Case, place: Path, expected: Path, output_dir: Path, verdict: Verdict) -> None:
+        compare_runs(expected, output_dir, processes=case.configuration.processes, verdict=verdict)
+        if case.configuration.tracking == "none":
+            return
+        end_processes_of(place)  # nothing is delivered behind our back
+        if case.configuration.tracking == "offline":
+            self.sync(place, project=place.name)
+        runs = [run for run in self.server.runs() if run.project == place.name]
+        if len(runs) != 1:
+            verdict.add("runs", f"{len(runs)} runs in W&B: {[run.id for run in runs]}")
+        reference = [run for run in self.server.runs() if run.project == expected.parent.name]
+        rows = [row for run in runs for row in run.rows]
+        compare_rows([row for run in reference for row in run.rows], rows, verdict=verdict)
+
+    def sync(self, place: Path, *, project: str) -> None:
+        """`wandb sync` of all that was written offline, in order of start."""
+        fragments = sorted((path for path in place.rglob("offline-run-*") if path.is_dir()), key=_order)
+        if not fragments:
+            return
+        command = [sys.executable, "-m", "wandb", "sync", "--project", project, *map(str, fragments)]
+        ended = subprocess.run(
+            command,
+            env={**environment(place, self.server), "WANDB_SILENT": "false"},
+            cwd=place,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        (place / "sync").write_text(ended.stdout + ended.stderr, encoding="utf-8")
+
+
+def _order(fragment: Path) -> tuple[str, float]:
+    # Their names hold the second of the start; of two in a second the file's age decides.
+    return fragment.name.split("-")[2], fragment.stat().st_mtime
+
+
+def _last_words(life: Life) -> str:
+    lines = [line for line in life.text("err").splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("harness-train: ")]
+    return (said or lines or [""])[-1][:600]
+
+
+def _free(place: Path) -> None:
+    end_processes_of(place)
+    for output_dir in (place / "disk" / "run", place / "run"):
+        deaths.mend_folder(output_dir)
+
+
+def append(path: Path, result: Result) -> None:
+    """A line of results.jsonl, durable."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(result)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def results_in(path: Path) -> list[Result]:
+    """What earlier sittings found; a line that was cut is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(Result(**json.loads(line)))
+    return found

@@ -1,0 +1,180 @@
+"""A life of a training: its processes, where it is, and how to end it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.plan import FOLDER_VARIABLE
+
+SILENCE_SECONDS = 120.0
+POLL_SECONDS = 0.002
+COMMITTED = re.compile(r"checkpoint-(\d+)")
+
+
+class HungError(Exception):
+    """A life did neither end nor get where it should."""
+
+
+def processes_of(folder: Path) -> list[int]:
+    """All processes that were started for a case, or below a folder of cases; also those whose parents are gone."""
+    mark = f"{FOLDER_VARIABLE}={folder}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            if any(each == mark or each.startswith(mark + b"/") for each in variables):
+                found.append(int(entry.name))
+    return found
+
+
+def end_processes_of(folder: Path) -> None:
+    """SIGKILL to all, until there are none: one of them may be starting another."""
+    while found := [number for number in processes_of(folder) if not _is_dead(number)]:
+        send(found, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def send(numbers: list[int], what: signal.Signals) -> None:
+    for number in numbers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, what)
+
+
+def _is_dead(number: int) -> bool:
+    try:
+        status = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    return status.rpartition(")")[2].split()[0] in "ZX"
+
+
+def committed_steps(output_dir: Path) -> list[int]:
+    """The steps of the folders checkpoint-N, in order."""
+    with contextlib.suppress(OSError):
+        names = [COMMITTED.fullmatch(path.name) for path in output_dir.iterdir()]
+        return sorted(int(name[1]) for name in names if name)
+    return []
+
+
+@dataclass
+class Life:
+    """A process that has been started in the folder of a case. `number` counts the lives of a case from 1."""
+
+    folder: Path
+    output_dir: Path
+    process: subprocess.Popen[bytes]
+    number: int
+    first_step: int
+    began_at: float
+    ended_at: float = 0.0
+
+    @classmethod
+    def start(cls, command: list[str], variables: dict[str, str], folder: Path, output_dir: Path, number: int) -> Life:
+        for name in ("built", "steps", "evaluations"):
+            (folder / name).unlink(missing_ok=True)
+        steps = committed_steps(output_dir)
+        with (folder / f"out-{number}").open("wb") as out, (folder / f"err-{number}").open("wb") as err:
+            began_at = time.time()
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**variables, FOLDER_VARIABLE: str(folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        return cls(folder, output_dir, process, number, steps[-1] if steps else 0, began_at)
+
+    def lines(self, name: str) -> list[float]:
+        """The times that the task wrote into a file of its own in this life."""
+        try:
+            return [float(line) for line in (self.folder / name).read_text().splitlines()]
+        except (FileNotFoundError, ValueError):  # ValueError: a line that is being written
+            return []
+
+    @property
+    def step(self) -> int:
+        """About the step that it is in."""
+        return self.first_step + len(self.lines("steps"))
+
+    @property
+    def is_built(self) -> bool:
+        return (self.folder / "built").exists()
+
+    def text(self, name: str) -> str:
+        return (self.folder / f"{name}-{self.number}").read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = SILENCE_SECONDS) -> bool:
+        """Whether it came to that before the end of this life. Raises HungError."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() > end:
+                raise HungError(f"life {self.number} hung at step {self.step}")
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def sleep(self, seconds: float) -> bool:
+        """Whether it is still alive after that."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(seconds, 0.0))
+        return self.process.poll() is None
+
+    def end(self) -> int:
+        """Wait for the end; returns the exit code. Raises HungError."""
+        try:
+            code = self.process.wait(SILENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise HungError(f"life {self.number} did not end") from None
+        self.ended_at = time.time()
+        return code
+
+    # Who it is made of
+
+    def everybody(self) -> list[int]:
+        return processes_of(self.folder)
+
+    def ranks(self) -> list[int]:
+        """The training processes in the order of their ranks; of one process the script. May be empty at the start."""
+        found = {rank: number for number, rank in self._ranks() if rank is not None}
+        return [found[rank] for rank in sorted(found)] or ([self.process.pid] if not self._is_launched else [])
+
+    @property
+    def _is_launched(self) -> bool:
+        return "accelerate.commands.launch" in self.process.args
+
+    def _ranks(self) -> Iterator[tuple[int, str | None]]:
+        if not self._is_launched:
+            return
+        for number in self.everybody():
+            with contextlib.suppress(OSError):
+                variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+                rank = next((each[5:].decode() for each in variables if each.startswith(b"RANK=")), None)
+                if rank is not None and _parent(number) == self.process.pid:
+                    yield number, rank
+
+    def cores(self) -> list[int]:
+        """wandb-core, W&B's service."""
+        found = []
+        for number in self.everybody():
+            with contextlib.suppress(OSError):
+                if b"wandb-core" in Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")[0]:
+                    found.append(number)
+        return found
+
+
+def _parent(number: int) -> int:
+    status = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+    return int(status.rpartition(")")[2].split()[1])

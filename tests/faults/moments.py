@@ -1,0 +1,70 @@
+"""When a life ends: waiting, by what it does to the file system, for the moment that was drawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.life import Life, committed_steps
+from tests.faults.plan import EVALUATION_SECONDS, STEP_SECONDS, STEPS, Kill
+
+SAVE_SECONDS = 0.08
+COMMIT_SECONDS = 0.02
+UPLOAD_SECONDS = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Durations:
+    """What of a life lasts how many seconds, measured at one that was left alone."""
+
+    startup: float
+    opening: float
+    closing: float
+
+
+def measured(life: Life) -> Durations:
+    """Of a life that has ended."""
+    built, steps = life.lines("built")[0], life.lines("steps")
+    return Durations(startup=built - life.began_at, opening=steps[0] - built, closing=life.ended_at - steps[-1])
+
+
+def wait_for(kill: Kill, life: Life, durations: Durations, requests: Path | None) -> bool:
+    """Whether the moment came before the life ended. `requests` is the log of the W&B server. Raises HungError."""
+    if kill.moment == "startup":
+        return life.sleep(life.began_at + kill.part * durations.startup - time.time())
+    if kill.moment == "opening":
+        return life.wait_for(lambda: life.is_built) and life.sleep(kill.part * durations.opening)
+    step = STEPS if kill.moment == "closing" else kill.step
+    if not life.wait_for(lambda: life.is_built and len(life.lines("steps")) > 0 and life.step >= step):
+        return False
+    condition, seconds = _event(kill.moment, life, requests, durations)
+    return life.wait_for(condition) and life.sleep(kill.part * seconds)
+
+
+def _event(moment: str, life: Life, requests: Path | None, durations: Durations) -> tuple[Callable[[], bool], float]:
+    """What has to happen from now on, and how long it lasts."""
+    if moment == "step":
+        return (lambda: True), 2 * STEP_SECONDS
+    if moment == "closing":
+        return (lambda: True), durations.closing
+    if moment == "evaluation":
+        evaluations = len(life.lines("evaluations"))
+        return (lambda: len(life.lines("evaluations")) > evaluations), EVALUATION_SECONDS
+    if moment == "upload":
+        uploads = _uploads(requests)
+        return (lambda: _uploads(requests) > uploads), UPLOAD_SECONDS
+    committed = set(committed_steps(life.output_dir))
+    if moment == "commit":
+        return (lambda: not committed.issuperset(committed_steps(life.output_dir))), COMMIT_SECONDS
+
+    def is_saving() -> bool:  # a Trainer writes into the folder itself
+        is_partial = any(life.output_dir.glob("checkpoint-*.partial"))
+        return is_partial or not committed.issuperset(committed_steps(life.output_dir))
+
+    return is_saving, SAVE_SECONDS
+
+
+def _uploads(requests: Path | None) -> int:
+    return 0 if requests is None else requests.read_bytes().count(b'"put artifact/')

@@ -1,0 +1,80 @@
+"""
+The training that is killed: the parity task at a pace, telling the laboratory where it is.
+
+In the folder that the variable HARNESS_FAULTS names: `built` when the task is made, a line in `steps` for each batch
+that is drawn (one ahead of the step), one in `evaluations` for each evaluation that begins, and one in `synced` for
+each file that the process has made durable.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from harness.tasks import Task, TaskConfig
+from tests.faults.plan import EVALUATION_SECONDS, FOLDER_VARIABLE, STEP_SECONDS
+from tests.support import parity_task
+
+
+class Paced(Dataset):  # type: ignore[type-arg]
+    """Samples of which every `every`-th takes `seconds` to draw, after a line in the file `told`."""
+
+    def __init__(self, samples: Any, *, told: Path | None, every: int, seconds: float) -> None:
+        self.samples, self.told, self.every, self.seconds, self.count = samples, told, every, seconds, 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[index]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        """What a loader calls, and nobody who only looks at the data: one batch."""
+        if self.count % self.every == 0:
+            if self.told is not None:
+                tell(self.told, str(time.time()))
+            time.sleep(self.seconds)
+        self.count += 1
+        return [self.samples[index] for index in indices]
+
+
+def tell(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+def tell_what_is_synced(told: Path) -> None:
+    """From now on each `os.fsync` of a file is written down: inode, size and time of change at that moment."""
+    fsync = os.fsync
+
+    def synced(descriptor: Any) -> None:
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        before = os.fstat(number)
+        fsync(number)
+        tell(told, f"{before.st_ino} {before.st_size} {before.st_mtime_ns}")
+
+    os.fsync = synced
+
+
+def build(config: TaskConfig) -> Task:
+    task = parity_task.build(config)
+    folder = Path(os.environ[FOLDER_VARIABLE])
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        tell_what_is_synced(folder / "synced")
+        tell(folder / "built", str(time.time()))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = -(-len(task.eval_dataset) // (8 // world_size * world_size))
+    train = {"told": folder / "steps" if is_first else None, "every": 1, "seconds": STEP_SECONDS}
+    evaluation = {"told": folder / "evaluations" if is_first else None, "every": batches, "seconds": EVALUATION_SECONDS}
+    return replace(
+        task,
+        train_dataset=Paced(task.train_dataset, **train),
+        eval_dataset=Paced(task.eval_dataset, **evaluation),
+    )
