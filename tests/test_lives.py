@@ -116,7 +116,7 @@ def test_killed_before_and_after_a_checkpoint_the_history_is_that_of_a_run_that_
     assert identity(training)["exit_code"] == 0
 
 
-@pytest.mark.parametrize("what", ["all", "core"])
+@pytest.mark.parametrize("what", ["all", "script"])
 def test_offline_one_sync_of_all_lives_gives_the_same_history(
     what: str, server: WandbServer, whole: tuple[Training, RunRecord], tmp_path: Path
 ) -> None:
@@ -128,7 +128,9 @@ def test_offline_one_sync_of_all_lives_gives_the_same_history(
         kill(training, what)
     # Without a word on it the run stays what it is, though there is a server.
     training = begun(folder, server).ended()
-    assert len(list((training.output_dir / "wandb").glob("offline-run-*"))) >= 2
+    # wandb's process writes after up to 15 s: where it was killed too, a short life has left nothing but its folder.
+    torn, left = (len(list((training.output_dir / "wandb").glob(f"{name}-*"))) for name in ("torn", "offline-run"))
+    assert (torn + left, torn == 0) == (4, what == "script")
     synced(training, server)
     assert_one_run(training, server, whole)
 
@@ -138,7 +140,7 @@ def test_an_offline_run_goes_on_online_when_it_is_told_to(
 ) -> None:
     training = begun(tmp_path / "run", None, variables={"WANDB_MODE": "offline"})
     training.reach(14)
-    kill(training, "all")
+    kill(training, "script")
     training = begun(tmp_path / "run", server, wandb_mode="online").ended()
     assert_one_run(training, server, whole)
     assert list((training.output_dir / "wandb").glob("offline-run-*/*.synced"))
