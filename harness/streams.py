@@ -13,6 +13,8 @@ import torch
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from torch.utils.data import IterableDataset, get_worker_info
 
+from harness.config import ConfigError
+
 # Of one worker after one of its batches: its number, how many batches it has given, the state of its stream or None.
 Mark = Mapping[str, Any]
 Make = Callable[..., Mapping[str, Any] | None]
@@ -105,9 +107,19 @@ class StreamBatches(IterableDataset[Any]):
         own = slice(self.process_index * self.batch_size, (self.process_index + 1) * self.batch_size)
         samples = iter(self.stream)
         first: list[Any] = []
-        while len(read := list(islice(samples, size))) == size:
+        try:
+            read = list(islice(samples, size))
+        except (LookupError, TypeError, ValueError) as error:
+            if is_whole:
+                raise
+            raise ConfigError(
+                f"The stream can't go on from its saved state ({type(error).__name__}: {error}): it is built or read "
+                "otherwise than before; put that back, or give --ignore_data_skip to begin the epoch's data anew."
+            ) from error
+        while len(read) == size:
             first = first or (read if is_whole else [])
             yield read[own], self._state()
+            read = list(islice(samples, size))
         if not read or self.drop_last:
             return
         state = self._state()

@@ -94,7 +94,7 @@ def test_seeded_batches_are_the_same_with_any_number_of_workers(accelerator: Acc
     for options in (
         {},
         {"dataloader_num_workers": 1},
-        {"dataloader_num_workers": 3, "dataloader_persistent_workers": True},
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
     ):
         loader = loader_of(accelerator, dataloader_seed_batches=True, **options)
         found.append([[batch["noise"].tolist() for batch in loader.epoch(epoch)] for epoch in range(2)])

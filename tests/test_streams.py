@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset
 
 from harness import rng
+from harness.config import ConfigError
 from harness.data import DataConfig, Samples
 from harness.loader import TrainLoader
 from harness.streams import StreamBatches, why_no_state
@@ -41,10 +41,10 @@ class Numbers(IterableDataset):  # type: ignore[type-arg]
         self.start = int(state["at"])
 
     def __iter__(self) -> Iterator[dict[str, int]]:
-        for at in range(self.start, self.size):
-            self.at = at + 1
-            self.read.append(at)
-            yield {"ids": at}
+        for i in range(self.start, self.size):
+            self.read.append(i)
+            self.at = i + 1
+            yield {"ids": i}
 
 
 def rows(start: int = 0, stop: int = SIZE) -> datasets.Dataset:
@@ -158,25 +158,24 @@ def test_workers_go_on_where_each_of_them_was(kind: str, persistent: bool, accel
     def make() -> TrainLoader:
         return loader_of(accelerator, STREAMS[kind](), **options)
 
-    with warnings.catch_warnings():
+    rng.seed_everything(42, full_determinism=False)
+    whole = make()
+    expected = [drawn(whole.epoch(epoch)) for epoch in range(3)]
+    assert len(expected[1]) > 8
+    for stop in range(1, len(expected[1]) + 1, 3):
         rng.seed_everything(42, full_determinism=False)
-        whole = make()
-        expected = [drawn(whole.epoch(epoch)) for epoch in range(3)]
-        assert len(expected[1]) > 8
-        for stop in range(1, len(expected[1]) + 1, 3):
-            rng.seed_everything(42, full_determinism=False)
-            first = make()
-            drawn(first.epoch(0))
-            first.finish_epoch()
-            head = drawn(itertools.islice(first.epoch(1), stop))
-            saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
-            rng.seed_everything(7, full_determinism=False)
-            resumed = make()
-            resumed.load_state_dict(*saved)
-            assert bool(resumed.why_read_again) == (kind in READ_AGAIN)
-            assert head + drawn(resumed.epoch(1)) == expected[1], f"stopped after {stop}"
-            resumed.finish_epoch()
-            assert drawn(resumed.epoch(2)) == expected[2], f"stopped after {stop}"
+        first = make()
+        drawn(first.epoch(0))
+        first.finish_epoch()
+        head = drawn(itertools.islice(first.epoch(1), stop))
+        saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
+        rng.seed_everything(7, full_determinism=False)
+        resumed = make()
+        resumed.load_state_dict(*saved)
+        assert bool(resumed.why_read_again) == (kind in READ_AGAIN)
+        assert head + drawn(resumed.epoch(1)) == expected[1], f"stopped after {stop}"
+        resumed.finish_epoch()
+        assert drawn(resumed.epoch(2)) == expected[2], f"stopped after {stop}"
 
 
 def test_no_sample_is_read_again(accelerator: Accelerator) -> None:
@@ -219,7 +218,17 @@ def test_a_state_without_plain_values_is_not_kept(accelerator: Accelerator) -> N
     resumed = loader_of(accelerator, Odd())
     resumed.load_state_dict(*saved)
     assert "has no state" in resumed.why_read_again
-    assert next(batch[0] for batch in drawn(resumed.epoch(0)))[0] == len(head) * 4
+    assert next(resumed.epoch(0))["ids"][0] == len(head) * 4
+
+
+def test_a_state_of_another_stream_is_refused(accelerator: Accelerator) -> None:
+    first = loader_of(accelerator, rows().to_iterable_dataset())
+    drawn(itertools.islice(first.epoch(0), 4))
+    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
+    changed = loader_of(accelerator, rows().to_iterable_dataset().filter(lambda row: row["ids"] > 3))
+    changed.load_state_dict(*saved)
+    with pytest.raises(ConfigError, match=r"can't go on from its saved state .*--ignore_data_skip"):
+        next(changed.epoch(0))
 
 
 @pytest.mark.parametrize(

@@ -208,8 +208,8 @@ class Laboratory:
         if case.configuration.tracking == "none":
             return
         end_processes_of(place)  # nothing is delivered behind our back
-        if case.configuration.tracking == "offline":
-            self.sync(place, project=place.name)
+        if case.configuration.tracking == "offline" and (fault := self.sync(place, project=place.name)) is not None:
+            verdict.add("sync", fault)
         runs = [run for run in self.server.runs() if run.project == place.name]
         if len(runs) != 1:
             verdict.add("runs", f"{len(runs)} runs in W&B: {[run.id for run in runs]}")
@@ -217,14 +217,25 @@ class Laboratory:
         rows = [row for run in runs for row in run.rows]
         compare_rows([row for run in reference for row in run.rows], rows, verdict=verdict)
 
-    def sync(self, place: Path, *, project: str) -> None:
-        """`wandb sync` of all that was written offline, in order of start."""
+    def sync(self, place: Path, *, project: str) -> str | None:
+        """
+        `wandb sync` of all that was written offline, in order of start; why it failed, or None.
+
+        It gives all up for a fragment that it can't read: then the others are synced one by one.
+        """
         fragments = sorted((path for path in place.rglob("offline-run-*") if path.is_dir()), key=_order)
         if not fragments:
-            return
-        command = [sys.executable, "-m", "wandb", "sync", "--project", project, *map(str, fragments)]
+            return "nothing was written offline"
+        said = self._sync(place, project, fragments)
+        if "ERROR" not in said:
+            return None
+        for fragment in fragments:
+            self._sync(place, project, [fragment])
+        return next(line for line in said.splitlines() if "ERROR" in line)
+
+    def _sync(self, place: Path, project: str, fragments: list[Path]) -> str:
         ended = subprocess.run(
-            command,
+            [sys.executable, "-m", "wandb", "sync", "--project", project, *map(str, fragments)],
             env={**environment(place, self.server), "WANDB_SILENT": "false"},
             cwd=place,
             capture_output=True,
@@ -233,7 +244,9 @@ class Laboratory:
             check=False,
             stdin=subprocess.DEVNULL,
         )
-        (place / "sync").write_text(ended.stdout + ended.stderr, encoding="utf-8")
+        with (place / "sync").open("a", encoding="utf-8") as file:
+            file.write(ended.stdout + ended.stderr)
+        return ended.stdout + ended.stderr
 
 
 def _order(fragment: Path) -> tuple[str, float]:

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(sys.platform != "linux", reason="the laboratory reads /proc"),
 ]
-OF_ROWS = ("rows_missing", "rows_double", "rows_differing", "rows_disordered", "runs")
+OF_ROWS = ("sync", "rows_missing", "rows_double", "rows_differing", "rows_disordered", "runs")
 
 
 @pytest.fixture(scope="module")
