@@ -89,7 +89,7 @@ class Lives:
                 stop=stop,
                 must_be_online=was_online,
             )
-        have, offset = self._have(run, identity, journal)
+        have, offset = self._have(run, identity, journal, is_elsewhere=found is None)
         first_step = identity.first_step if identity.first_step is not None else have or 0
         history = History(journal, rows=self._rows, first_row=identity.first_row, first_step=first_step, have=have)
         if run is not None:
@@ -138,12 +138,17 @@ class Lives:
         gone = {
             name: identity.fragments[name]
             for name, place in places.items()
-            if not (place.is_dir() or place.with_name(f"{TORN}{place.name}").is_dir())
+            # Where the folder of folders is gone too it is another machine, whose disk nobody has synced.
+            if place.parent.is_dir() and not (place.is_dir() or place.with_name(f"{TORN}{place.name}").is_dir())
         }
         return {**gone, **{self._relative(folder): rows for folder, rows in counts.items()}}
 
-    def _have(self, run: Any, identity: Identity, journal: Journal) -> tuple[int | None, int]:
-        """How many steps W&B has of the run, None if unknown, and which of them is the open run's step 0."""
+    def _have(self, run: Any, identity: Identity, journal: Journal, *, is_elsewhere: bool) -> tuple[int | None, int]:
+        """
+        How many steps W&B has of the run, None if unknown, and which of them is the open run's step 0.
+
+        is_elsewhere: a checkpoint alone named the run, what its earlier lives have left is on another machine.
+        """
         if run is None:
             return None, 0
         if not run.offline:
@@ -153,7 +158,7 @@ class Lives:
             last = max((line["_step"] for line, _ in journal.lines()), default=-1)
             return last + 1, last + 1
         have = sum(rows or 0 for rows in identity.fragments.values())
-        if not identity.fragments:  # of a run that went on from elsewhere: its beginning is there
+        if is_elsewhere:
             have = (identity.first_step or 0) + self._rows - identity.first_row
         return have, have
 
