@@ -28,6 +28,7 @@ from harness.data import (
 )
 from harness.evaluation import EvalSet, Evaluator
 from harness.export import load_weights
+from harness.inputs import models_from_wandb
 from harness.loader import TrainLoader
 from harness.loop import Run
 from harness.metrics import Clock, Window, Work
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What a command works with, whether it trains or not."""
+    """What a command works with, whether it trains or not. `artifacts` are versions in W&B that the model is from."""
 
     config: Config
     accelerator: Accelerator
@@ -56,6 +57,7 @@ class Session:
     evaluator: Evaluator
     output_dir: Path
     console: Console
+    artifacts: tuple[str, ...]
 
 
 def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weights: Path | None) -> Session:
@@ -64,10 +66,11 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
 
     Raises ConfigError for all that the flags ask for and the task does not have. Writes nothing.
     """
+    task_config, artifacts = local_main_first(accelerator, lambda: models_from_wandb(config.task, config.tracking))
     seed, full_determinism = config.topology.seed, config.topology.full_determinism
     # As Transformers' example scripts: a new head is drawn from the seed; then the Trainer seeds again.
     rng.seed_everything(seed, full_determinism=full_determinism)
-    task = local_main_first(accelerator, lambda: resolve(config.task.task)(config.task))
+    task = local_main_first(accelerator, lambda: resolve(task_config.task)(task_config))
     rng.seed_everything(seed, full_determinism=full_determinism)
     _check_data(config, task)
     if config.data.overfit_batches is not None:
@@ -98,6 +101,7 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
         evaluator=evaluator,
         output_dir=output_dir,
         console=console,
+        artifacts=artifacts,
     )
 
 

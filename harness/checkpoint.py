@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ STATE_FILE = "harness_state.json"
 FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
-LEFTOVER = re.compile(r"checkpoint-\d+(\.[0-9a-f]+)?\.partial")
+LEFTOVER = re.compile(r"(checkpoint-\d+|download)(\.[0-9a-f]+)?\.partial")
 CHUNK_BYTES = 1 << 20
 
 
@@ -38,8 +39,9 @@ class CheckpointConfig:
     save_only_model: bool = arg(False, "Save the weights alone: such a checkpoint can't be resumed.")
     async_save: bool = arg(True, "Write checkpoints in the background, from copies in host memory.")
     resume_from_checkpoint: str | None = arg(
-        help="A checkpoint's folder; true: the newest in --output_dir; auto: the newest, or a fresh start; false: no "
-        "resume. Default: false, and auto for a requeued SLURM job.",
+        help="A checkpoint's folder, or wandb:ENTITY/PROJECT/NAME:ALIAS (wandb: alone: the run's newest); true: the "
+        "newest in --output_dir; auto: the newest, or a fresh start; false: no resume. Default: false, and auto for a "
+        "requeued SLURM job.",
         nargs="?",
         const="true",
     )
@@ -75,10 +77,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A checkpoint to go on from, and why newer ones were passed over."""
+    """A checkpoint to go on from, why newer ones were passed over, and the artifact in W&B that it is, if it is one."""
 
     path: Path | None
     passed_over: tuple[str, ...] = ()
+    artifact: str | None = None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -96,7 +99,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def remove_leftovers(output_dir: Path) -> list[str]:
     """
-    Delete what saves of dead writers have left, and return the names. Nobody may be writing to the folder.
+    Delete what dead writers' saves and downloads have left, and return the names. Nobody may be writing to the folder.
 
     A checkpoint that a kill left as checkpoint-N.replaced alone stays: it is the only one of its step.
     """
@@ -107,6 +110,26 @@ def remove_leftovers(output_dir: Path) -> list[str]:
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in left if not path.exists())
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename a folder whose files are synced to what it is called from then on; an older one of that name goes then."""
+    replaced = final.with_name(f"{final.name}.replaced")
+    if final.exists():  # a run that was resumed before this step writes it again
+        final.rename(replaced)
+    partial.rename(final)
+    sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find(config: CheckpointConfig, output_dir: Path | None) -> Found:

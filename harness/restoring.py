@@ -28,9 +28,11 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
     patience = run.best.config.early_stopping_patience
     state.should_stop = patience is not None and state.early_stopping_patience_counter >= patience
     best = state.best_model_checkpoint
-    if best is not None and not Path(best).is_dir():
-        logger.warning("The best checkpoint %s is gone; it can't be loaded at the end.", best)
-        state.best_model_checkpoint = None
+    if best is not None and not Path(best).is_dir():  # as in a run that was moved, or came from W&B
+        beside = saved.path.with_name(Path(best).name)
+        state.best_model_checkpoint = str(beside) if beside.is_dir() else None
+        if not beside.is_dir():
+            logger.warning("The best checkpoint %s is gone; it can't be loaded at the end.", best)
     _restore_optimizer(run, saved)
     if run.accelerator.scaler is not None and "scaler.pt" in saved.files:
         run.accelerator.scaler.load_state_dict(saved.files["scaler.pt"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -15,7 +14,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from harness.checkpoint import FORMAT_VERSION, STATE_FILE, CheckpointConfig, digest_of, list_checkpoints, rng_file
+from harness.checkpoint import (
+    FORMAT_VERSION,
+    STATE_FILE,
+    CheckpointConfig,
+    digest_of,
+    list_checkpoints,
+    put_in_place,
+    rng_file,
+    sync,
+)
 from harness.host_copies import HostCopies
 from harness.lock import Lock
 from harness.state import TRAINER_STATE_FILE, write_json
@@ -232,7 +240,7 @@ class Checkpoints:
         """Sync all files, write the manifest last, rename: from then on it is there, and whole."""
         files = {}
         for path in sorted(partial.iterdir()):
-            _sync(path)
+            sync(path)
             files[path.name] = {"size": path.stat().st_size, "sha256": digest_of(path)}
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -243,19 +251,13 @@ class Checkpoints:
             **content.shared,
         }
         write_json(partial / STATE_FILE, manifest)
-        _sync(partial / STATE_FILE)
-        _sync(partial)
+        sync(partial / STATE_FILE)
+        sync(partial)
         if self.lock is not None and self.lock.is_lost():
             raise CheckpointError(
                 f"Another process has taken over {self.output_dir}: this one ends, {final.name} is not put there."
             )
-        replaced = final.with_name(f"{final.name}.replaced")
-        if final.exists():  # a run that was resumed before this step writes it again
-            final.rename(replaced)
-        partial.rename(final)
-        _sync(self.output_dir)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        put_in_place(partial, final)
 
     def _prune(self, saved: Path, best: str | None) -> None:
         """
@@ -284,11 +286,3 @@ def _of_disk(error: Exception) -> Exception:
     words = ("I/O error", "iostream error", "PytorchStreamWriter", "inline_container", "file write failed")
     is_of_disk = any(each in str(error) for each in words)
     return OSError(str(error)) if is_of_disk else error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,6 +29,7 @@ from harness.config import ConfigError
 from harness.console import set_up_logging
 from harness.debug import NonFiniteError, describe_batch, watch_training
 from harness.export import save_model
+from harness.inputs import bring_checkpoint, find_checkpoint
 from harness.lock import Lock
 from harness.loop import Run, fit
 from harness.model_card import write_model_card
@@ -38,6 +39,7 @@ from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_jso
 from harness.stopping import PREEMPTED_FILE, StoppedError
 from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, slurm_job, tell_all
 from harness.tracking import rewrite, run_config, trackers
+from harness.tracking.downloads import record_use
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
 
 logger = logging.getLogger("harness")
@@ -111,7 +113,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     chosen = trackers(config.tracking, dir=str(output_dir), resumes=config.checkpoint.resumes)
     session = assemble(config, accelerator, output_dir, weights=found.path)
     state = TrainState()
-    run = build_run(session, state, wandb_tracker(chosen)) if config.run.trains else None
+    tracker = wandb_tracker(chosen)
+    run = build_run(session, state, tracker) if config.run.trains else None
     if run is not None and found.path is not None:
         restore_together(run, state, found.path)
     tell_all(accelerator, lambda: begin_output(session, lock))
@@ -119,6 +122,7 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         run.checkpoints.lock = lock
     configuration = run_config(session.task.model, config.flat())
     open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
+    record_use(tracker.tracker, [*session.artifacts, *([found.artifact] if found.artifact else [])])
     exit_code = 1
     rows: list[tuple[str, str]] = []
     try:
@@ -145,22 +149,24 @@ def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
     """
     Rank zero: the checkpoint to go on from, and the folder of the run. Raises ConfigError.
 
-    Writes nothing but the lock, and that where something is: who still writes there must not while it is read.
+    Writes nothing but the lock, and that where something is: who still writes there must not while it is read. And a
+    checkpoint that W&B has.
     """
     output_dir = choose_output_dir(config.checkpoint)
-    if config.run.trains and config.checkpoint.resumes and output_dir.is_dir():
-        take(lock, output_dir)
-    found = find(config.checkpoint, output_dir)
-    check_output_dir(output_dir, may_hold_run=found.path is not None or not config.run.trains)
-    return found, output_dir
-
-
-def take(lock: Lock, output_dir: Path) -> None:
-    """Rank zero: shut other writers out of the folder. Raises ConfigError."""
+    artifact = find_checkpoint(config, output_dir)
     try:
-        lock.take(output_dir)
+        if artifact is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        if config.run.trains and config.checkpoint.resumes and output_dir.is_dir():
+            lock.take(output_dir)
     except OSError as error:
         raise ConfigError(f"--output_dir={output_dir} can't be written to: {error}.") from error
+    if artifact is None:
+        found = find(config.checkpoint, output_dir)
+    else:
+        found = bring_checkpoint(config, artifact, output_dir, token=lock.token)
+    check_output_dir(output_dir, may_hold_run=found.path is not None or not config.run.trains)
+    return found, output_dir
 
 
 def begin_output(session: Session, lock: Lock) -> None:
@@ -168,7 +174,7 @@ def begin_output(session: Session, lock: Lock) -> None:
     try:
         session.output_dir.mkdir(parents=True, exist_ok=True)
         if session.config.run.trains:  # an evaluation alone leaves the trained run's as it is
-            take(lock, session.output_dir)
+            lock.take(session.output_dir)
             if left := remove_leftovers(session.output_dir):
                 logger.info("Removed what saves that did not end have left: %s.", ", ".join(left))
             (session.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)

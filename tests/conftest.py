@@ -60,5 +60,7 @@ def nothing_left_behind() -> Iterator[None]:
     assert not changed, f"the test left changed environment variables: {changed}"
     if left_threads(threads):
         gc.collect()  # a stream that was not read to its end keeps its reader until then
+        for thread in left_threads(threads):
+            thread.join(2)  # an executor that is collected tells its threads to end, they need a moment
     left = left_threads(threads)
     assert not left, f"the test left threads: {left}"

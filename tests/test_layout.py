@@ -41,7 +41,8 @@ LAYERS = (
     ("batches",),
     ("loader", "saving", "changes"),
     ("arguments", "loop", "position"),
-    ("assemble", "restoring"),
+    ("inputs", "restoring"),
+    ("assemble",),
     ("model_card",),
     ("train",),
 )  # fmt: skip

@@ -26,7 +26,9 @@ class TaskConfig:
     task: str = arg("causal-lm", f"One of {', '.join(SHIPPED)}, or your own as package.module:function.")
     task_args: Json | None = arg(help="JSON for a task of your own; it reads what it likes from it.")
 
-    model_name_or_path: str | None = arg(help="Model on the Hub or folder to start from.")
+    model_name_or_path: str | None = arg(
+        help="Model to start from: on the Hub, a folder, or wandb:ENTITY/PROJECT/NAME:ALIAS."
+    )
     model_type: str | None = arg(help="Architecture to train from scratch, e.g. gpt2; see --config_overrides.")
     config_name: str | None = arg(help="Config on the Hub or folder; defaults to the model's.")
     config_overrides: str | None = arg(help="Changes to the config: n_embd=64,n_layer=2,resid_pdrop=0.1.")

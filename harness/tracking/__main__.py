@@ -19,13 +19,14 @@ from typing import Any
 import requests
 
 from harness.config import ConfigError
+from harness.tracking.api import API_TIMEOUT_SECONDS, UnreachableError, open_api
 from harness.tracking.delivery import deliver, link_command, registry_path, save_without_run
 from harness.tracking.opening import one_line, server_answers
 from harness.tracking.rows import QUESTION, RowsError, deliver_rows, online_logs, parse_answer
 from harness.tracking.staging import FOLDER, Staged, discard, waiting
 from harness.tracking.transaction_log import TransactionLog
 
-API_TIMEOUT_SECONDS = 30
+SOURCE = "python -m harness.tracking"
 FULL_NAME = re.compile(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+")
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return upload(given.output_dir)
     except ConfigError as error:
         return _fail(2, str(error))
-    except CommandError as error:
+    except (CommandError, UnreachableError) as error:
         return _fail(1, str(error))
     except KeyboardInterrupt:
         return _fail(130, "Interrupted; what was not delivered stays staged.")
@@ -62,7 +63,7 @@ def upload(output_dirs: Sequence[Path]) -> int:
             )
         logs += here
         found += staged
-    api = _open_api()
+    api = open_api(SOURCE, silent=True)
     jobs = [(f"{log.project}/{log.run_id}", partial(_upload_rows, api, log)) for log in logs]
     jobs += [(f"{staged.name} ({staged.aliases[-1]})", partial(_upload, api, staged)) for staged in found]
     for name, job in jobs:
@@ -122,7 +123,7 @@ def link(name: str, registry: str, aliases: Sequence[str]) -> int:
     """Link an artifact that W&B has to a collection of a registry."""
     if not FULL_NAME.fullmatch(name):
         raise ConfigError(f"{name}: give an artifact as ENTITY/PROJECT/NAME:ALIAS or ENTITY/PROJECT/NAME:v3.")
-    api = _open_api()
+    api = open_api(SOURCE, silent=True)
     try:
         linked = api.artifact(name).link(registry_path(registry), list(aliases))
     except Exception as error:  # as above
@@ -141,24 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     of_link.add_argument("--registry", required=True, help="Collection in W&B's model registry, or a full path to one.")
     of_link.add_argument("--alias", action="append", default=[], help="Alias of the linked version; may be repeated.")
     return parser
-
-
-def _open_api() -> Any:
-    """W&B's public interface. Raises CommandError without credentials or server; never prompts."""
-    import wandb
-    from wandb.sdk.lib.wbauth import HostUrl, authenticate_session
-
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
-    host = HostUrl(settings.base_url, app_url=settings.app_url)
-    source = "python -m harness.tracking"
-    if not (settings.api_key or authenticate_session(host=host, source=source, prompt=False, update_session=False)):
-        raise CommandError("No W&B credentials found: run `wandb login`, or set WANDB_API_KEY.")
-    if not server_answers(settings.base_url):
-        raise CommandError(f"W&B can't be reached at {settings.base_url}.")
-    try:
-        return wandb.Api(timeout=API_TIMEOUT_SECONDS)
-    except wandb.Error as error:
-        raise CommandError(f"W&B refuses the credentials: {one_line(error)}") from error
 
 
 def _check_server(api: Any) -> None:

@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(sys.platform != "linux", reason="the laboratory reads /proc"),
 ]
-OF_ROWS = ("sync", "rows_missing", "rows_double", "rows_differing", "rows_disordered", "runs")
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +55,18 @@ def test_two_processes(laboratory: Laboratory) -> None:
     assert (result.verdicts, result.details) == ({}, [])
 
 
-@pytest.fixture(scope="module")
-def offline(laboratory: Laboratory) -> Result:
+def test_one_process_that_is_tracked_offline(laboratory: Laboratory) -> None:
     configuration = Configuration(who="ours", processes=1, tracking="offline")
-    return laboratory.run(case(configuration, ("kill_all", "step", 27), ("script_then_core", "evaluation", 35)))
+    result = laboratory.run(case(configuration, ("kill_all", "step", 27), ("script_then_core", "evaluation", 35)))
+    assert killed(result) == [("kill_all", "step"), ("script_then_core", "evaluation")]
+    assert (result.verdicts, result.details) == ({}, [])
 
 
-def test_one_process_that_is_tracked_offline(offline: Result) -> None:
-    assert killed(offline) == [("kill_all", "step"), ("script_then_core", "evaluation")]
-    assert not {name: number for name, number in offline.verdicts.items() if name not in OF_ROWS}
-
-
-@pytest.mark.xfail(reason="rows are not yet counted over the lives of a run", strict=True)
-def test_its_rows_are_there_once(offline: Result) -> None:
-    assert not {name: number for name, number in offline.verdicts.items() if name in OF_ROWS}
+def test_two_processes_that_are_tracked_online_with_uploads(laboratory: Laboratory) -> None:
+    configuration = Configuration(who="ours", processes=2, tracking="online", uploads=True)
+    result = laboratory.run(case(configuration, ("core_then_script", "upload", 15), ("kill_rank", "save", 40)))
+    assert [kind for kind, _ in killed(result)] == ["core_then_script", "kill_rank"]
+    assert (result.verdicts, result.details) == ({}, [])
 
 
 class Refused(Configuration):

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.topology import settle
 from harness.tracking.watch import Watch
 
 ACCUMULATION, BATCH_SIZE, NUM_STEPS = 4, 3, 2
@@ -86,6 +87,7 @@ def main(folder: Path) -> None:
         text = json.dumps(found, default=dataclasses.asdict)
         (folder / "found.json").write_text(text, encoding="utf-8")
     dist.barrier()
+    settle()  # without it a rank dies now and then in torch's destructor
     dist.destroy_process_group()
 
 
