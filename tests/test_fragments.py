@@ -49,8 +49,11 @@ def test_fragments_come_in_the_order_in_which_they_began(tmp_path: Path) -> None
     assert [each.rows for each in collect([later.parent, earlier.parent], "abc")] == [3, 2]
 
 
-def test_a_fragment_that_names_no_run_is_moved_away(tmp_path: Path) -> None:
-    nameless = written(folder(tmp_path, "1"), [])
+@pytest.mark.parametrize("beginning", [None, b"", b":W", bytes(7)])
+def test_a_fragment_that_names_no_run_is_moved_away(beginning: bytes | None, tmp_path: Path) -> None:
+    nameless = written(folder(tmp_path, "1"), [] if beginning is None else records_of("abc", start=5, rows=2))
+    if beginning is not None:  # as a loss of power leaves it
+        nameless.write_bytes(beginning + (nameless.read_bytes()[7:] if len(beginning) == 7 else b""))
     assert collect([nameless.parent], "abc") == []
     assert not nameless.parent.exists()
     assert (tmp_path / "torn-offline-run-1-abc" / "run-abc.wandb").is_file()

@@ -38,14 +38,20 @@ def begun(folder: Path, server: WandbServer | None, *, pace: float = PACE, **mor
     return Training(folder, server, pace=pace, variables=variables, **{**ARGUMENTS, **more})
 
 
+def children(training: Training) -> list[psutil.Process]:
+    """Wandb's processes."""
+    found = [each for each in psutil.Process(training.process.pid).children(recursive=True) if "wandb" in each.name()]
+    return [each for each in found if each.status() != psutil.STATUS_ZOMBIE]
+
+
 def kill(training: Training, what: str) -> None:
-    """SIGKILL to all processes, to the training alone, or to wandb's and then to the training."""
-    cores = [each for each in psutil.Process(training.process.pid).children(recursive=True) if "wandb" in each.name()]
+    """SIGKILL to all processes, to the training alone, or to wandb's."""
+    cores = children(training)
     assert cores
     if what == "core":
         for core in cores:
             core.kill()
-        training.reach(len(training.began_steps) + 2)
+        return
     if what == "all":
         os.killpg(training.process.pid, signal.SIGKILL)
     training.process.kill()
@@ -110,10 +116,37 @@ def test_killed_before_and_after_a_checkpoint_the_history_is_that_of_a_run_that_
         training = begun(folder, server)
         training.reach(step)
         kill(training, what)
+        if what == "core":
+            training.reach(len(training.began_steps) + 2)
+            kill(training, "all")
     training = begun(folder, server).ended()
     assert training.report[-1] == f"{ROWS} rows, all confirmed by the server"
     assert_one_run(training, server, whole)
     assert identity(training)["exit_code"] == 0
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_another_process_of_wandbs_takes_over_from_one_that_was_killed(
+    mode: str, server: WandbServer, whole: tuple[Training, RunRecord], tmp_path: Path
+) -> None:
+    is_online = mode == "online"
+    more = {"wandb_log_model": "checkpoint"} if is_online else {"variables": {"WANDB_MODE": "offline"}}
+    training = begun(tmp_path / "run", server if is_online else None, **more)
+    training.reach(14)
+    kill(training, "core")
+    training.reach(29)  # and shortly before the end
+    kill(training, "core")
+    training.ended()
+    assert training.err.count("wandb's process has died: another one takes over") == 2
+    assert "Traceback" not in training.err
+    if is_online:
+        assert training.report[-2] == f"{ROWS} rows, all confirmed by the server"
+        logged = [found for found in server.artifacts() if found.logged_by == identity(training)["run_id"]]
+        steps = {alias for found in logged for alias in found.aliases if alias.startswith("checkpoint_global")}
+        assert steps == {f"checkpoint_global_step_{step}" for step in (10, 20, 30)}
+    else:
+        synced(training, server)
+    assert_one_run(training, server, whole)
 
 
 @pytest.mark.parametrize("torn_bytes", [0, 700])

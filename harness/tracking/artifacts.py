@@ -13,6 +13,7 @@ from typing import Any
 from harness.tracking.configuration import plain
 from harness.tracking.opening import one_line
 from harness.tracking.outcome import Delivery, Pending
+from harness.tracking.settings import TrackingConfig
 from harness.tracking.staging import FOLDER, stage, sweep, waiting
 from harness.tracking.uploads import Uploads
 
@@ -155,6 +156,24 @@ class Artifacts:
             self._has_copied = True
             logger.warning("%s takes no hard links: artifacts for W&B are copied there.", root)
         self._uploads.add([staged], may_be_late=saved_at is not None)
+
+
+def open_artifacts(run: Any, config: TrackingConfig, output_dir: Path | None) -> Artifacts | None:
+    """The artifacts of an open run, as --wandb_log_model and its companions say; None without any."""
+    if run is None or run.disabled or config.wandb_log_model == "false":
+        return None
+    # A run that is called like its folder has a path for a name: the Trainer takes its id then.
+    named = config.run_name not in (None, str(output_dir))
+    return Artifacts(
+        run,
+        log_model=config.wandb_log_model,
+        suffix=(run.name if named else None) or run.id,
+        naming=config.wandb_artifact_names,
+        keep_checkpoints=config.wandb_keep_checkpoints,
+        registry=config.wandb_registry,
+        finish_timeout=config.wandb_finish_timeout,
+        output_dir=output_dir,
+    )
 
 
 def _allowed(suffix: str, run_id: str) -> str:

@@ -45,32 +45,39 @@ def collect(folders: Iterable[Path], run_id: str) -> list[Fragment]:
     """
     The fragments of a run in these folders, in the order in which they began, each fit to be synced.
 
-    `wandb sync` stops, and says nothing, at a file whose tail is torn, and refuses one that names no run: the first
-    kind is cut behind its last whole record and gets an end, the other is moved away. No life may be running.
+    `wandb sync` stops, and says nothing, at a file whose tail is torn, and refuses one that names no run or whose
+    beginning is lost: the first kind is cut behind its last whole record and gets an end, the others are moved away.
+    What is counted is on the disk itself. No life may be running.
     """
     found = []
     for folder in folders:
         path = folder / f"run-{run_id}.wandb"
         try:
-            fragment = read_fragment(path)
-            if fragment.started_at is None:
+            fragment = _readable(path)
+            if fragment is None:
                 folder.rename(folder.with_name(f"{TORN}{folder.name}"))
                 continue
             seal(fragment)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             logger.warning("%s can't be read, its rows are not counted: %s", path, error)
             continue
         found.append(fragment)
     return sorted(found, key=lambda fragment: fragment.started_at or 0)
 
 
+def _readable(path: Path) -> Fragment | None:
+    """The fragment, None if nothing in it says whose it is. Raises OSError."""
+    try:
+        fragment = read_fragment(path)
+    except ValueError:
+        return None
+    return None if fragment.started_at is None else fragment
+
+
 def seal(fragment: Fragment) -> None:
     """Cut a file behind its last whole record, and add the record of an end with exit code 1 if it has none."""
     from wandb.proto import wandb_internal_pb2
 
-    size = fragment.path.stat().st_size
-    if fragment.has_ended and size == fragment.end:
-        return
     with fragment.path.open("r+b") as file:
         file.truncate(fragment.end)
         file.seek(fragment.end)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from harness.config import ConfigError
+from harness.topology import is_running
 from harness.tracking import identity as identities
 from harness.tracking.cores import describe_processes, wait_for_cores
 from harness.tracking.fragments import TORN, collect, mark_synced
 from harness.tracking.history import History
 from harness.tracking.identity import Identity
 from harness.tracking.journal import FILE, Journal
-from harness.tracking.opening import open_run
+from harness.tracking.opening import failures, one_line, open_run
 from harness.tracking.settings import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -100,6 +103,33 @@ class Lives:
             if identity.forked_from is not None:
                 run.config.update({"forked_from": identity.forked_from}, allow_val_change=True)
         return run, history
+
+    def has_lost_its_cores(self, *, patience: float) -> bool:
+        """Whether wandb's processes of the open run are gone, or go within `patience` seconds."""
+        processes = self.identity.processes if self.identity is not None else {}
+        cores = processes.get("cores", [])
+        deadline = time.monotonic() + patience
+        while any(is_running(*core) for core in cores) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return bool(cores) and not any(is_running(*core) for core in cores)
+
+    def reopen(
+        self, config: TrackingConfig, init_kwargs: Mapping[str, Any], *, rows: int, stop: Callable[[], None]
+    ) -> tuple[Any, History] | None:
+        """After the death of wandb's processes: what `open` does in a next life, with all `rows` made; None: failed."""
+        import wandb
+
+        with suppress(*failures()):
+            wandb.teardown()
+        self._resumes, self._saved, self._rows, self._changes = True, self.identity, rows, ""
+        try:
+            return self.open(replace(config, wandb_fork=False), init_kwargs, stop=stop)
+        except ConfigError as error:
+            reason = str(error)
+        except failures() as error:
+            reason = one_line(error)
+        logger.warning("The run can't be opened again, its rows are kept in %s: %s", self.journal_path, reason)
+        return None
 
     def ended(self, exit_code: int) -> None:
         """Keep how this life ended."""

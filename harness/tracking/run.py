@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import numbers
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.tracking import GeneralTracker
 
-from harness.tracking.artifacts import Artifacts
+from harness.tracking.artifacts import Artifacts, Delivery, open_artifacts
+from harness.tracking.closing import PREEMPTED_SECONDS, end_run, summary_numbers
 from harness.tracking.configuration import masked, model_config, num_parameters, plain
 from harness.tracking.history import History
 from harness.tracking.journal import revived
@@ -33,8 +31,7 @@ from harness.tracking.watch import Watch, log_graph
 
 logger = logging.getLogger(__name__)
 
-# What uploads, and then the end of the run, get of the time that a preempted job has left.
-PREEMPTED_SECONDS = 10.0
+MOST_REVIVALS = 3  # of one process; what keeps killing wandb's is not ended by starting another
 
 
 class WandbTracker(GeneralTracker):  # type: ignore[misc]
@@ -83,6 +80,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._attached: dict[str, Any] = {}
         self._num_parameters: int | None = None
         self._architecture = ""
+        self._told: list[Callable[[], Any]] = []
+        self._revivals = 0
         self._is_own = False
         self._is_preempting = False
         self._has_warned = False
@@ -116,33 +115,28 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
         separate_randomness()
         self._is_own = wandb.run is None
-        # A function, not the event's method: wandb copies its settings deeply.
-        stop = lambda: self._stop.set()  # noqa: E731
         if not self._is_own:
             self._run = wandb.run
         elif self._lives is None:
-            self._run = open_run(self.config, self._init_kwargs, stop=stop)
+            self._run = open_run(self.config, self._init_kwargs, stop=self._on_stop)
         else:
-            self._run, self._history = self._lives.open(self.config, self._init_kwargs, stop=stop)
+            self._run, self._history = self._lives.open(self.config, self._init_kwargs, stop=self._on_stop)
+        self._begin()
+        self._tell(self._define_metrics)
+
+    @property
+    def _on_stop(self) -> Callable[[], None]:
+        # A function, not the event's method: wandb copies its settings deeply.
+        return lambda: self._stop.set()
+
+    def _begin(self) -> None:
+        """What hangs on the run that has just been opened."""
         self._where = "" if self._run is None else where(self._run)
-        self._deliver(self._define_metrics)
-        if self._run is not None and not self._run.disabled and self.config.wandb_log_model != "false":
-            # A run that is called like its folder has a path for a name: the Trainer takes its id then.
-            named = self.config.run_name not in (None, str(self._output_dir))
-            self._artifacts = Artifacts(
-                self._run,
-                log_model=self.config.wandb_log_model,
-                suffix=(self._run.name if named else None) or self._run.id,
-                naming=self.config.wandb_artifact_names,
-                keep_checkpoints=self.config.wandb_keep_checkpoints,
-                registry=self.config.wandb_registry,
-                finish_timeout=self.config.wandb_finish_timeout,
-                output_dir=self._output_dir,
-            )
+        self._artifacts = open_artifacts(self._run, self.config, self._output_dir)
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Add `values` to the run's configuration, secrets masked."""
-        self._deliver(lambda: self._run.config.update(masked(values), allow_val_change=True))
+        self._tell(lambda: self._run.config.update(masked(values), allow_val_change=True))
 
     def watch(self, model: torch.nn.Module, accelerator: Accelerator | None = None, *, log_freq: int = 100) -> None:
         """
@@ -162,7 +156,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 patterns=config.wandb_watch_patterns or (),
                 is_main=PartialState().is_main_process,
             )
-            self._deliver(lambda: log_graph(self._run, unwrapped))
+            self._tell(lambda: log_graph(self._run, unwrapped))
         self._num_parameters, self._architecture = num_parameters(unwrapped), str(unwrapped)
         if self._artifacts is not None:
             configuration = model_config(unwrapped)
@@ -258,28 +252,32 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
         In a notebook a run that did not fail stays open until `wandb.finish()`, as under the Trainer.
         """
-        history, self._history = self._history, None
-        if history is not None and self._lives is not None:
-            history.close()
-            self._lives.ended(exit_code)
-            if self._run is None:
-                path = self._lives.journal_path
-                self._report = [f"{history.rows} rows are in {path}; deliver them: {UPLOAD} {quote(str(path.parent))}"]
-        if self._run is None:
-            return
+        ends = self._is_own and not (exit_code == 0 and is_notebook())
+        sent = self._deliver(lambda: self._run.step)  # if wandb's process has died, another one ends the run
         # A life that a next one follows, which delivers what is left, does not wait for slow uploads.
         limit = self.config.wandb_finish_timeout if exit_code else None
         limit = PREEMPTED_SECONDS if self._is_preempting else limit
-        delivery = self._artifacts.close(limit) if self._artifacts is not None else None
-        run, self._artifacts = self._run, None
-        if self._is_own and not (exit_code == 0 and is_notebook()):
-            sent = self._rows_sent()
-            self._end(lambda: run.finish(exit_code=exit_code))
+        if self._lives is not None:
+            self._lives.ended(exit_code)
+        delivery = self._close_artifacts(limit)
+        if ends:
+            self._deliver(lambda: end_run(self._run, exit_code, is_preempting=self._is_preempting))
+            delivery = self._close_artifacts(0.0) or delivery
+        history, self._history = self._history, None
+        run, self._run = self._run, None
+        if history is not None and self._lives is not None:
+            history.close()
+            self._lives.ended(exit_code)
+            if run is None:
+                path = self._lives.journal_path
+                self._report = [f"{history.rows} rows are in {path}; deliver them: {UPLOAD} {quote(str(path.parent))}"]
+        if run is not None and (ends or delivery is not None):
             home = self._output_dir if history is not None else None
-            self._report = describe_delivery(run, count_rows(run, sent=sent), delivery, home=home)
-        elif delivery is not None:
-            self._report = describe_delivery(run, None, delivery)
-        self._run = None
+            self._report = describe_delivery(run, count_rows(run, sent=sent) if ends else None, delivery, home=home)
+
+    def _close_artifacts(self, limit: float | None) -> Delivery | None:
+        artifacts, self._artifacts = self._artifacts, None
+        return None if artifacts is None else artifacts.close(limit)
 
     def describe(self) -> str:
         """Where to find the run, also when it is over: its address, or its folder and how to upload it."""
@@ -296,55 +294,54 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
     def _send(self, summary: dict[str, Any], row: dict[str, Any], kwargs: dict[str, Any]) -> None:
         row, self._attached = {**revived(self._attached), **row}, {}
         if summary:
-            self._deliver(lambda: self._run.summary.update(summary))
+            self._tell(lambda: self._run.summary.update(summary))
         if self._history is None:
             self._deliver(lambda: self._run.log(row, **kwargs))
-        else:
-            self._attempt(partial(self._history.log, row))
+        else:  # what fails here is in the journal, and sent from there if wandb's process is another then
+            self._attempt(partial(self._history.log, row), again=False)
 
     def _numbers(self, *, with_parameters: bool = True) -> dict[str, float | None]:
-        """The numbers of the summary, as the Trainer puts them into an artifact's metadata: NaN is null there."""
-        found: dict[str, float] = {}
-
-        def read() -> None:
-            for name, value in dict(self._run.summary).items():
-                if isinstance(value, numbers.Real) and not name.startswith("_"):
-                    found[name] = value if isinstance(value, int) else float(value)
-
-        self._deliver(read)
+        found = self._deliver(lambda: summary_numbers(self._run)) or {}
         if with_parameters and self._num_parameters is not None:
             found["model/num_parameters"] = self._num_parameters
-        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+        return dict(found)
 
-    def _end(self, finish: Callable[[], None]) -> None:
-        """Finish the run; one that is being preempted for so long only. wandb writes all of it to the disk at exit."""
-        if not self._is_preempting:
-            self._deliver(finish)
-            return
+    def _tell(self, action: Callable[[], Any]) -> None:
+        """Do something with the run now, and again with each process of wandb's that takes over."""
+        self._told.append(action)
+        self._deliver(action)
 
-        def attempt() -> None:
-            with suppress(*failures()):
-                finish()
-
-        # The finish_timeout of an open run can't be changed: wandb's process has its own copy.
-        thread = threading.Thread(target=attempt, name="wandb-finish", daemon=True)
-        thread.start()
-        thread.join(PREEMPTED_SECONDS)
-
-    def _rows_sent(self) -> int | None:
-        sent: list[int] = []
-        self._deliver(lambda: sent.append(self._run.step))
-        return sent[0] if sent else None
-
-    def _deliver(self, action: Callable[[], Any]) -> None:
+    def _deliver(self, action: Callable[[], Any]) -> Any:
         """Do something with the run, if there is one; a failure of wandb's is a warning, the first time."""
-        if self._run is not None:
-            self._attempt(action)
+        return None if self._run is None else self._attempt(action)
 
-    def _attempt(self, action: Callable[[], Any]) -> None:
+    def _attempt(self, action: Callable[[], Any], *, again: bool = True) -> Any:
         try:
-            action()
+            return action()
         except failures() as error:
+            if self._revive():
+                return self._deliver(action) if again else None
             if not self._has_warned:
                 logger.warning("W&B failed, the training goes on; rows may be missing: %s", one_line(error))
             self._has_warned = True
+        return None
+
+    def _revive(self) -> bool:
+        """After the death of wandb's process: open the run as the next life would. Returns whether it is open."""
+        lives, history = self._lives, self._history
+        if lives is None or history is None or self._is_preempting or self._revivals == MOST_REVIVALS:
+            return False
+        if not lives.has_lost_its_cores(patience=0.0 if self._has_warned else 0.5):
+            return False
+        self._revivals += 1
+        logger.warning("wandb's process has died: another one takes over, and gets the rows that were lost with it.")
+        self._close_artifacts(0.0)  # they stay staged
+        history.close()
+        reopened = lives.reopen(self.config, self._init_kwargs, rows=history.rows, stop=self._on_stop)
+        if reopened is None:
+            return False
+        self._run, self._history = reopened
+        self._begin()
+        for action in self._told:
+            self._deliver(action)
+        return self._run is not None
