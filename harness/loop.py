@@ -219,6 +219,7 @@ def save(run: Run, state: TrainState) -> None:
             "arguments": run.arguments,
             "tracking": run.tracker.state_dict(),
         },
+        others=run.tracker.files_of_checkpoint(),
     )
     is_best = state.best_global_step == state.global_step
     log = run.tracker.checkpoint_logger(step=state.global_step, epoch=state.epoch, is_best=is_best)

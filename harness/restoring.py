@@ -41,7 +41,7 @@ def restore(run: Run, state: TrainState, saved: Saved) -> None:
     changes, other_numbers = _check_changes(run, saved)
     if changes.told:
         run.console.line(f"Other arguments than those of {saved.path.name}: {', '.join(changes.told)}.")
-    run.tracker.load_state_dict(saved.shared.get("tracking", {}), changes=other_numbers)
+    run.tracker.load_state_dict(saved.shared.get("tracking", {}), saved.path, changes=other_numbers)
     position, is_exact = _position(run, state, saved)
     if saved.rank_state is None:
         logger.warning("%s has no random state for this rank: the run goes on, but not to the bit.", saved.path)

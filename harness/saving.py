@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Content:
     """
     What a save writes: `write_model` the weights, `files` torch states by name, `trainer_state` the Trainer's JSON.
 
-    `rank_state` is this rank's alone: generators, and what it has not reported. `shared` is ours, plain JSON.
+    `others` are files by name and what writes each. `rank_state` is this rank's alone: generators, and what it has not
+    reported. `shared` is ours, plain JSON.
     """
 
     step: int
@@ -52,6 +53,7 @@ class Content:
     trainer_state: Mapping[str, Any]
     rank_state: Mapping[str, Any]
     shared: Mapping[str, Any]
+    others: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -233,6 +235,8 @@ class Checkpoints:
             return
         for name, state in content.files.items():
             torch.save(state, folder / name)
+        for name, write in content.others.items():
+            write(folder / name)
         for i, state in enumerate(rank_states):
             torch.save(dict(state), folder / rng_file(i, self.num_processes))
 

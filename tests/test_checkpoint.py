@@ -52,6 +52,7 @@ def save(checkpoints: Checkpoints, content: Content, *, best: str | None = None)
 def content(step: int, write_model: Callable[[Path, Any], None] | None = None) -> Content:
     def write(folder: Path, weights: Any) -> None:
         (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+        (folder / "model-00002-of-00002.safetensors").write_bytes(bytes(range(256)))
 
     return Content(
         step=step,
@@ -90,6 +91,10 @@ def newer_format(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights removed": (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "a shard removed": (
+        lambda path: (path / "model-00002-of-00002.safetensors").unlink(),
+        "model-00002-of-00002.safetensors is missing",
+    ),
     "optimizer removed": (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing"),
     "generators removed": (lambda path: (path / "rng_state.pth").unlink(), "rng_state.pth is missing"),
     "state removed": (lambda path: (path / TRAINER_STATE_FILE).unlink(), f"{TRAINER_STATE_FILE} is missing"),
@@ -148,6 +153,7 @@ def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:
     save(writer(tmp_path, save_only_model=True), content(10))
     assert {path.name for path in (tmp_path / "checkpoint-10").iterdir()} == {
         "model.safetensors",
+        "model-00002-of-00002.safetensors",
         TRAINER_STATE_FILE,
         STATE_FILE,
     }

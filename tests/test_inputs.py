@@ -22,10 +22,10 @@ from harness.checkpoint import why_invalid
 from harness.config import ConfigError
 from harness.tracking.downloads import check_manifest
 from tests.faults.deaths import small_disk
-from tests.support.faulty_training import SCRIPT, Training, environment
+from tests.support.faulty_training import SCRIPT, Training, committed, environment
 from tests.support.inputs import save_gpt_tokenizer, text_flags, write_text
 from tests.support.wandb_seen import _untimed
-from tests.support.wandb_server import RunRecord, WandbServer
+from tests.support.wandb_server import ArtifactRecord, RunRecord, WandbServer
 
 pytestmark = pytest.mark.slow
 
@@ -100,15 +100,25 @@ def test_an_empty_machine_ends_with_the_bits_of_the_uninterrupted_run(
 ) -> None:
     gone = begun(tmp_path / "gone", server)
     gone.reach(14)
-    gone.process.terminate()
-    gone.ended(85)
+    if form == "path":  # a preemption
+        gone.process.terminate()
+        gone.ended(85)
+    else:  # a death: rows of before the checkpoint have not reached W&B
+        server.fault("hang", "file_stream")
+        while not any(each.logged_by == run_of(gone, server).id and is_of_step(each, 20) for each in committed(server)):
+            assert gone.process.poll() is None
+            time.sleep(0.02)
+        os.killpg(gone.process.pid, signal.SIGKILL)
+        gone.process.wait()
+        server.clear_faults()
     before = run_of(gone, server)
     shutil.rmtree(gone.output_dir)
     path = f"wandb:{before.entity}/{before.project}/checkpoint-{before.id}:latest"
     given = {"path": {"resume_from_checkpoint": path}, "bare": {"resume_from_checkpoint": "wandb:"}}[form]
     training = begun(tmp_path / "run", server, **given, wandb_run_id=before.id if form == "bare" else None).ended()
     step = int(training.out.partition(", step ")[2].split()[0])
-    assert 12 <= step < 20
+    assert 12 <= step < 20 if form == "path" else step == 20
+    assert form == "path" or "rows that W&B lacked are sent again" in training.err
     run, expected = run_of(training, server), run_of(whole, server)
     assert run.id == before.id
     assert [_untimed(row) for row in run.rows] == [_untimed(row) for row in expected.rows]
@@ -117,8 +127,14 @@ def test_an_empty_machine_ends_with_the_bits_of_the_uninterrupted_run(
         assert (training.output_dir / name).read_bytes() == (whole.output_dir / name).read_bytes(), name
     assert why_invalid(training.output_dir / "checkpoint-10") is None, "the best one came along"
     (used,) = [found for found in server.artifacts() if run.id in found.used_by]
-    assert f"checkpoint_global_step_{step}" in used.aliases
+    assert is_of_step(used, step)
+    journal = (training.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["_row"] for line in journal] == list(range(len(expected.rows)))
     assert not list(training.output_dir.glob("*.partial"))
+
+
+def is_of_step(artifact: ArtifactRecord, step: int) -> bool:
+    return f"checkpoint_global_step_{step}" in artifact.aliases
 
 
 def downloads(server: WandbServer) -> list[str]:

@@ -206,6 +206,7 @@ def test_a_refusal_on_two_processes_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_refusal_after_the_processes_have_met_is_said_once(tmp_path: Path) -> None:
     arguments = {"resume_from_checkpoint": "true"}
     ended = run([*launcher(DDP), SCRIPT, *flags(tmp_path / "out", arguments)])

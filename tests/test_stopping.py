@@ -29,6 +29,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sigterm_saves_says_so_and_the_run_goes_on_as_if_nothing_had_been(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     task = {"task_args": {"after": 50, "sent": str(tmp_path / "sent")}}

@@ -637,6 +637,7 @@ def table_of(left: WandbFile, row: int, name: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 class TestRun:
     @pytest.mark.parametrize(("row", "name", "classes"), [(0, "two", 2), (1, "three", 3)])
     def test_classification_has_table_and_charts(self, left: WandbFile, row: int, name: str, classes: int) -> None:

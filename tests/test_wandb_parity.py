@@ -127,7 +127,7 @@ DIFFERENCES = {
     "files": Difference(
         "files of a model's or a checkpoint's artifact",
         "`training_args.bin`",
-        "`harness_state.json` in a checkpoint",
+        "`harness_state.json` and `metrics.jsonl` in a checkpoint",
         "no pickle to trust; digests of every file, an exact resume",
     ),
     "metadata": Difference(
@@ -466,6 +466,7 @@ def level_version(version: Version, pair: Pair) -> None:
     assert is_initial or version.metadata.pop("saved_at") > 1.7e9
     if not is_initial and "model_architecture.txt" not in version.files:
         assert version.files.pop("harness_state.json") == "OWN"
+        assert version.files.pop("metrics.jsonl") == "OWN"
         for name in [name for name in version.files if name.startswith("rng_state")]:
             assert version.files[name].pop("harness")
     if "eval/loss_per_token" in version.metadata or "train/num_nonfinite_losses" in version.metadata:

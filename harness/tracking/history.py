@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from harness.tracking.journal import COLUMNS, Journal, encoded, revived
@@ -95,6 +96,10 @@ class History:
     def sync(self) -> None:
         """Bring the journal to the disk: a checkpoint is going to count its rows."""
         self._journal.sync()
+
+    def copier(self) -> Callable[[Path], None]:
+        """What a checkpoint keeps of the rows, see Journal.copier: where this disk is lost, it has them."""
+        return self._journal.copier()
 
     def close(self) -> None:
         """Nothing comes any more."""

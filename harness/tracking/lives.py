@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -40,15 +41,16 @@ class Lives:
         self._saved: Identity | None = None
         self._rows = 0
         self._changes = ""
+        self._checkpoint: Path | None = None
 
     @property
     def journal_path(self) -> Path:
         """Where the rows are, whatever becomes of W&B."""
         return self.output_dir / FILE
 
-    def load_state_dict(self, saved: Mapping[str, Any], *, changes: str) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str) -> None:
         """Take what a checkpoint says of the run; `changes` is what makes its numbers others from there on, or ""."""
-        self._rows, self._changes = int(saved.get("rows", 0)), changes
+        self._rows, self._changes, self._checkpoint = int(saved.get("rows", 0)), changes, folder
         self._saved = identities.parse(saved.get("run") or {})
 
     def open(
@@ -139,6 +141,9 @@ class Lives:
     def _journal(self, identity: Identity, *, before: Identity | None, goes_on: bool) -> Journal:
         """The journal of the run; that of another run in this folder is set aside, a fork's has its beginning."""
         journal = Journal(self.journal_path)
+        if goes_on and self._checkpoint is not None and not journal.path.exists():
+            with suppress(OSError):  # an empty machine; where there is none, History says what is missing
+                shutil.copyfile(self._checkpoint / FILE, journal.path)
         if not goes_on and journal.path.is_file():
             is_own = before is not None and before.run_id == identity.forked_from
             aside = journal.path.with_name(f"metrics.{before.run_id if before else 'before'}.jsonl")

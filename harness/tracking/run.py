@@ -20,6 +20,7 @@ from harness.tracking.artifacts import Artifacts, Delivery, open_artifacts
 from harness.tracking.closing import PREEMPTED_SECONDS, end_run, summary_numbers
 from harness.tracking.configuration import masked, model_config, num_parameters, plain
 from harness.tracking.history import History
+from harness.tracking.journal import FILE as JOURNAL
 from harness.tracking.journal import revived
 from harness.tracking.lives import Lives
 from harness.tracking.names import SUMMARY_ONLY, rewrite
@@ -224,21 +225,21 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         if self._history is None or self._lives is None or self._lives.identity is None:
             return {}
         self._history.sync()
-        return {
-            "rows": self._history.rows,
-            "run": self._lives.identity.of_checkpoint(),
-            "attached": self._attached,
-        }
+        run = self._lives.identity.of_checkpoint()
+        return {"rows": self._history.rows, "run": run, "attached": self._attached}
 
-    def load_state_dict(self, saved: Mapping[str, Any], *, changes: str = "") -> None:
+    def files_of_checkpoint(self) -> dict[str, Callable[[Path], None]]:
+        """The files that a checkpoint keeps, by name, and what writes each, in any thread."""
+        return {} if self._history is None else {JOURNAL: self._history.copier()}
+
+    def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str = "") -> None:
         """
-        Go on with the rows and the run of a checkpoint; before `start`.
+        Go on with the rows and the run of a checkpoint, whose folder this is; before `start`.
 
-        `changes` says what makes the numbers others than they were, "" if nothing does: a run that has rows beyond the
-        checkpoint then can't go on.
+        `changes`: what makes other numbers than before, or "". A run with rows beyond the checkpoint can't go on then.
         """
         if self._lives is not None:
-            self._lives.load_state_dict(saved, changes=changes)
+            self._lives.load_state_dict(saved, folder, changes=changes)
             self._attached = dict(saved.get("attached", {}))
 
     def mark_preempting(self) -> None:

@@ -20,7 +20,7 @@ from tests.support.wandb_server import WandbServer
 # wandb's own and the clock's: that they are there is compared, their values can't be.
 CLOCK = ("_timestamp", "_runtime")
 # Written by each library for itself, from its pickled arguments or its own state.
-OWN_FILES = ("training_args.bin", "harness_state.json")
+OWN_FILES = ("training_args.bin", "harness_state.json", "metrics.jsonl")
 
 
 @dataclass
