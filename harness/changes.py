@@ -65,7 +65,7 @@ REFUSED = frozenset(
         *("validation_file", "validation_split_name", "validation_split_percentage"),
         *("text_column_names", "text_column_delimiter", "label_column_name", "max_train_samples", "block_size"),
         *("keep_linebreaks", "max_seq_length", "pad_to_max_length", "mlm_probability", "line_by_line"),
-        *("do_regression", "remove_unused_columns", "overfit_batches"),
+        *("do_regression", "label_all_tokens", "remove_unused_columns", "overfit_batches"),
         *("train_sampling_strategy", "length_column_name", "data_seed", "dataloader_drop_last"),
         "dataloader_seed_batches",
         *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1"),

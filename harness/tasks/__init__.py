@@ -16,6 +16,11 @@ SHIPPED = {
     "causal-lm": "harness.tasks.causal_lm:build",
     "masked-lm": "harness.tasks.masked_lm:build",
     "sequence-classification": "harness.tasks.sequence_classification:build",
+    "token-classification": "harness.tasks.token_classification:build",
+}
+# Flags that one shipped task reads and that are off unless they are given.
+OWNERS = {
+    "label_all_tokens": "token-classification",
 }
 
 
@@ -73,6 +78,7 @@ class TaskConfig:
         help="sequence-classification: the label is a number; default: by its type.", nargs="?", const=True
     )
     metric_name: str | None = arg(help="sequence-classification: accuracy, f1, matthews_correlation, pearson, ...")
+    label_all_tokens: bool = arg(False, "token-classification: label all tokens of a word, not its first alone.")
 
     def __post_init__(self) -> None:
         at_least(
@@ -92,8 +98,18 @@ class TaskConfig:
             choice("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))
         if ":" not in self.task:
             choice("task", self.task, tuple(SHIPPED))
+            self._check_owners()
         if self.dataset_name and self.train_file:
             raise ConfigError("--dataset_name and --train_file both name the training data; give one of them.")
+
+    def _check_owners(self) -> None:
+        """Refuse flags that the shipped task does not read; a task of one's own may read any."""
+        for flag, owner in OWNERS.items():
+            value = getattr(self, flag)
+            if value not in (None, False) and self.task != owner:
+                raise ConfigError(
+                    f"--{flag}={value} is of --task {owner}, and --task={self.task} does not read it; leave it out."
+                )
 
 
 class Metrics(Protocol):

@@ -102,6 +102,27 @@ def classified(
     )
 
 
+def tagged(
+    model: torch.nn.Module,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: Any,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    names: Sequence[str],
+) -> SamplePredictions:
+    """Give each text, its labels, and those of the model, in the order of the words; -100 is no label."""
+    accepted = inspect.signature(model.forward).parameters
+    rows: list[list[str]] = []
+    for batch in _batches(samples):
+        inputs = collate([{name: value for name, value in row.items() if name in accepted} for row in batch])
+        on_device = {name: value.to(_device(model)) for name, value in inputs.items() if name != "labels"}
+        found = model(**on_device).logits.argmax(dim=-1).cpu()
+        for sample, given, guessed in zip(batch, inputs["labels"].cpu(), found, strict=True):
+            tags = [" ".join(names[i] for i in ids[given >= 0].tolist()) for ids in (given, guessed)]
+            rows.append([tokenizer.decode(sample["input_ids"], skip_special_tokens=True), *tags])
+    return SamplePredictions(columns=COLUMNS, rows=rows)
+
+
 def _batches(samples: Sequence[Any]) -> Iterator[Sequence[Any]]:
     for start in range(0, len(samples), BATCH_SIZE):
         yield samples[start : start + BATCH_SIZE]

@@ -15,14 +15,14 @@ from harness.config import ConfigError
 from harness.tasks import TaskConfig
 
 
-def load_tokenizer(config: TaskConfig) -> Any:
-    """Load the tokenizer of --tokenizer_name or of the model. Raises ConfigError where there is none."""
+def load_tokenizer(config: TaskConfig, **options: Any) -> Any:
+    """Load the tokenizer of --tokenizer_name or of the model, with its own `options`. Raises ConfigError."""
     name = config.tokenizer_name or config.model_name_or_path
     flag = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
     if name is None:
         raise ConfigError("No tokenizer; give --tokenizer_name, or --model_name_or_path with a model that has one.")
     with _user_model(f"--{flag}={name}: its tokenizer can't be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **_hub(config))
+        tokenizer = AutoTokenizer.from_pretrained(name, **_hub(config), **options)
     # A folder without tokenizer files gives a tokenizer that knows its special tokens and nothing else.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f"--{flag}={name} holds no tokenizer; name one by --tokenizer_name.")
