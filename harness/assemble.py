@@ -87,6 +87,7 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
         num_items=loss.num_items,
         label_names=loss.label_names,
         metrics=None if config.evaluation.prediction_loss_only else task.metrics,
+        generate=task.generate,
         drops_non_finite=config.metrics.logging_nan_inf_filter,
         counts_all_ranks=config.modeling.average_tokens_across_devices,
     )

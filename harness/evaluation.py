@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
 from harness.config import ConfigError, arg
-from harness.tasks import Metrics
+from harness.tasks import Generate, Metrics
 
 Batch = Mapping[str, Any]
 # (model, batch, number of items) -> (loss, outputs); and the batches of a window -> number of items.
@@ -80,10 +80,12 @@ class Evaluator:
         num_items: ItemsOf,
         label_names: list[str],
         metrics: Callable[[], Metrics] | None,
+        generate: Generate | None,
         drops_non_finite: bool,
         counts_all_ranks: bool,
     ) -> None:
         self.counts_all_ranks = counts_all_ranks
+        self.generate = generate if metrics is not None else None  # the loss alone needs no texts
         self.accelerator, self.loss, self.num_items = accelerator, loss, num_items
         self.label_names, self.metrics, self.drops_non_finite = label_names, metrics, drops_non_finite
 
@@ -109,10 +111,10 @@ class Evaluator:
         seen = 0
         for batch in data.loader:
             labels = self._labels(batch)
-            outputs: Any
-            if labels is None:
+            outputs: Any = None
+            if labels is None and self.generate is None:
                 outputs = model(**batch)
-            else:
+            elif labels is not None:
                 num_items = self.num_items([batch])
                 loss, outputs = self.loss(model, batch, num_items)
                 loss = loss.mean()
@@ -121,7 +123,7 @@ class Evaluator:
                     totals += torch.stack([loss * num_items, num_items])
             seen += data.batch_size * self.accelerator.num_processes
             if metrics is not None:
-                predictions = self._update(metrics, model, outputs, labels)
+                predictions = self._update(metrics, self._predicted(model, batch, outputs), labels)
                 if keep_predictions:
                     kept.append(predictions.cpu())
         num_samples = data.num_samples if data.num_samples is not None else seen
@@ -140,10 +142,15 @@ class Evaluator:
             return None
         return labels[0] if len(labels) == 1 else labels
 
-    def _update(self, metrics: Metrics, model: torch.nn.Module, outputs: Any, labels: Any) -> torch.Tensor:
-        gather, pad = self.accelerator.gather_for_metrics, self.accelerator.pad_across_processes
+    def _predicted(self, model: torch.nn.Module, batch: Batch, outputs: Any) -> Any:
+        """The logits, or what the task generates in their place; a rank's own."""
+        if self.generate is not None:
+            return self.generate(self.accelerator.unwrap_model(model, keep_torch_compile=False), batch)
         config = getattr(self.accelerator.unwrap_model(model), "config", None)
-        logits = _logits(outputs, getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))
+        return _logits(outputs, getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))
+
+    def _update(self, metrics: Metrics, logits: Any, labels: Any) -> torch.Tensor:
+        gather, pad = self.accelerator.gather_for_metrics, self.accelerator.pad_across_processes
         predictions: torch.Tensor = gather(pad(metrics.predictions(logits, labels), dim=1, pad_index=-100))
         if labels is not None:
             metrics.update(predictions, gather(pad(labels, dim=1, pad_index=-100)))

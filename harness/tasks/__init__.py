@@ -15,12 +15,20 @@ from harness.config import ConfigError, Json, arg, at_least, choice
 SHIPPED = {
     "causal-lm": "harness.tasks.causal_lm:build",
     "masked-lm": "harness.tasks.masked_lm:build",
+    "seq2seq": "harness.tasks.seq2seq:build",
     "sequence-classification": "harness.tasks.sequence_classification:build",
     "token-classification": "harness.tasks.token_classification:build",
 }
 # Flags that one shipped task reads and that are off unless they are given.
 OWNERS = {
+    "generation_max_length": "seq2seq",
+    "generation_num_beams": "seq2seq",
     "label_all_tokens": "token-classification",
+    "max_source_length": "seq2seq",
+    "max_target_length": "seq2seq",
+    "predict_with_generate": "seq2seq",
+    "source_prefix": "seq2seq",
+    "summary_column": "seq2seq",
 }
 
 
@@ -79,6 +87,17 @@ class TaskConfig:
     )
     metric_name: str | None = arg(help="sequence-classification: accuracy, f1, matthews_correlation, pearson, ...")
     label_all_tokens: bool = arg(False, "token-classification: label all tokens of a word, not its first alone.")
+    summary_column: str | None = arg(help="seq2seq: column of the text to write; default: summary.")
+    source_prefix: str | None = arg(help="seq2seq: put before each text to read, e.g. 'summarize: ' for T5.")
+    max_source_length: int | None = arg(help="seq2seq: most tokens of a text to read; default: up to 1024.")
+    max_target_length: int | None = arg(help="seq2seq: most tokens of a text to write; default: up to 128.")
+    predict_with_generate: bool = arg(
+        False, "seq2seq: evaluate the texts that the model writes (ROUGE, BLEU); needs rouge-score and sacrebleu."
+    )
+    generation_max_length: int | None = arg(
+        help="Most tokens of a text with --predict_with_generate; default: --max_target_length."
+    )
+    generation_num_beams: int | None = arg(help="Beams with --predict_with_generate; default: the model's.")
 
     def __post_init__(self) -> None:
         at_least(
@@ -89,6 +108,10 @@ class TaskConfig:
             preprocessing_num_workers=self.preprocessing_num_workers,
             block_size=self.block_size,
             max_seq_length=self.max_seq_length,
+            max_source_length=self.max_source_length,
+            max_target_length=self.max_target_length,
+            generation_max_length=self.generation_max_length,
+            generation_num_beams=self.generation_num_beams,
         )
         if not 0 < self.validation_split_percentage < 100:
             raise ConfigError(f"--validation_split_percentage={self.validation_split_percentage}: use 1 to 99.")
@@ -109,6 +132,11 @@ class TaskConfig:
             if value not in (None, False) and self.task != owner:
                 raise ConfigError(
                     f"--{flag}={value} is of --task {owner}, and --task={self.task} does not read it; leave it out."
+                )
+        for flag in ("generation_max_length", "generation_num_beams"):
+            if getattr(self, flag) is not None and not self.predict_with_generate:
+                raise ConfigError(
+                    f"--{flag}={getattr(self, flag)} does nothing without --predict_with_generate; give both."
                 )
 
 
@@ -158,6 +186,7 @@ class SamplePredictions:
 
 
 PredictSamples = Callable[[torch.nn.Module, Sequence[Any]], SamplePredictions]
+Generate = Callable[[torch.nn.Module, Mapping[str, Any]], torch.Tensor]
 LossFunction = Callable[[Any, "torch.Tensor | None", "torch.Tensor | None"], torch.Tensor]
 
 
@@ -175,6 +204,8 @@ class Task:
     - processing_class: saved with each checkpoint (a tokenizer, an image processor ...).
     - compute_loss_func(outputs, labels, num_items_in_batch) -> scalar: as the Trainer's argument of that name.
     - metrics: makes a fresh Metrics for each evaluation.
+    - generate(model, batch) -> (batch, tokens): what the metrics get in place of the logits, and an evaluation keeps as
+      predictions. Each rank calls it for its own batch, with the unwrapped model in eval mode, without gradients.
     - sample(model) -> text: shown when training is over. Runs on rank zero only.
     - describe_predictions(predictions) -> lines of predict_results.txt for --do_predict.
     - predict_samples(model, samples) -> the table of --wandb_eval_samples, in columns of the task's own choice. The
@@ -191,6 +222,7 @@ class Task:
     processing_class: Any = None
     compute_loss_func: LossFunction | None = None
     metrics: Callable[[], Metrics] | None = None
+    generate: Generate | None = None
     sample: Callable[[torch.nn.Module], str] | None = None
     describe_predictions: Callable[[npt.NDArray[Any]], list[str]] | None = None
     predict_samples: PredictSamples | None = None

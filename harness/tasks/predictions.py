@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from harness.tasks import SamplePredictions
+from harness.tasks import Generate, SamplePredictions
 from harness.tasks.labels import MULTI, REGRESSION, Labels
 
 # Its "labels" and "predictions" are the names in the W&B guide.
@@ -120,6 +120,26 @@ def tagged(
         for sample, given, guessed in zip(batch, inputs["labels"].cpu(), found, strict=True):
             tags = [" ".join(names[i] for i in ids[given >= 0].tolist()) for ids in (given, guessed)]
             rows.append([tokenizer.decode(sample["input_ids"], skip_special_tokens=True), *tags])
+    return SamplePredictions(columns=COLUMNS, rows=rows)
+
+
+def written(
+    model: torch.nn.Module,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: Any,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    generate: Generate,
+) -> SamplePredictions:
+    """Let the model write its text for each text that it reads."""
+    accepted = inspect.signature(model.forward).parameters
+    rows: list[list[str]] = []
+    for batch in _batches(samples):
+        inputs = collate([{name: value for name, value in row.items() if name in accepted} for row in batch])
+        found = generate(model, {name: value.to(_device(model)) for name, value in inputs.items()})
+        for sample, new in zip(batch, found.cpu(), strict=True):
+            texts = (sample["input_ids"], [token for token in sample["labels"] if token >= 0], new)
+            rows.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in texts])
     return SamplePredictions(columns=COLUMNS, rows=rows)
 
 
