@@ -107,6 +107,16 @@ class TestSamples:
         whole, stream = (built(given, streaming=value, max_train_samples=5) for value in (False, True))
         assert [dict(row) for row in stream.train_dataset] == [dict(row) for row in whole.train_dataset]
 
+    def test_a_second_build_prepares_nothing_anew(self, given: dict[str, Any]) -> None:
+        first, second = (built(given) for _ in range(2))
+        assert first.train_dataset.cache_files == second.train_dataset.cache_files
+
+    def test_label_smoothing_leaves_the_decoder_what_it_reads(self, given: dict[str, Any], tmp_path: Path) -> None:
+        argv = as_argv(given, max_steps=2, label_smoothing_factor=0.1, report_to="none", output_dir=tmp_path / "out")
+        assert main([*argv, "--do_train", "--do_eval", "--use_cpu"]) == 0
+        results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
+        assert math.isfinite(results["eval_loss"])
+
     def test_a_batch_has_what_the_decoder_reads(self, given: dict[str, Any]) -> None:
         task = built(given)
         batch = task.data_collator([task.train_dataset[0], task.train_dataset[1]])

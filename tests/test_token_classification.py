@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import seqeval.metrics
 import torch
+from transformers import Trainer, TrainingArguments, set_seed
 
 from harness.config import ConfigError
 from harness.tasks import Task, TaskConfig
@@ -91,6 +92,10 @@ class TestSamples:
         assert [label for _, label in shown(task, 0)][8:] == [""] * 12
         batch = built(given).data_collator([task.train_dataset[0], built(given).train_dataset[0]])
         assert batch["labels"].shape == batch["input_ids"].shape == (2, 20)
+
+    def test_a_second_build_prepares_nothing_anew(self, given: dict[str, Any]) -> None:
+        first, second = (built(given, label_all_tokens=True) for _ in range(2))
+        assert first.train_dataset.cache_files == second.train_dataset.cache_files
 
     def test_names_of_a_data_set_on_the_hub_are_those_of_its_feature(
         self, given: dict[str, Any], tmp_path: Path
@@ -272,3 +277,46 @@ def test_a_model_learns_the_labels_and_predicts_them(given: dict[str, Any], tmp_
     lines = (tmp_path / "out" / "predict_results.txt").read_text(encoding="utf-8").splitlines()
     right = [" ".join(row["ner_tags"]) for row in rows_of(5)]
     assert sum(line == expected for line, expected in zip(lines, right, strict=True)) >= 4
+
+
+def test_a_training_equals_the_trainers_with_seqeval(given: dict[str, Any], tmp_path: Path) -> None:
+    """As run_ner does it: all predictions at once, as lists of tags, into seqeval."""
+    rows = rows_of(40)
+    for row in rows[::3]:  # not to be learnt: some scores stay between nothing and all
+        row["ner_tags"] = ["B-PET", "I-PET", "O", "O", "I-PET", "B-PLACE", "O"]
+    given = {**given, "train_file": write(tmp_path / "odd.jsonl", rows)}
+    steps = {"max_steps": 12, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "no"}
+    steps |= {"learning_rate": 4e-3, "per_device_eval_batch_size": 16, "report_to": "none"}
+    argv = [f"--{name}={value}" for name, value in {**given, **steps, "output_dir": tmp_path / "ours"}.items()]
+    assert main([*argv, "--label_all_tokens", "--use_cpu"]) == 0
+    ours = json.loads((tmp_path / "ours" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    set_seed(42)
+    task = built(given, label_all_tokens=True)
+    names = list(task.model.config.label2id)
+
+    def scores(outcome: Any) -> dict[str, float]:
+        kept = outcome.label_ids != -100
+        tags = [
+            [[names[i] for i in row[mask]] for row, mask in zip(ids, kept, strict=True)]
+            for ids in (outcome.label_ids, outcome.predictions.argmax(axis=-1))
+        ]
+        each = ("precision", "recall", "f1", "accuracy")
+        return {name: float(getattr(seqeval.metrics, f"{name}_score")(*tags)) for name in each}
+
+    trainer = Trainer(
+        task.model,
+        TrainingArguments(output_dir=str(tmp_path / "theirs"), use_cpu=True, **steps),
+        data_collator=task.data_collator,
+        train_dataset=task.train_dataset,
+        eval_dataset=task.eval_dataset,
+        processing_class=task.processing_class,
+        compute_metrics=scores,
+    )
+    trainer.train()
+    names = ["loss", "grad_norm", *(f"eval_{name}" for name in ("loss", "precision", "recall", "f1", "accuracy"))]
+    found, expected = (
+        [{name: entry[name] for name in names if name in entry} for entry in history]
+        for history in (ours, trainer.state.log_history)
+    )
+    assert any(0.05 < entry.get("eval_f1", 0) < 0.95 for entry in found)
+    assert found == [pytest.approx(entry, rel=1e-12) for entry in expected]

@@ -88,4 +88,4 @@ def _type(tag: str) -> str:
 
 
 def _among(kinds: torch.Tensor, letters: str) -> torch.Tensor:
-    return torch.isin(kinds, torch.tensor([KINDS.index(letter) for letter in letters], device=kinds.device))
+    return torch.stack([kinds == KINDS.index(letter) for letter in letters]).any(dim=0)
