@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from harness.tasks import token_classification as ner
 from harness.tasks.entities import EntityScores
 from harness.train import main
 from tests.support.inputs import TINY_BERT, TINY_GPT, save_bert_tokenizer, save_gpt_tokenizer
+from tests.test_launch import ROOT, SCRIPT, run
 
+DDP = ROOT / "launch_configs" / "ddp.yaml"
 TAGS = ["B-PET", "B-PLACE", "I-PET", "O"]
 
 
@@ -172,6 +175,13 @@ def test_a_tag_that_no_training_sample_has_is_named(given: dict[str, Any], tmp_p
         built(given, validation_file=path)
 
 
+@pytest.mark.parametrize("words", [None, ["a", None]], ids=["no words", "a word that is none"])
+def test_a_row_without_words_is_named(words: Any, given: dict[str, Any], tmp_path: Path) -> None:
+    rows = [*rows_of(2), {"tokens": words, "ner_tags": ["O", "O"]}]
+    with pytest.raises(ConfigError, match=r"--train_file=.*v\.jsonl has a row whose words are no texts"):
+        built(given, train_file=write(tmp_path / "v.jsonl", rows))
+
+
 def test_the_flag_is_refused_where_no_task_reads_it() -> None:
     with pytest.raises(ConfigError, match=r"--label_all_tokens=True is of --task token-classification.*leave it out"):
         TaskConfig(task="masked-lm", label_all_tokens=True)
@@ -277,6 +287,29 @@ def test_a_model_learns_the_labels_and_predicts_them(given: dict[str, Any], tmp_
     lines = (tmp_path / "out" / "predict_results.txt").read_text(encoding="utf-8").splitlines()
     right = [" ".join(row["ner_tags"]) for row in rows_of(5)]
     assert sum(line == expected for line, expected in zip(lines, right, strict=True)) >= 4
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(given: dict[str, Any], tmp_path: Path) -> None:
+    """Ten texts in batches of four: the last are filled up, and the ranks' batches differ in length."""
+    given = {**given, "test_file": write(tmp_path / "t.jsonl", rows_of(10)), "report_to": "none"}
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    steps = ["--max_steps=3", "--learning_rate=4e-3", "--save_strategy=no", f"--output_dir={tmp_path / 'model'}"]
+    assert main([*flags, *steps, "--use_cpu"]) == 0
+    flags = [flag for flag in flags if not flag.startswith(("--model_type", "--config_overrides", "--tokenizer_name"))]
+    flags += [f"--model_name_or_path={tmp_path / 'model'}", "--per_device_eval_batch_size=4", "--use_cpu"]
+    results = []
+    for count in (1, 2):
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(DDP)]
+        argv = [*flags, "--do_predict", f"--expect_num_processes={count}", f"--output_dir={tmp_path / str(count)}"]
+        done = run([*launch, "--num_processes", str(count), SCRIPT, *argv])
+        assert done.code == 0, done.err
+        lines = (tmp_path / str(count) / "predict_results.txt").read_text(encoding="utf-8")
+        results.append((json.loads((tmp_path / str(count) / "all_results.json").read_text(encoding="utf-8")), lines))
+    (one, lines), (two, their_lines) = results
+    assert lines == their_lines
+    for name in ("precision", "recall", "f1", "accuracy"):
+        assert two[f"test_{name}"] == one[f"test_{name}"]
 
 
 def test_a_training_equals_the_trainers_with_seqeval(given: dict[str, Any], tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def _samples(rows: Any, columns: Columns, tokenizer: Any, lengths: Lengths, conf
                 raise ConfigError(
                     f"{given} has rows without a value in {columns.target!r}; give each one or remove them."
                 )
-            ids = tokenizer(text_target=list(targets), max_length=lengths.target, truncation=True)["input_ids"]
+            ids = tokenizer(text_target=[str(text) for text in targets], max_length=lengths.target, truncation=True)[
+                "input_ids"
+            ]
             samples["labels"] = [row + [IGNORED] * (lengths.target - len(row)) for row in ids] if pads else ids
         return samples
 

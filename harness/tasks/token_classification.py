@@ -166,6 +166,7 @@ def _samples(rows: Any, columns: Columns, labels: Labels, tokenise: Tokenise, co
     is_labelled, label_all = columns.labels in present, config.label_all_tokens
 
     def labelled(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        _check_words(batch[columns.words], given)
         tokens = tokenise(batch[columns.words])
         samples = dict(tokens)
         if is_labelled:
@@ -183,6 +184,12 @@ def _samples(rows: Any, columns: Columns, labels: Labels, tokenise: Tokenise, co
         return samples
 
     return transform(rows, labelled, config, remove=present)
+
+
+def _check_words(rows: Sequence[Any], given: str) -> None:
+    for words in rows:
+        if words is None or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"{given} has a row whose words are no texts ({words!r}); correct or remove it.")
 
 
 def _inside(names: Sequence[str]) -> list[int]:
