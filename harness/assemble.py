@@ -193,6 +193,8 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     plan.show_in(state)
     state.train_batch_size = data.per_device_train_batch_size
     if is_zero(accelerator):
+        if config.topology.compiles:
+            raise ConfigError("--torch_compile is not supported with DeepSpeed by this version; leave it out.")
         limit = config.modeling.max_grad_norm
         batch_size = data.per_device_train_batch_size
         fill_config(accelerator, batch_size=batch_size, accumulation=accumulation, max_grad_norm=limit)

@@ -196,8 +196,10 @@ def save(run: Run, state: TrainState) -> None:
         state.best_model_checkpoint = None
     world_size = run.accelerator.num_processes
     files = {"scheduler.pt": run.scheduler.state_dict()}
-    shards = partial(save_shards, run.model, step=state.global_step) if isinstance(run.stepper, ZeroStepper) else None
-    if shards is None:
+    shards = None
+    if isinstance(run.stepper, ZeroStepper):
+        shards = partial(save_shards, run.model, step=state.global_step)
+    else:
         files["optimizer.pt"] = run.optimizer.state_dict()
     if run.accelerator.scaler is not None:
         files["scaler.pt"] = run.accelerator.scaler.state_dict()

@@ -115,6 +115,11 @@ def _restore_optimizer(run: Run, saved: Saved) -> None:
         saved.shared.get("zero_stage", int((saved.path / LATEST_FILE).is_file())),
         zero_stage(run.accelerator),
     )
+    if stage and saved.shared.get("world_size", run.accelerator.num_processes) != run.accelerator.num_processes:
+        raise ConfigError(
+            f"{saved.path} was saved by {saved.shared['world_size']} processes, and as many have to read the shards of "
+            "DeepSpeed's: launch so many, or start from its weights with --model_name_or_path."
+        )
     if was_stage != stage:
         raise ConfigError(
             f"{saved.path} was saved with {_described(was_stage)}, not {_described(stage)}: "

@@ -111,7 +111,8 @@ class Checkpoints:
         began = time.monotonic()
         rank_states = self.gather(content.rank_state)
         self._begun_step = content.step
-        if content.write_shards is not None and not self._write_shards(content):
+        has_shards = content.write_shards is not None and not self.config.save_only_model
+        if has_shards and not self._write_shards(content):
             return
         if self.is_writer:
             weights, files = content.weights, content.files
@@ -128,18 +129,19 @@ class Checkpoints:
     def _write_shards(self, content: Content) -> bool:
         """Collective: all ranks write what is theirs; whether all could. A failure is like one of the writer."""
         partial = Path(self.gather(str(self._partial(content.step)))[0])  # rank zero's: it has the lock
-        failure: BaseException | None = None
-        for act in (lambda: self.is_writer and _fresh(partial), lambda: content.write_shards(partial)):
+        acts = [_fresh if self.is_writer else lambda _: None, content.write_shards or (lambda _: None)]
+        message: str | None = None
+        for act in acts:
+            error: Exception | None = None
             try:
-                act()
-            except Exception as error:  # told to the other ranks
-                failure = _of_disk(error)
-            if (message := self.agree(failure)) is not None:
+                act(partial)
+            except Exception as raised:  # told to the other ranks
+                error = _of_disk(raised)
+            message = self._agreed(error)
+            if message is not None:
                 break
-        else:
+        if message is None:
             return True
-        if failure is not None and not isinstance(failure, OSError):
-            raise failure
         self._failure = f"checkpoint-{content.step} could not be written to {self.output_dir}: {message}"
         self._begun_step = None
         if self.is_writer:
@@ -157,17 +159,26 @@ class Checkpoints:
             return
         self.wait()
         error, self._error = self._error, None
-        disk, other = (error, None) if isinstance(error, OSError) else (None, error)
-        bug, self._failure = self.agree(other), self.agree(disk) or ""
-        if error is not None and other is not None:
-            raise error
-        if bug is not None:
-            raise CheckpointError(f"checkpoint-{self._begun_step} could not be made: {bug}.")
+        self._failure = self._agreed(error) or ""
         if not self._failure:
             self.saved_step = self._begun_step
         else:
             self._failure = f"checkpoint-{self._begun_step} could not be written to {self.output_dir}: {self._failure}"
         self._begun_step = None
+
+    def _agreed(self, error: BaseException | None) -> str | None:
+        """
+        Collective: the first error of a disk that any rank met.
+
+        Another one raises where it happened, and CheckpointError on the other ranks.
+        """
+        disk, other = (error, None) if isinstance(error, OSError) else (None, error)
+        bug, message = self.agree(other), self.agree(disk)
+        if error is not None and other is not None:
+            raise error
+        if bug is not None:
+            raise CheckpointError(f"checkpoint-{self._begun_step} could not be made: {bug}.")
+        return message
 
     def wait(self) -> None:
         """Local: wait for the writer. For an end by an error, when other ranks may be gone."""
@@ -256,7 +267,7 @@ class Checkpoints:
         return self.path_of(step).with_name(f"checkpoint-{step}{token}.partial")
 
     def _write(self, content: Content, rank_states: list[Any], folder: Path) -> None:
-        if content.write_shards is None:
+        if content.write_shards is None or self.config.save_only_model:
             _fresh(folder)
         content.write_model(folder, content.weights)
         write_json(folder / TRAINER_STATE_FILE, content.trainer_state)

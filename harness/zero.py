@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 
 from harness.config import ConfigError
 
+STAGES = (1, 2)
 LATEST_FILE = "latest"  # the name of the folder with the shards is in it
 
 
@@ -29,6 +31,9 @@ def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int,
 
     Call it before `prepare`.
     """
+    stage = zero_stage(accelerator)
+    if stage not in STAGES:
+        raise ConfigError(f"zero_stage: {stage} in the launch config is not supported by this version; use 1 or 2.")
     config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
     values = {
         "train_micro_batch_size_per_gpu": (batch_size, "per_device_train_batch_size"),
@@ -50,9 +55,47 @@ def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int,
     accelerator.gradient_accumulation_steps = accumulation  # else accelerate warns that the two differ
 
 
+def gradient_function(accelerator: Accelerator) -> Callable[[torch.nn.Parameter], torch.Tensor | None] | None:
+    """
+    Collective: what gives the whole gradient of a parameter, after the last backward of a step and before the step.
+
+    None without DeepSpeed, where it is the parameter's `grad`. Raises ConfigError for fp16, whose gradients are scaled.
+    """
+    if not is_zero(accelerator):
+        return None
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError("--wandb_watch does not see fp16's gradients under DeepSpeed; use --bf16, or leave it out.")
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad  # type: ignore[no-any-return]
+
+
 def save_shards(engine: Any, folder: Path, *, step: int) -> None:
-    """Collective: each rank writes its part of the optimizer's state, rank zero the module's, as the Trainer does."""
-    engine.save_checkpoint(str(folder), tag=f"global_step{step}")
+    """
+    Collective: each rank writes its part of the optimizer's state, rank zero the module's, as the Trainer does.
+
+    Raises what writing raises, on this rank alone and when all are done: inside of DeepSpeed the others would wait.
+    """
+    failures: list[Exception] = []
+
+    def write(state: Any, path: str) -> None:
+        try:
+            torch.save(state, path)
+        except Exception as error:  # torch has types of its own for a full disk
+            failures.append(error)
+
+    tag = f"global_step{step}"
+    files = engine.checkpoint_engine
+    # Its scripts are left out: model.safetensors holds the weights.
+    files.save, engine._copy_recovery_script = write, lambda _: None
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    finally:
+        del files.save, engine._copy_recovery_script
+    if failures:
+        raise failures[0]
+    if engine.global_rank == 0:
+        (folder / LATEST_FILE).write_text(tag, encoding="utf-8")
 
 
 def load_shards(engine: Any, folder: Path) -> None:
@@ -62,7 +105,7 @@ def load_shards(engine: Any, folder: Path) -> None:
     DeepSpeed would unpickle whatever is in the files: here they hold tensors and plain values, or raise ConfigError.
     """
     files = engine.checkpoint_engine
-    files.load = _load
+    files.load = load_shard
     try:
         loaded, _ = engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
     except (OSError, KeyError, ValueError, RuntimeError, AssertionError) as error:
@@ -73,7 +116,8 @@ def load_shards(engine: Any, folder: Path) -> None:
         raise ConfigError(f"{folder} holds no state of DeepSpeed's; use the launch config that it was saved with.")
 
 
-def _load(path: str, map_location: Any = None) -> Any:
+def load_shard(path: str, map_location: Any = None) -> Any:
+    """Read one file of DeepSpeed's: tensors, plain values and a few records of its own. Raises ConfigError."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
