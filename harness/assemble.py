@@ -37,11 +37,13 @@ from harness.optim import build_optimizer, build_scheduler
 from harness.plan import Plan, resolve_plan
 from harness.saving import Checkpoints
 from harness.state import TrainState
+from harness.stepping import AcceleratedStepper, ZeroStepper
 from harness.stopping import Stop
 from harness.tasks import Task, resolve
 from harness.topology import agree, local_main_first
 from harness.tracking import WandbTracker
 from harness.tracking.tables import SampleTables
+from harness.zero import fill_config, is_zero
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +193,12 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     )
     plan.show_in(state)
     state.train_batch_size = data.per_device_train_batch_size
+    if is_zero(accelerator):
+        if config.topology.compiles:
+            raise ConfigError("--torch_compile is not supported with DeepSpeed by this version; leave it out.")
+        limit = config.modeling.max_grad_norm
+        batch_size = data.per_device_train_batch_size
+        fill_config(accelerator, batch_size=batch_size, accumulation=accumulation, max_grad_norm=limit)
     model, optimizer = accelerator.prepare(task.model, build_optimizer(task.model, config.optim))
     saves = config.plan.save_strategy != "no"
     return Run(
@@ -201,6 +209,9 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         optimizer=optimizer,
         # Not prepared: accelerate would step it once for each process.
         scheduler=build_scheduler(optimizer, config.optim, plan.max_steps),
+        stepper=ZeroStepper(model, optimizer)
+        if is_zero(accelerator)
+        else AcceleratedStepper(accelerator, model, optimizer),
         loader=loader,
         plan=plan,
         evaluator=session.evaluator,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.plan import Due, Plan
 from harness.saving import Checkpoints, Content
 from harness.state import TrainState
+from harness.stepping import Stepper, ZeroStepper
 from harness.stopping import NONE, PREEMPTED, PREEMPTED_EXIT_CODE, Stop, StoppedError
 from harness.topology import software
 from harness.tracking import WandbTracker, rewrite
 from harness.tracking.tables import SampleTables, is_due, last_evaluation
+from harness.zero import save_shards, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Run:
     loss: Loss
     optimizer: AcceleratedOptimizer
     scheduler: Any
+    stepper: Stepper
     loader: TrainLoader
     plan: Plan
     evaluator: Evaluator
@@ -101,22 +104,18 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
     """Collective: one optimizer step over its micro-batches, without a host sync."""
     run.optimizer.train()
     num_items = run.loss.num_items(window)
-    for i, batch in enumerate(window):
-        is_last = i == len(window) - 1
-        run.accelerator.gradient_state._set_sync_gradients(is_last)
-        with nullcontext() if is_last else run.accelerator.no_sync(run.model):
+    for i, batch in enumerate(window, start=1):
+        with run.stepper.micro_batch(is_last=i == len(window)):
             loss, _ = run.loss(run.model, batch, num_items, micro_batches=len(window))
-            run.accelerator.backward(loss)
+            run.stepper.backward(loss)
         run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
         run.work.add(batch)
     run.tracker.observe(state.global_step + 1, scaler=run.accelerator.scaler)
-    parameters, limit = run.model.parameters(), run.modeling.max_grad_norm or float("inf")
-    run.window.grad_norm = run.accelerator.clip_grad_norm_(parameters, limit)
-    run.optimizer.step()
+    run.window.grad_norm = run.stepper.step(run.modeling.max_grad_norm)
     run.window.learning_rate = current_learning_rate(run.scheduler, run.optimizer, run.optim)
-    if run.optim.lr_scheduler_type not in BY_METRIC and not run.accelerator.optimizer_step_was_skipped:
+    if run.optim.lr_scheduler_type not in BY_METRIC and not run.stepper.was_skipped:
         run.scheduler.step()
-    run.model.zero_grad()
+    run.stepper.zero_grad()
     if run.modeling.torch_empty_cache_steps and state.global_step % run.modeling.torch_empty_cache_steps == 0:
         clear_device_cache()
 
@@ -196,7 +195,12 @@ def save(run: Run, state: TrainState) -> None:
     elif known is not None and not Path(known).is_dir():  # its save has failed
         state.best_model_checkpoint = None
     world_size = run.accelerator.num_processes
-    files = {"optimizer.pt": run.optimizer.state_dict(), "scheduler.pt": run.scheduler.state_dict()}
+    files = {"scheduler.pt": run.scheduler.state_dict()}
+    shards = None
+    if isinstance(run.stepper, ZeroStepper):
+        shards = partial(save_shards, run.model, step=state.global_step)
+    else:
+        files["optimizer.pt"] = run.optimizer.state_dict()
     if run.accelerator.scaler is not None:
         files["scaler.pt"] = run.accelerator.scaler.state_dict()
     model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
@@ -207,6 +211,7 @@ def save(run: Run, state: TrainState) -> None:
             model, run.processing_class, folder, as_published=False, weights=weights
         ),
         files=files,
+        write_shards=shards,
         trainer_state=state.trainer_state(early_stopping=run.best.early_stopping),
         # One file a rank: the Trainer reads its own keys from it and leaves ours alone.
         rank_state=rng.capture(world_size=world_size)
@@ -216,6 +221,7 @@ def save(run: Run, state: TrainState) -> None:
             "data": run.loader.state_dict(),
             "software": software(),
             "optim": run.optim.optim,
+            "zero_stage": zero_stage(run.accelerator),
             "arguments": run.arguments,
             "tracking": run.tracker.state_dict(),
         },

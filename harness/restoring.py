@@ -12,7 +12,9 @@ from harness.config import ConfigError
 from harness.loop import Run
 from harness.position import at_step, converted, has_other_layout, why_other_order
 from harness.state import TRAINER_STATE_FILE, TrainState
+from harness.stepping import ZeroStepper
 from harness.topology import software
+from harness.zero import LATEST_FILE, load_shards, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +111,30 @@ def _restore_optimizer(run: Run, saved: Saved) -> None:
     interchangeable = {"adamw_torch", "adamw_torch_fused"}
     if was != now and not {was, now} <= interchangeable:
         raise ConfigError(f"{saved.path} was saved with --optim {was}, not {now}: its state does not fit; give {was}.")
+    was_stage, stage = (
+        saved.shared.get("zero_stage", int((saved.path / LATEST_FILE).is_file())),
+        zero_stage(run.accelerator),
+    )
+    if stage and saved.shared.get("world_size", run.accelerator.num_processes) != run.accelerator.num_processes:
+        raise ConfigError(
+            f"{saved.path} was saved by {saved.shared['world_size']} processes, and as many have to read the shards of "
+            "DeepSpeed's: launch so many, or start from its weights with --model_name_or_path."
+        )
+    if was_stage != stage:
+        raise ConfigError(
+            f"{saved.path} was saved with {_described(was_stage)}, not {_described(stage)}: "
+            "use the launch config that it was saved with."
+        )
     try:
-        run.optimizer.load_state_dict(saved.files["optimizer.pt"])
+        if isinstance(run.stepper, ZeroStepper):
+            load_shards(run.model, saved.path)
+        else:
+            run.optimizer.load_state_dict(saved.files["optimizer.pt"])
         run.scheduler.load_state_dict(saved.files["scheduler.pt"])
     except (ValueError, KeyError, RuntimeError) as error:
         reason = f"{saved.path} holds the state of another optimizer or schedule ({error})"
         raise ConfigError(f"{reason}; give the flags it was saved with.") from error
+
+
+def _described(stage: int) -> str:
+    return f"DeepSpeed ZeRO-{stage}" if stage else "no DeepSpeed"

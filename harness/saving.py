@@ -42,7 +42,8 @@ class Content:
     """
     What a save writes: `write_model` the weights, `files` torch states by name, `trainer_state` the Trainer's JSON.
 
-    `others` are files by name and what writes each. `rank_state` is this rank's alone: generators, and what it has not
+    `write_shards` is collective: each rank writes its own part into the folder, before the training goes on. `others`
+    are files by name and what writes each. `rank_state` is this rank's alone: generators, and what it has not
     reported. `shared` is ours, plain JSON.
     """
 
@@ -54,6 +55,7 @@ class Content:
     rank_state: Mapping[str, Any]
     shared: Mapping[str, Any]
     others: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    write_shards: Callable[[Path], None] | None = None
 
 
 class Checkpoints:
@@ -109,6 +111,9 @@ class Checkpoints:
         began = time.monotonic()
         rank_states = self.gather(content.rank_state)
         self._begun_step = content.step
+        has_shards = content.write_shards is not None and not self.config.save_only_model
+        if has_shards and not self._write_shards(content):
+            return
         if self.is_writer:
             weights, files = content.weights, content.files
             if self.config.async_save:
@@ -121,6 +126,29 @@ class Checkpoints:
         if not self.config.async_save:
             self.settle()
 
+    def _write_shards(self, content: Content) -> bool:
+        """Collective: all ranks write what is theirs; whether all could. A failure is like one of the writer."""
+        partial = Path(self.gather(str(self._partial(content.step)))[0])  # rank zero's: it has the lock
+        acts = [_fresh if self.is_writer else lambda _: None, content.write_shards or (lambda _: None)]
+        message: str | None = None
+        for act in acts:
+            error: Exception | None = None
+            try:
+                act(partial)
+            except Exception as raised:  # told to the other ranks
+                error = _of_disk(raised)
+            message = self._agreed(error)
+            if message is not None:
+                break
+        if message is None:
+            return True
+        self._failure = f"checkpoint-{content.step} could not be written to {self.output_dir}: {message}"
+        self._begun_step = None
+        if self.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+            logger.error("%s, the training goes on. The older checkpoints are untouched.", self._failure)
+        return False
+
     def settle(self) -> None:
         """
         Collective: wait until the save under way is on disk, or has failed; `saved_step` says which.
@@ -131,17 +159,26 @@ class Checkpoints:
             return
         self.wait()
         error, self._error = self._error, None
-        disk, other = (error, None) if isinstance(error, OSError) else (None, error)
-        bug, self._failure = self.agree(other), self.agree(disk) or ""
-        if error is not None and other is not None:
-            raise error
-        if bug is not None:
-            raise CheckpointError(f"checkpoint-{self._begun_step} could not be made: {bug}.")
+        self._failure = self._agreed(error) or ""
         if not self._failure:
             self.saved_step = self._begun_step
         else:
             self._failure = f"checkpoint-{self._begun_step} could not be written to {self.output_dir}: {self._failure}"
         self._begun_step = None
+
+    def _agreed(self, error: BaseException | None) -> str | None:
+        """
+        Collective: the first error of a disk that any rank met.
+
+        Another one raises where it happened, and CheckpointError on the other ranks.
+        """
+        disk, other = (error, None) if isinstance(error, OSError) else (None, error)
+        bug, message = self.agree(other), self.agree(disk)
+        if error is not None and other is not None:
+            raise error
+        if bug is not None:
+            raise CheckpointError(f"checkpoint-{self._begun_step} could not be made: {bug}.")
+        return message
 
     def wait(self) -> None:
         """Local: wait for the writer. For an end by an error, when other ranks may be gone."""
@@ -203,8 +240,7 @@ class Checkpoints:
         self, content: Content, rank_states: list[Any], best: str | None, then: Callable[[Path], None] | None
     ) -> None:
         final = self.path_of(content.step)
-        # A writer that was shut out may still be at the same step.
-        partial = final.with_name(f"{final.name}{'' if self.lock is None else '.' + self.lock.token}.partial")
+        partial = self._partial(content.step)
         try:
             self._write(content, rank_states, partial)
             self._commit(content, partial, final)
@@ -225,10 +261,14 @@ class Checkpoints:
         except OSError as error:
             logger.warning("Older checkpoints could not be deleted: %s", error)
 
+    def _partial(self, step: int) -> Path:
+        # A writer that was shut out may still be at the same step.
+        token = "" if self.lock is None else f".{self.lock.token}"
+        return self.path_of(step).with_name(f"checkpoint-{step}{token}.partial")
+
     def _write(self, content: Content, rank_states: list[Any], folder: Path) -> None:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        if content.write_shards is None or self.config.save_only_model:
+            _fresh(folder)
         content.write_model(folder, content.weights)
         write_json(folder / TRAINER_STATE_FILE, content.trainer_state)
         if self.config.save_only_model:
@@ -243,9 +283,11 @@ class Checkpoints:
     def _commit(self, content: Content, partial: Path, final: Path) -> None:
         """Sync all files, write the manifest last, rename: from then on it is there, and whole."""
         files = {}
-        for path in sorted(partial.iterdir()):
+        for path in sorted(partial.rglob("*")):
             sync(path)
-            files[path.name] = {"size": path.stat().st_size, "sha256": digest_of(path)}
+            if path.is_file():
+                name = path.relative_to(partial).as_posix()
+                files[name] = {"size": path.stat().st_size, "sha256": digest_of(path)}
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": content.step,
@@ -281,6 +323,12 @@ class Checkpoints:
         excess = len(checkpoints) - max(limit, len(protected))
         for path in [path for path in checkpoints if path.name not in protected][: max(excess, 0)]:
             shutil.rmtree(path)
+
+
+def _fresh(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _of_disk(error: Exception) -> Exception:

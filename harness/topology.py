@@ -23,6 +23,7 @@ from accelerate.utils import (
     TorchDynamoPlugin,
     broadcast_object_list,
     gather_object,
+    is_deepspeed_available,
 )
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 from transformers.utils.import_utils import enable_tf32
@@ -98,6 +99,7 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
 
     Raises ConfigError for a launch that would do something else than it says.
     """
+    uses_deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
     on_cpu = config.use_cpu or _launched_without_accelerator()
     _check_launch_config(config)
     _check_precision(config, on_cpu=on_cpu or not torch.accelerator.is_available())
@@ -108,7 +110,7 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
         if (value := getattr(config, f"ddp_{name}")) is not None:
             ddp[name] = value
     accelerator = Accelerator(
-        cpu=on_cpu,
+        cpu=on_cpu and not uses_deepspeed,  # which it would turn off
         mixed_precision=config.mixed_precision,
         # The loop draws and counts the micro-batches itself; accelerate must not divide by their number again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -137,12 +139,13 @@ def _launched_without_accelerator() -> bool:
 
 
 def _check_launch_config(config: TopologyConfig) -> None:
-    for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise ConfigError(
-                f"The launch config says distributed_type: {what}, which this version does not support: "
-                "use launch_configs/ddp.yaml or launch_configs/single.yaml."
-            )
+    if _is_on("ACCELERATE_USE_FSDP"):
+        raise ConfigError(
+            "The launch config says distributed_type: FSDP, which this version does not support: "
+            "use launch_configs/ddp.yaml, zero2.yaml or single.yaml."
+        )
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        _check_deepspeed(config)
     expected = config.expect_num_processes
     if expected is not None and expected != _launched_processes():
         raise ConfigError(
@@ -150,6 +153,20 @@ def _check_launch_config(config: TopologyConfig) -> None:
             "check num_processes and distributed_type of the launch config (MULTI_CPU starts one process; "
             "use MULTI_GPU, it falls back to CPU processes by itself)."
         )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def _check_deepspeed(config: TopologyConfig) -> None:
+    if not is_deepspeed_available():
+        raise ConfigError(
+            "The launch config says distributed_type: DEEPSPEED, and deepspeed is not installed: "
+            "pip install 'accelerate-harness[deepspeed]', or use launch_configs/ddp.yaml."
+        )
+    if config.use_cpu and torch.accelerator.is_available():
+        raise ConfigError("--use_cpu turns DeepSpeed off; leave it out, or use launch_configs/ddp.yaml.")
 
 
 def _check_precision(config: TopologyConfig, *, on_cpu: bool) -> None:
@@ -177,7 +194,12 @@ def _check_processes(accelerator: Accelerator) -> None:
             "Use distributed_type: MULTI_GPU in the launch config (launch_configs/ddp.yaml), "
             "or start one process: accelerate launch --num_processes 1."
         )
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if _is_on("ACCELERATE_USE_DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ConfigError(
+            f"The launch config says distributed_type: DEEPSPEED, but accelerate made it "
+            f"{accelerator.distributed_type.value}: each process would train a copy of its own."
+        )
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
     if accelerator.distributed_type not in supported:
         raise ConfigError(
             f"distributed_type: {accelerator.distributed_type.value} is not supported by this version; "

@@ -20,7 +20,7 @@ LAYERS = (
     ("__init__", "config", "state", "rng", "host_copies"),
     ("console",),
     ("topology",),
-    ("tasks",),
+    ("tasks", "zero", "stepping"),
     (
         "data",
         "data_digest",

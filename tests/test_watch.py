@@ -193,7 +193,7 @@ def test_nothing_waits_for_the_device_before_the_transfer() -> None:
             parameter = nn.Parameter(torch.empty(shape, device="meta", dtype=torch.bfloat16))
             parameter.grad = torch.empty(shape, device="meta", dtype=torch.bfloat16)
             model.register_parameter(f"p{i}", parameter)
-        sources = Watch(model, log="all", log_freq=1, is_main=True)._sources(1.0)
+        sources = list(Watch(model, log="all", log_freq=1, is_main=True)._sources(1.0))
         ranges, counts = module._table(sources)
         assert (ranges.shape, counts.shape, counts.device.type) == ((8, 2), (8, 66), "meta")
         with pytest.raises(DynamicOutputShapeException):

@@ -29,6 +29,7 @@ from harness.tracking.randomness import separate_randomness
 from harness.tracking.report import UPLOAD, count_rows, describe_delivery
 from harness.tracking.settings import TrackingConfig
 from harness.tracking.watch import Watch, log_graph
+from harness.zero import gradient_function
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 max_tensors=config.wandb_watch_max_tensors,
                 patterns=config.wandb_watch_patterns or (),
                 is_main=PartialState().is_main_process,
+                gradient_of=None if accelerator is None else gradient_function(accelerator),
             )
             self._tell(lambda: log_graph(self._run, unwrapped))
         self._num_parameters, self._architecture = num_parameters(unwrapped), str(unwrapped)

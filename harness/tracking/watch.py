@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -47,6 +47,7 @@ class Watch:
     - max_tensors: watch at most so many parameters, and never more than fit into a row of W&B's: the first, the last
       and others at even distances, in the model's order.
     - patterns: watch only parameters whose names match one of these (fnmatch, case-sensitive).
+    - gradient_of: collective; the whole gradient of a parameter, where ranks hold parts of it (DeepSpeed's ZeRO).
 
     `model` may be wrapped by DDP or compiled; names are those of the model inside. Raises ConfigError, on every rank
     alike, for an unknown `log`, a limit below 1 and patterns of which none matches.
@@ -61,12 +62,14 @@ class Watch:
         max_tensors: int | None = None,
         patterns: Sequence[str] = (),
         is_main: bool,
+        gradient_of: Callable[[torch.nn.Parameter], torch.Tensor | None] | None = None,
     ) -> None:
         choice("wandb_watch", log, LOG)
         at_least(1, wandb_watch_max_tensors=max_tensors)
         if log_freq < 1:
             raise ValueError(f"log_freq={log_freq}: use 1 or more.")
         self._log, self._log_freq, self._is_main = log, log_freq, is_main
+        self._gradient_of = gradient_of
         named = [
             (name.replace("_orig_mod.", ""), parameter)  # a part of the model may be compiled
             for name, parameter in _unwrapped(model).named_parameters()
@@ -101,6 +104,14 @@ class Watch:
         if neither sparse gradients nor several kinds of tensors are among them.
         """
         sources = self._sources(grad_scale)
+        if self._gradient_of is None:
+            return self._drawn(list(sources))
+        found: dict[str, Histogram] = {}
+        for source in sources:  # one by one: all whole gradients at once are as large as the model
+            found |= self._drawn([source])
+        return found
+
+    def _drawn(self, sources: list[_Source]) -> dict[str, Histogram]:
         batches: dict[tuple[Any, ...], list[_Source]] = defaultdict(list)
         for source in sources:
             batches[source.values.device, source.dtype, source.shards].append(source)
@@ -113,14 +124,14 @@ class Watch:
                 drawn[source.key] = _histogram(low / source.scale, high / source.scale, counts, source.num_zeros)
         return {source.key: found for source in sources if (found := drawn[source.key]) is not None}
 
-    def _sources(self, grad_scale: float) -> list[_Source]:
-        tensors: list[tuple[str, torch.Tensor, float]] = []
-        for name, parameter in self._parameters:
-            if parameter.grad is not None and self._log != "parameters":
-                tensors.append((f"gradients/{name}", parameter.grad, grad_scale))
-        if self._log != "gradients":
-            tensors += [(f"parameters/{name}", parameter, 1.0) for name, parameter in self._parameters]
-        return [_source(*item) for item in tensors if self._is_main or isinstance(item[1], DTensor)]
+    def _sources(self, grad_scale: float) -> Iterator[_Source]:
+        for name, parameter in self._parameters if self._log != "parameters" else ():
+            gradient = parameter.grad if self._gradient_of is None else self._gradient_of(parameter)
+            if gradient is not None and (self._is_main or isinstance(gradient, DTensor)):
+                yield _source(f"gradients/{name}", gradient, grad_scale)
+        for name, parameter in self._parameters if self._log != "gradients" else ():
+            if self._is_main or isinstance(parameter, DTensor):
+                yield _source(f"parameters/{name}", parameter, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

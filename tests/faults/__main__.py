@@ -25,6 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, required=True, help="go on until so many kills have struck")
     parser.add_argument("--seed", type=int, default=None, help="default: the time; it is printed")
     parser.add_argument("--processes", type=int, choices=(1, 2), help="default: both, in turn")
+    parser.add_argument("--launch", default="ddp", help="launch config of two processes: ddp, zero1, zero2 ...")
     parser.add_argument("--tracking", choices=("none", "offline", "online"), help="default: all, in turn")
     parser.add_argument("--trainer", action="store_true", help="kill transformers.Trainer instead, for its figures")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/harness-faults"), help="results.jsonl is there")  # noqa: S108
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = parse(argv)
     signal.signal(signal.SIGTERM, _end)
     seed = int(time.time()) if asked.seed is None else asked.seed
-    among = configurations(processes=asked.processes, tracking=asked.tracking, trainer=asked.trainer)
+    processes = 2 if asked.launch != "ddp" else asked.processes
+    among = configurations(processes=processes, tracking=asked.tracking, trainer=asked.trainer, launch=asked.launch)
     print(f"seed {seed}: {', '.join(each.label for each in among)}; in {asked.folder}", flush=True)
     results_path = asked.folder / "results.jsonl"
     labels = {each.label for each in among}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from harness.checkpoint import list_checkpoints, read, why_invalid
+from harness.zero import load_shard
 from tests.faults.plan import STEPS
 from tests.support.parity import TIMING, history
 
@@ -84,6 +85,10 @@ def _compare_checkpoints(expected: Path, found: Path, *, processes: int, verdict
         a, b = (read(each / last, ranks=(rank, processes), device=torch.device("cpu")) for each in (expected, found))
         if plain((a.files, a.rank_state)) != plain((b.files, b.rank_state)):
             verdict.add("checkpoints", f"{last}: another optimizer, schedule or generator of rank {rank}")
+    for shard in sorted(path.relative_to(expected) for path in (expected / last).glob("global_step*/*.pt")):
+        a, b = (plain(load_shard(str(each / shard))) for each in (expected, found))
+        if a != b:
+            verdict.add("checkpoints", f"{shard}: another state")
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -100,6 +105,8 @@ def plain(value: Any) -> Any:
         return (str(value.dtype), tuple(value.shape), bytes(np.asarray(value)))
     if isinstance(value, Mapping):
         return {str(name): plain(each) for name, each in value.items()}
+    if type(value).__module__.startswith("deepspeed"):
+        return (type(value).__name__, plain(vars(value)) if hasattr(value, "__dict__") else str(value))
     return [plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 

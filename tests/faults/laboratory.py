@@ -174,7 +174,7 @@ class Laboratory:
         else:
             arguments |= {"report_to": "none" if configuration.tracking == "none" else "wandb"}
             command = ["-m", "tests.faults.trainer_life", json.dumps(arguments)]
-        started = launcher(DDP) if configuration.processes == 2 else [sys.executable]
+        started = launcher(DDP.with_stem(configuration.launch)) if configuration.processes == 2 else [sys.executable]
         return Life.start([*started, *command], self._variables(configuration, place), place, output_dir, number)
 
     def _flags(self, configuration: Configuration) -> dict[str, Any]:
@@ -197,7 +197,8 @@ class Laboratory:
         if configuration.who == "trainer" or self.pins_run_id:
             tracked |= {"WANDB_RUN_ID": place.name[-64:], "WANDB_RESUME": "allow"}
         # Steps keep their time when several threads don't compete; sums are the same with one in both.
-        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        variables = {"TORCH_EXTENSIONS_DIR": str(self.folder / "extensions")}  # DeepSpeed compiles one once
+        variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         variables |= tracked if configuration.tracking != "none" else {}
         server = self.server if configuration.tracking == "online" else None
         found = environment(place, server, **variables)

@@ -47,17 +47,23 @@ NOT_AT_THE_START = ("read_only", "disk_full", "core_alone", "core_then_script", 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """What is trained, and how it is tracked; `uploads` are artifacts of each checkpoint."""
+    """
+    What is trained, and how it is tracked; `uploads` are artifacts of each checkpoint.
+
+    `launch` is the launch config of several processes, without its ending.
+    """
 
     who: str
     processes: int
     tracking: str
     uploads: bool = False
+    launch: str = "ddp"
 
     @property
     def label(self) -> str:
+        launch = f"-{self.launch}" if self.launch != "ddp" else ""
         uploads = "-uploads" if self.uploads else ""
-        return f"{self.who}-{self.processes}-{self.tracking}{uploads}"
+        return f"{self.who}-{self.processes}{launch}-{self.tracking}{uploads}"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -105,10 +111,14 @@ class Case:
         return f"{self.seed}-{self.index}-{self.configuration.label}"
 
 
-def configurations(*, processes: int | None, tracking: str | None, trainer: bool) -> list[Configuration]:
+def configurations(
+    *, processes: int | None, tracking: str | None, trainer: bool, launch: str = "ddp"
+) -> list[Configuration]:
     """Those that the command line asks for; what it leaves open is shared out."""
     return [
-        Configuration(who="trainer" if trainer else "ours", processes=number, tracking=each, uploads=uploads)
+        Configuration(
+            who="trainer" if trainer else "ours", processes=number, tracking=each, uploads=uploads, launch=launch
+        )
         for each in ([tracking] if tracking else ["none", "offline", "online"])
         for uploads in ((False, True) if each == "online" else (False,))
         for number in ([processes] if processes else [1, 2])

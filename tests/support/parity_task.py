@@ -74,6 +74,7 @@ def build(config: TaskConfig) -> Task:
         "size": 117,
         "llama": False,
         "random_collator": False,
+        "dropout": 0.1,
         "stream": False,
         "sets": 1,
         **(config.task_args or {}),
@@ -92,6 +93,7 @@ def build(config: TaskConfig) -> Task:
         )
     else:
         shape = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
+        shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), options["dropout"])
         model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
     evaluation: Any = VariableLength(21, seed=9)
     if options["sets"] == 2:

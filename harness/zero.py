@@ -1,0 +1,131 @@
+"""DeepSpeed ZeRO: its configuration from our flags, its part of a checkpoint, written and read by all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+
+from harness.config import ConfigError
+
+STAGES = (1, 2)
+LATEST_FILE = "latest"  # the name of the folder with the shards is in it
+
+
+def is_zero(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed trains."""
+    return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """The stage of ZeRO, 0 without DeepSpeed."""
+    return int(accelerator.deepspeed_plugin.zero_stage) if is_zero(accelerator) else 0
+
+
+def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int, max_grad_norm: float) -> None:
+    """
+    Fill what DeepSpeed's configuration leaves open, `auto`, from our flags. Raises ConfigError where both differ.
+
+    Call it before `prepare`.
+    """
+    stage = zero_stage(accelerator)
+    if stage not in STAGES:
+        raise ConfigError(f"zero_stage: {stage} in the launch config is not supported by this version; use 1 or 2.")
+    config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
+    values = {
+        "train_micro_batch_size_per_gpu": (batch_size, "per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
+        "train_batch_size": (batch_size * accumulation * accelerator.num_processes, "per_device_train_batch_size"),
+        "gradient_clipping": (max_grad_norm, "max_grad_norm"),
+    }
+    wrong = []
+    for name, (value, flag) in values.items():
+        given = config.get(name)
+        if given in (None, "auto", "None"):
+            config[name] = value
+        elif given != value:
+            wrong.append(f"{name}: {given} in DeepSpeed's configuration contradicts --{flag} {value}")
+    if wrong:
+        raise ConfigError(f"{'; '.join(wrong)}. Write auto there, or leave it out: the flags fill it.")
+    # A torch optimizer on the CPU is as good there; DeepSpeed's own would have to be compiled.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    accelerator.gradient_accumulation_steps = accumulation  # else accelerate warns that the two differ
+
+
+def gradient_function(accelerator: Accelerator) -> Callable[[torch.nn.Parameter], torch.Tensor | None] | None:
+    """
+    Collective: what gives the whole gradient of a parameter, after the last backward of a step and before the step.
+
+    None without DeepSpeed, where it is the parameter's `grad`. Raises ConfigError for fp16, whose gradients are scaled.
+    """
+    if not is_zero(accelerator):
+        return None
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError("--wandb_watch does not see fp16's gradients under DeepSpeed; use --bf16, or leave it out.")
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad  # type: ignore[no-any-return]
+
+
+def save_shards(engine: Any, folder: Path, *, step: int) -> None:
+    """
+    Collective: each rank writes its part of the optimizer's state, rank zero the module's, as the Trainer does.
+
+    Raises what writing raises, on this rank alone and when all are done: inside of DeepSpeed the others would wait.
+    """
+    failures: list[Exception] = []
+
+    def write(state: Any, path: str) -> None:
+        try:
+            torch.save(state, path)
+        except Exception as error:  # torch has types of its own for a full disk
+            failures.append(error)
+
+    tag = f"global_step{step}"
+    files = engine.checkpoint_engine
+    # Its scripts are left out: model.safetensors holds the weights.
+    files.save, engine._copy_recovery_script = write, lambda _: None
+    try:
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    finally:
+        del files.save, engine._copy_recovery_script
+    if failures:
+        raise failures[0]
+    if engine.global_rank == 0:
+        (folder / LATEST_FILE).write_text(tag, encoding="utf-8")
+
+
+def load_shards(engine: Any, folder: Path) -> None:
+    """
+    Collective: take back what `save_shards` wrote, on as many ranks.
+
+    DeepSpeed would unpickle whatever is in the files: here they hold tensors and plain values, or raise ConfigError.
+    """
+    files = engine.checkpoint_engine
+    files.load = load_shard
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
+    except (OSError, KeyError, ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{folder} can't be loaded by DeepSpeed: {type(error).__name__} {error}") from error
+    finally:
+        del files.load
+    if loaded is None:
+        raise ConfigError(f"{folder} holds no state of DeepSpeed's; use the launch config that it was saved with.")
+
+
+def load_shard(path: str, map_location: Any = None) -> Any:
+    """Read one file of DeepSpeed's: tensors, plain values and a few records of its own. Raises ConfigError."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    plain = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with torch.serialization.safe_globals(plain):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises several types for a file that is cut, damaged or crafted
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path} can't be loaded safely: {reason}") from error
