@@ -20,7 +20,8 @@ from harness.arguments import parse
 from harness.config import ConfigError
 from harness.throughput import Throughput, ThroughputConfig, as_text, peak_flops, precision_of
 from harness.tracking.history import MEASURED
-from tests.support.parity import TIMING, TRAINING, run_harness
+from tests.support.parity import TASK, TIMING, TRAINING, as_flags, run_harness
+from tests.test_launch import DDP, launcher, run
 
 SPEED = "train/throughput"
 OF_TEXT = {
@@ -59,18 +60,20 @@ def test_samples_and_tokens_are_those_of_the_batches_padding_included() -> None:
     found = throughput()
     for _ in range(5):
         found.add(BATCH)
-    rates = reported(found, seconds=2.0)
+    rates = reported(found, seconds=100.0)
     assert rates.keys() == OF_TEXT, "no peak of a CPU is known, and no memory of its own"
-    assert rates[f"{SPEED}/samples_per_second"] == pytest.approx(5, rel=0.01)
-    assert rates[f"{SPEED}/tokens_per_second"] == pytest.approx(40, rel=0.01)
-    assert reported(found, seconds=2.0)[f"{SPEED}/samples_per_second"] != 5, "the window began with the last report"
+    assert rates[f"{SPEED}/samples_per_second"] == pytest.approx(0.1, rel=0.01)
+    assert rates[f"{SPEED}/tokens_per_second"] == pytest.approx(0.8, rel=0.01)
+    found.add(BATCH)
+    again = reported(found, seconds=100.0)[f"{SPEED}/samples_per_second"]
+    assert again == pytest.approx(0.02, rel=0.01), "the window began with the last report"
 
 
 def test_the_work_of_all_ranks_is_added_up_and_the_longest_wait_is_shown() -> None:
     found = throughput()
     found.num_devices = 2
-    found._began_at = time.perf_counter() - 2.0
-    rates = found.report([(10.0, 100.0, 0.2, 0.0), (20.0, 300.0, 1.0, 0.0)])
+    found._began_at = time.perf_counter() - 100.0
+    rates = found.report([(500.0, 5000.0, 20.0, 0.0), (1000.0, 15000.0, 50.0, 0.0)])
     assert rates[f"{SPEED}/samples_per_second"] == pytest.approx(15, rel=0.01)
     assert rates[f"{SPEED}/samples_per_second_per_device"] == pytest.approx(7.5, rel=0.01)
     assert rates[f"{SPEED}/tokens_per_second"] == pytest.approx(200, rel=0.01)
@@ -81,17 +84,17 @@ def test_the_work_of_all_ranks_is_added_up_and_the_longest_wait_is_shown() -> No
 def test_pixels_are_no_tokens_and_have_no_mfu() -> None:
     found = throughput(vit(), peak_flops=1e12)
     found.add({"labels": torch.zeros(3), "pixel_values": torch.zeros(3, 3, 8, 8)})
-    rates = reported(found, seconds=1.0)
+    rates = reported(found, seconds=100.0)
     names = ("samples_per_second", "samples_per_second_per_device", "data_wait_share")
     assert rates.keys() == {f"{SPEED}/{name}" for name in names}
-    assert rates[f"{SPEED}/samples_per_second"] == pytest.approx(3, rel=0.01)
+    assert rates[f"{SPEED}/samples_per_second"] == pytest.approx(0.03, rel=0.01)
 
 
 def test_mfu_is_of_the_peak_that_is_given() -> None:
     found = throughput(peak_flops=1e9)
     found.add(BATCH)
-    rates = reported(found, seconds=0.5)
-    assert rates[f"{SPEED}/mfu"] == pytest.approx(16 * PER_TOKEN / 0.5 / 1e9, rel=0.01)
+    rates = reported(found, seconds=100.0)
+    assert rates[f"{SPEED}/mfu"] == pytest.approx(16 * PER_TOKEN / 100 / 1e9, rel=0.01)
 
 
 def test_a_window_without_a_step_has_the_same_names() -> None:
@@ -115,7 +118,7 @@ def test_waiting_for_data_is_told_from_working() -> None:
         found.add(BATCH)
         time.sleep(0.01)
     share = found.report([found.of_this_rank()])[f"{SPEED}/data_wait_share"]
-    assert 0.6 < share < 0.9, "three quarters"
+    assert 0.5 < share < 0.95, "three quarters"
 
 
 def test_the_windows_that_are_drawn_are_the_same() -> None:
@@ -213,11 +216,11 @@ def test_a_run_tells_it_beside_its_history_without_evaluations_and_saves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluates = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
-    saves = {"save_strategy": "steps", "save_steps": 1, "async_save": "false", "max_steps": 8, "logging_steps": 4}
+    saves = {"save_strategy": "steps", "save_steps": 2, "async_save": "false", "max_steps": 4, "logging_steps": 2}
     run_harness(tmp_path / "run", {**TRACKED, **evaluates, **saves, "peak_flops": 1e12})
     trained = [row for row in journal(tmp_path / "run") if "train/loss" in row]
     assert [{name for name in row if name.startswith(MEASURED)} for row in trained] == [OF_TEXT | {f"{SPEED}/mfu"}] * 2
-    seconds = sum(4 * 8 / row[f"{SPEED}/samples_per_second"] for row in trained)
+    seconds = sum(2 * 8 / row[f"{SPEED}/samples_per_second"] for row in trained)
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     elsewhere = sum(entry.get("eval_runtime", 0.0) for entry in history)
     assert seconds < history[-1]["train_runtime"] - elsewhere
@@ -254,6 +257,23 @@ def test_a_resumed_run_has_the_same_names_in_each_row(tmp_path: Path, caplog: py
         logger.removeHandler(caplog.handler)
     assert [record.getMessage() for record in caplog.records if record.name == logger.name] == []
     assert journal(tmp_path / "run") == whole
+
+
+@pytest.mark.slow
+def test_two_processes_are_reported_together(tmp_path: Path) -> None:
+    short = {**TRACKED, "max_steps": 4, "logging_steps": 2, "task": TASK, "output_dir": tmp_path / "run"}
+    done = run([*launcher(DDP), "-m", "harness.train", *as_flags(short), "--expect_num_processes", "2"], cwd=tmp_path)
+    assert done.code == 0, done.err
+    trained = [row for row in journal(tmp_path / "run") if "train/loss" in row]
+    assert len(trained) == 2
+    for row in trained:
+        assert {name for name in row if name.startswith(MEASURED)} == OF_TEXT
+        for what in ("samples", "tokens"):
+            together, of_one = (row[f"{SPEED}/{what}_per_second{end}"] for end in ("", "_per_device"))
+            assert together == pytest.approx(2 * of_one)
+        # Two ranks of 8 sequences of 6 to 32 tokens.
+        assert 6 < row[f"{SPEED}/tokens_per_second"] / row[f"{SPEED}/samples_per_second"] <= 32
+        assert 0 < row[f"{SPEED}/data_wait_share"] < 1
 
 
 @needs_cuda
