@@ -20,6 +20,7 @@ from harness.modeling import ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig
 from harness.plan import PlanConfig
 from harness.tasks import TaskConfig
+from harness.throughput import ThroughputConfig
 from harness.topology import TopologyConfig
 from harness.tracking import TrackingConfig
 from harness.tracking.settings import under_environment
@@ -113,6 +114,7 @@ class Config:
     optim: OptimConfig
     modeling: ModelingConfig
     metrics: MetricsConfig
+    throughput: ThroughputConfig
     evaluation: EvaluationConfig
     best: BestConfig
     checkpoint: CheckpointConfig
@@ -193,6 +195,7 @@ SECTIONS: tuple[type, ...] = (
     OptimConfig,
     ModelingConfig,
     MetricsConfig,
+    ThroughputConfig,
     EvaluationConfig,
     BestConfig,
     CheckpointConfig,

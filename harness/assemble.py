@@ -40,6 +40,7 @@ from harness.state import TrainState
 from harness.stepping import AcceleratedStepper, ZeroStepper
 from harness.stopping import Stop
 from harness.tasks import Task, resolve
+from harness.throughput import Throughput
 from harness.topology import agree, local_main_first
 from harness.tracking import WandbTracker
 from harness.tracking.tables import SampleTables
@@ -201,6 +202,8 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         fill_config(accelerator, batch_size=batch_size, accumulation=accumulation, max_grad_norm=limit)
     model, optimizer = accelerator.prepare(task.model, build_optimizer(task.model, config.optim))
     saves = config.plan.save_strategy != "no"
+    pad_token_id = getattr(task.processing_class, "pad_token_id", None)
+    work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id)
     return Run(
         accelerator=accelerator,
         model=model,
@@ -225,13 +228,8 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
             gather=lambda value: gather_object([value]),
         ),
         window=Window(accelerator, config.metrics),
-        work=Work(
-            task.model,
-            config.metrics,
-            accelerator,
-            samples_per_step=samples_per_step,
-            pad_token_id=getattr(task.processing_class, "pad_token_id", None),
-        ),
+        work=work,
+        throughput=Throughput(task.model, config.throughput, accelerator, flops_per_token=work.flos_per_element),
         clock=Clock(state),
         console=session.console,
         tracker=tracker,

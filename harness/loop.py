@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from harness.saving import Checkpoints, Content
 from harness.state import TrainState
 from harness.stepping import Stepper, ZeroStepper
 from harness.stopping import NONE, PREEMPTED, PREEMPTED_EXIT_CODE, Stop, StoppedError
+from harness.throughput import Throughput, as_text
 from harness.topology import software
 from harness.tracking import WandbTracker, rewrite
 from harness.tracking.tables import SampleTables, is_due, last_evaluation
@@ -55,6 +57,7 @@ class Run:
     checkpoints: Checkpoints
     window: Window
     work: Work
+    throughput: Throughput
     clock: Clock
     console: Console
     tracker: WandbTracker
@@ -71,10 +74,12 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
     if run.plan.config.eval_on_start and state.global_step == 0:
         evaluate(run, state, at_start=True)
     run.model.train()
+    run.throughput.begin()
     if state.is_ended and is_over(run, state):  # resumed from the checkpoint of the end
         return finish(run, state)
     for epoch in range(run.loader.epoch_index, run.plan.num_train_epochs):
-        for window in step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps):
+        windows = step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps)
+        for window in run.throughput.drawn(windows):
             if is_over(run, state):  # resumed from the last step, before what belongs to the end
                 break
             train_step(run, state, window)
@@ -110,6 +115,7 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
             run.stepper.backward(loss)
         run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
         run.work.add(batch)
+        run.throughput.add(batch)
     run.tracker.observe(state.global_step + 1, scaler=run.accelerator.scaler)
     run.window.grad_norm = run.stepper.step(run.modeling.max_grad_norm)
     run.window.learning_rate = current_learning_rate(run.scheduler, run.optimizer, run.optim)
@@ -124,22 +130,24 @@ def follow(run: Run, state: TrainState, due: Due, *, ends_epoch: bool = False) -
     """Collective: log, evaluate and save, as far as they are due: Trainer._maybe_log_save_evaluate."""
     if due.log and state.global_step > state.last_logged_step:
         report(run, state)
-    is_best = evaluate(run, state) if due.evaluate else False
-    state.is_ended = ends_epoch and is_over(run, state)  # known to a save from here on
-    if is_best if run.plan.config.save_strategy == "best" else due.save:
-        save(run, state)
+    with run.throughput.paused() if due.evaluate or due.save else nullcontext():
+        is_best = evaluate(run, state) if due.evaluate else False
+        state.is_ended = ends_epoch and is_over(run, state)  # known to a save from here on
+        if is_best if run.plan.config.save_strategy == "best" else due.save:
+            save(run, state)
 
 
 def report(run: Run, state: TrainState) -> None:
     """Collective: what the steps since the last report come to. The one place where a step waits for the device."""
-    total, num_nonfinite = run.window.drain()
+    total, num_nonfinite, of_ranks = run.window.drain(run.throughput.of_this_rank())
+    rates = run.throughput.report(of_ranks)
     logs = {"loss": total / (state.global_step - state.last_logged_step), **run.window.last_step()}
     state.total_loss += total
     state.last_logged_step = state.global_step
     run.work.settle_flos(state)
-    rate = run.clock.window_rate(state, run.work.samples_per_step)
-    logs = emit(run, state, logs, {"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}, timed=True)
-    run.console.report(logs, step=state.global_step, rate=f"{rate:.1f} samples/s")
+    extras = ({"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}) | rates
+    logs = emit(run, state, logs, extras, timed=True)
+    run.console.report(logs, step=state.global_step, rate=as_text(rates))
 
 
 def emit(

@@ -1,4 +1,4 @@
-"""What a training report says: the loss of the window, the work done, the rates. Names are the Trainer's."""
+"""What a training report says: the loss of the window, the work done, the run's rates. Names are the Trainer's."""
 
 from __future__ import annotations
 
@@ -55,12 +55,21 @@ class Window:
             loss = torch.where(finite, loss, self.sums[0] / (1 + steps_since_report))
         self.sums += torch.stack([loss.float(), (~finite).float()])
 
-    def drain(self) -> tuple[float, int]:
-        """Collective: the mean over the ranks of the sum, and the losses of all ranks that were not finite."""
-        gathered = self.accelerator.gather(self.sums.unsqueeze(0))
-        values = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum()]).tolist()
+    def drain(self, riders: Sequence[float] = ()) -> tuple[float, int, list[list[float]]]:
+        """
+        Collective: the mean over the ranks of the sum, and the losses of all ranks that were not finite.
+
+        `riders` are numbers of this rank, as many on each: the third result is those of all ranks, in float32. They go
+        the same way, so that a report keeps to one reduce and one host sync.
+        """
+        # Not waited for: the copy stands in the queue of the device.
+        along = torch.tensor(riders, dtype=torch.float32).to(self.sums.device, non_blocking=True)
+        gathered = self.accelerator.gather(torch.cat([self.sums, along]).unsqueeze(0))
+        sums = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum()])
+        loss, num_nonfinite, *flat = torch.cat([sums, gathered[:, 2:].flatten()]).tolist()
         self.sums.zero_()
-        return values[0], int(values[1])
+        count = len(riders)
+        return loss, int(num_nonfinite), [flat[i : i + count] for i in range(0, len(flat), max(count, 1))]
 
     def undrained(self) -> float:
         """What this rank alone has summed up since the last report."""
@@ -108,11 +117,10 @@ class Work:
         config: MetricsConfig,
         accelerator: Accelerator,
         *,
-        samples_per_step: int,
         pad_token_id: int | None,
     ) -> None:
         self.accelerator, self.pad_token_id = accelerator, pad_token_id
-        self.counts, self.samples_per_step = config.include_num_input_tokens_seen, samples_per_step
+        self.counts = config.include_num_input_tokens_seen
         self.input_name: str = getattr(model, "main_input_name", "input_ids")
         count: Any = getattr(model, "num_parameters", None)
         self.flos_per_element: int = 6 * count(exclude_embeddings=True) if count is not None else 0
@@ -160,15 +168,8 @@ class Clock:
         """Start when the first step is near, with what a checkpoint has put into the state."""
         self.started_at = time.time()
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
-        self._last_report = (time.monotonic(), state.global_step)
 
     def rates(self, **work: float) -> dict[str, float]:
         """The Trainer's `train_runtime` and what was done a second: num_samples, num_steps, num_tokens."""
         rates: dict[str, float] = speed_metrics("train", self.started_at, **work)
         return rates
-
-    def window_rate(self, state: TrainState, samples_per_step: int) -> float:
-        """Samples a second, on all devices, since the last report."""
-        now = time.monotonic()
-        (then, step), self._last_report = self._last_report, (now, state.global_step)
-        return (state.global_step - step) * samples_per_step / max(now - then, 1e-9)

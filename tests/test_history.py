@@ -110,6 +110,20 @@ def test_other_values_are_told_once_with_step_and_size(tmp_path: Path, caplog: p
     assert len(server.rows) == 6
 
 
+def test_what_another_machine_measures_makes_no_other_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server, path = Server(), tmp_path / "metrics.jsonl"
+    first = opened(path, Run(server))
+    for number in range(6):
+        first.log({**row(number), "train/throughput/data_wait_share": 0.1, "train/throughput/mfu": 0.4})
+    again = opened(path, Run(server), rows=2)
+    with caplog.at_level(logging.WARNING):
+        for number in range(2, 7):  # no mfu on this one, and memory of its own
+            again.log({**row(number), "train/throughput/data_wait_share": 0.2, "train/memory/peak_gib": 1.0})
+    assert caplog.records == []
+    assert [each.get("train/throughput/mfu") for each in server.rows] == [0.4] * 6 + [None]
+    assert again.rows == len(server.rows) == 7
+
+
 def test_a_run_that_makes_other_rows_keeps_those_that_are_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,6 +36,7 @@ LAYERS = (
         "debug",
         "stopping",
         "streams",
+        "throughput",
         "tracking",
     ),
     ("batches",),

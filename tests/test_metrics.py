@@ -45,17 +45,17 @@ def trainers(losses: list[float], filters: bool) -> float:
 
 @pytest.mark.parametrize("losses", [FINITE, BAD, [math.nan], [math.nan, 1.0]], ids=str)
 def test_filtered_loss_is_the_trainers(losses: list[float], accelerator: Accelerator) -> None:
-    total, num_nonfinite = window(accelerator, losses, filters=True).drain()
+    total, num_nonfinite, _ = window(accelerator, losses, filters=True).drain()
     assert total == trainers(losses, filters=True)
     assert math.isfinite(total)
     assert num_nonfinite == sum(not math.isfinite(loss) for loss in losses)
 
 
 def test_unfiltered_loss_shows_nan_and_counts_it(accelerator: Accelerator) -> None:
-    total, num_nonfinite = window(accelerator, BAD, filters=False).drain()
+    total, num_nonfinite, _ = window(accelerator, BAD, filters=False).drain()
     assert math.isnan(total)
     assert num_nonfinite == 3
-    total, _ = window(accelerator, FINITE, filters=False).drain()
+    total, _, _ = window(accelerator, FINITE, filters=False).drain()
     assert total == trainers(FINITE, filters=False)
 
 
@@ -65,7 +65,13 @@ def test_a_nan_does_not_reach_the_next_report(filters: bool, accelerator: Accele
     found.drain()
     assert found.undrained() == 0.0
     found.add(torch.tensor(1.25), steps_since_report=0)
-    assert found.drain() == (1.25, 0)
+    assert found.drain() == (1.25, 0, [])
+
+
+def test_what_rides_along_comes_back_and_leaves_the_losses_as_they_are(accelerator: Accelerator) -> None:
+    alone, with_riders = (window(accelerator, BAD, True) for _ in range(2))
+    assert with_riders.drain((3.0, math.nan, 0.5))[:2] == alone.drain()[:2]
+    assert with_riders.drain((3.0, 0.5)) == (0.0, 0, [[3.0, 0.5]])
 
 
 def test_half_precision_losses_are_summed_in_float32(accelerator: Accelerator) -> None:
@@ -111,7 +117,7 @@ def test_saved_window_does_not_change_with_later_steps(accelerator: Accelerator)
 def work(accelerator: Accelerator, counts: str, pad: int | None = 0) -> tuple[Work, GPT2LMHeadModel]:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     config = MetricsConfig(include_num_input_tokens_seen=counts)
-    return Work(model, config, accelerator, samples_per_step=2, pad_token_id=pad), model
+    return Work(model, config, accelerator, pad_token_id=pad), model
 
 
 BATCH = {"input_ids": torch.tensor([[3, 4, 0], [5, 0, 0]])}
@@ -165,11 +171,7 @@ def test_rates_count_this_life_only() -> None:
     state = TrainState(global_step=10, num_input_tokens_seen=1000)
     clock = Clock(state)
     clock.started_at -= 10
-    clock._last_report = (clock._last_report[0] - 10, 10)
     state.global_step, state.num_input_tokens_seen = 30, 1500
     rates = clock.rates(num_tokens=state.num_input_tokens_seen - clock.first_tokens)
     assert list(rates) == ["train_runtime", "train_tokens_per_second"]
     assert rates["train_tokens_per_second"] == pytest.approx(50, rel=0.01)
-    assert clock.window_rate(state, samples_per_step=4) == pytest.approx(8, rel=0.01)
-    state.global_step = 31
-    assert clock.window_rate(state, samples_per_step=4) > 100, "the window began with the last report"

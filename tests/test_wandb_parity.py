@@ -42,6 +42,8 @@ from tests.test_parity import CASES as SETTINGS
 from tests.test_tracking import environment
 
 SECONDS = 200
+NAMES = ("samples_per_second", "samples_per_second_per_device", "tokens_per_second", "tokens_per_second_per_device")
+SPEED = {f"train/throughput/{name}" for name in (*NAMES, "data_wait_share")}
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,12 @@ DIFFERENCES = {
         "not there",
         "there, the last where there were any",
         "a loss that no batch size changes; a filtered NaN is seen",
+    ),
+    "speed": Difference(
+        "rows, summary, metadata: `train/throughput/...`, `train/memory/peak_gib`",
+        "not there",
+        "with each report, the latter on a GPU",
+        "the speed of now, without evaluations and saves; `train_samples_per_second` is one number at the end",
     ),
     "counted": Difference(
         "histograms are due",
@@ -402,7 +410,9 @@ def without_extras(values: dict[str, Any], *, evaluated: bool, diverged: bool) -
         assert count > 100
     if diverged:
         assert values.pop("train/num_nonfinite_losses", 1) >= 1
-    return values
+    measured = {name for name in values if name.startswith(("train/throughput/", "train/memory/"))}
+    assert measured == (SPEED if "train/loss" in values else set()), "with each report, and in nothing else"
+    return {name: value for name, value in values.items() if name not in measured}
 
 
 def level_extras(pair: Pair) -> None:
@@ -469,10 +479,8 @@ def level_version(version: Version, pair: Pair) -> None:
         assert version.files.pop("metrics.jsonl") == "OWN"
         for name in [name for name in version.files if name.startswith("rng_state")]:
             assert version.files[name].pop("harness")
-    if "eval/loss_per_token" in version.metadata or "train/num_nonfinite_losses" in version.metadata:
-        diverged = pair.training.name == "diverging"
-        evaluated = "eval/loss_per_token" in version.metadata
-        version.metadata = without_extras(version.metadata, evaluated=evaluated, diverged=diverged)
+    diverged, evaluated = pair.training.name == "diverging", "eval/loss_per_token" in version.metadata
+    version.metadata = without_extras(version.metadata, evaluated=evaluated, diverged=diverged)
 
 
 def level_best(pair: Pair) -> None:

@@ -13,7 +13,9 @@ from harness.tracking.journal import COLUMNS, Journal, encoded, revived
 
 logger = logging.getLogger(__name__)
 
+# What the clock and the machine say, which no two lives share.
 TIMING = ("runtime", "_per_second", "_seconds")
+MEASURED = ("train/throughput/", "train/memory/")
 
 
 class History:
@@ -121,8 +123,10 @@ class History:
         if self._has_diverged:
             return
         for name, value in values.items():
+            if _is_measured(name):
+                continue
             before = recorded[name]
-            if name.endswith(TIMING) or before == value or (_is_nan(before) and _is_nan(value)):
+            if before == value or (_is_nan(before) and _is_nan(value)):
                 continue
             self._has_diverged = True
             logger.warning(
@@ -135,7 +139,13 @@ class History:
 
 def _is_same_event(recorded: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     step = "train/global_step"
-    return recorded.keys() - COLUMNS == values.keys() and recorded.get(step) == values.get(step)
+    # On another machine, and in a journal of an older version, other things are measured.
+    before, now = ({name for name in row if not name.startswith(MEASURED)} for row in (recorded, values))
+    return before.difference(COLUMNS) == now and recorded.get(step) == values.get(step)
+
+
+def _is_measured(name: str) -> bool:
+    return name.endswith(TIMING) or name.startswith(MEASURED)
 
 
 def _fits_summary(value: Any) -> bool:

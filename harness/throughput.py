@@ -1,0 +1,211 @@
+"""How fast the training is: samples and tokens a second, the share of the device that is used, of time without data."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+
+from harness.config import ConfigError, arg
+
+T = TypeVar("T")
+SPEED, MEMORY = "train/throughput", "train/memory"
+
+HALF = ("bf16", "fp16")
+# Operations a second of one device as torch counts devices, of dense matrices on the tensor cores with sums in
+# float32, as the makers' data sheets have them. The names are whole ones: a card's relatives (H20, 4090 Laptop, a MIG
+# slice) have other peaks.
+PEAKS: tuple[tuple[str, tuple[str, ...], float], ...] = (
+    (r"V100-SXM[23]-\d+GB", ("fp16",), 125e12),
+    (r"V100-PCIE-\d+GB", ("fp16",), 112e12),
+    (r"T4", ("fp16",), 65e12),
+    (r"A10", HALF, 125e12),
+    (r"A10G", HALF, 70e12),
+    (r"L4", HALF, 121e12),
+    (r"L40S", HALF, 362e12),
+    (r"A100-(SXM4|PCIE|SXM)-(40|80)GB|A100 80GB PCIe", HALF, 312e12),
+    (r"H100 80GB HBM3", HALF, 989e12),
+    (r"H100 PCIe", HALF, 756e12),
+    (r"H100 NVL|H200 NVL", HALF, 835e12),
+    (r"H200", HALF, 989e12),
+    (r"B200", HALF, 2250e12),
+    (r"GeForce RTX 3090", HALF, 71e12),
+    (r"GeForce RTX 4090", HALF, 165e12),
+    (r"AMD Instinct MI250X", HALF, 191.5e12),  # a device is one of the card's two halves
+    (r"AMD Instinct MI300X", HALF, 1307e12),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputConfig:
+    """What the speed is compared with."""
+
+    peak_flops: float | None = arg(
+        help="Peak of one device in FLOP/s, e.g. 312e12, for train/throughput/mfu; default: that of a known card."
+    )
+
+    def __post_init__(self) -> None:
+        if self.peak_flops is not None and not 1e9 <= self.peak_flops < math.inf:
+            raise ConfigError(f"--peak_flops={self.peak_flops:g}: give FLOP/s of one device, 1e9 or more, e.g. 312e12.")
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """The peak of a device by the name that torch gives it, for bf16 or fp16; None where it is not known."""
+    name = re.sub(r"^(NVIDIA |Tesla )+", "", device_name)
+    for pattern, precisions, peak in PEAKS:
+        if precision in precisions and re.fullmatch(pattern, name):
+            return peak
+    return None
+
+
+def precision_of(model: torch.nn.Module, mixed_precision: str) -> str:
+    """In what the matrices are multiplied: the mixed precision, or else what the weights are in."""
+    if mixed_precision != "no":
+        return mixed_precision
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+
+
+def reads_tokens(model: torch.nn.Module) -> bool:
+    """Whether the main input is `input_ids`: elsewhere (pixels, sound) its elements are no tokens."""
+    name = getattr(model, "main_input_name", None)
+    return name == "input_ids" if name is not None else "input_ids" in inspect.signature(model.forward).parameters
+
+
+class Throughput:
+    """
+    What the steps since the last report came to, on all devices, and how long they took.
+
+    The time is all that passes from one report to the next in this process, without what goes by in `paused`:
+    evaluations and saves (what of a save is written in the background goes on beside the steps). Waiting for data,
+    logging, and the warm-up of the first steps are in it. After a resume the first window is what this life has done of
+    it, which may be nothing: all names are there then, and their values are NaN.
+
+    Samples are those that the batches hold. Tokens are the elements of `input_ids`, padding included: what the device
+    has worked on; where the main input is another one there are none. Their number on the host is known without
+    asking the device. `flops_per_token` is an estimate, 6 x parameters without embeddings (as in total_flos), so mfu is
+    one too: attention, the embeddings' part and what checkpointing computes again are not in it, frozen weights are. It
+    is 0 where the model does not count its parameters so; then there is no mfu.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: ThroughputConfig,
+        accelerator: Accelerator,
+        *,
+        flops_per_token: int,
+    ) -> None:
+        self.device, self.num_devices = accelerator.device, accelerator.num_processes
+        self.counts_tokens, self.flops_per_token = reads_tokens(model), flops_per_token
+        self.on_cuda = self.device.type == "cuda"
+        known = None
+        if self.on_cuda:
+            name = torch.cuda.get_device_name(self.device)
+            known = peak_flops(name, precision_of(model, accelerator.mixed_precision))
+        self.peak = known if config.peak_flops is None else config.peak_flops
+        self._waits: deque[tuple[Any, Any]] = deque()
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a window here."""
+        self._began_at, self._paused_seconds = time.perf_counter(), 0.0
+        self._samples = self._tokens = 0
+        self._wait_seconds = 0.0
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Count a micro-batch of this rank, by its shapes only."""
+        tokens = batch.get("input_ids") if self.counts_tokens else None
+        if tokens is not None:
+            self._tokens += tokens.numel()
+            self._samples += tokens.shape[0]
+            return
+        shapes = (value.shape for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim > 0)
+        self._samples += next(shapes, (0,))[0]
+
+    def drawn(self, windows: Iterator[T]) -> Iterator[T]:
+        """
+        The same windows of batches, with an eye on the clock while each is drawn.
+
+        On the CPU that is the time the draw takes. A GPU has its own clock, and often work left from before, which the
+        draw does not hold up: there it is the time in which the GPU had nothing to do, without waiting for it.
+        """
+        while True:
+            began = self._mark()
+            window = next(windows, None)
+            self._waits.append((began, self._mark()))
+            self._fold_waits()
+            if window is None:
+                return
+            yield window
+
+    def _mark(self) -> Any:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _fold_waits(self) -> None:
+        # Asks, does not wait. What the GPU has not come to yet it had no wait for, and counts in the next report.
+        while self._waits and not (self.on_cuda and not self._waits[0][1].query()):
+            began, ended = self._waits.popleft()
+            self._wait_seconds += began.elapsed_time(ended) / 1000 if self.on_cuda else ended - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training: its time does not count. Waits for the device, which such things do anyway."""
+        torch.get_device_module(self.device).synchronize()
+        started = time.perf_counter()
+        yield
+        self._paused_seconds += time.perf_counter() - started
+
+    def of_this_rank(self) -> tuple[float, float, float, float]:
+        """Samples, tokens, seconds without data and peak memory in GiB of this rank, for a report to gather."""
+        self._fold_waits()
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.on_cuda else 0.0
+        return float(self._samples), float(self._tokens), self._wait_seconds, peak
+
+    def report(self, of_ranks: Sequence[Sequence[float]]) -> dict[str, float]:
+        """
+        The window's values by name, from what `of_this_rank` is on all ranks, once the device is done; begin the next.
+
+        Each step waits for the rank that waits longest, so its share is shown; of the memory the largest peak is, since
+        the process began, evaluations included.
+        """
+        seconds = time.perf_counter() - self._began_at - self._paused_seconds
+        self.begin()
+        samples, tokens, waits, peaks = zip(*of_ranks, strict=True)
+        worked = sum(samples) > 0 and seconds > 0
+        rate = 1 / seconds if worked else math.nan
+        found = {f"{SPEED}/samples_per_second": sum(samples) * rate}
+        if self.counts_tokens and (sum(tokens) > 0 or not worked):
+            found[f"{SPEED}/tokens_per_second"] = sum(tokens) * rate
+        found |= {f"{name}_per_device": value / self.num_devices for name, value in found.items()}
+        found[f"{SPEED}/data_wait_share"] = min(max(waits) * rate, 1.0) if worked else math.nan
+        a_device = found.get(f"{SPEED}/tokens_per_second_per_device")
+        if a_device is not None and self.peak is not None and self.flops_per_token > 0:
+            found[f"{SPEED}/mfu"] = a_device * self.flops_per_token / self.peak
+        if self.on_cuda:
+            found[f"{MEMORY}/peak_gib"] = max(peaks)
+        return found
+
+
+def as_text(rates: Mapping[str, float]) -> str | None:
+    """What a line for a person says of them, such as `122.3 samples/s, 15.7k tokens/s`; None for an empty window."""
+    samples, tokens = rates[f"{SPEED}/samples_per_second"], rates.get(f"{SPEED}/tokens_per_second")
+    if math.isnan(samples):
+        return None
+    if tokens is None:
+        return f"{samples:.1f} samples/s"
+    unit, scale = next(((unit, scale) for unit, scale in (("M", 1e6), ("k", 1e3)) if tokens >= scale), ("", 1.0))
+    return f"{samples:.1f} samples/s, {tokens / scale:.3g}{unit} tokens/s"
