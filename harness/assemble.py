@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 
 from harness import rng
@@ -37,7 +38,7 @@ from harness.optim import build_optimizer, build_scheduler
 from harness.plan import Plan, resolve_plan
 from harness.saving import Checkpoints
 from harness.state import TrainState
-from harness.stepping import AcceleratedStepper, ZeroStepper
+from harness.stepping import AcceleratedStepper, Stepper, ZeroStepper
 from harness.stopping import Stop
 from harness.tasks import Task, resolve
 from harness.throughput import Throughput
@@ -194,13 +195,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     )
     plan.show_in(state)
     state.train_batch_size = data.per_device_train_batch_size
-    if is_zero(accelerator):
-        if config.topology.compiles:
-            raise ConfigError("--torch_compile is not supported with DeepSpeed by this version; leave it out.")
-        limit = config.modeling.max_grad_norm
-        batch_size = data.per_device_train_batch_size
-        fill_config(accelerator, batch_size=batch_size, accumulation=accumulation, max_grad_norm=limit)
-    model, optimizer = accelerator.prepare(task.model, build_optimizer(task.model, config.optim))
+    model, optimizer, stepper = _prepared(session, data)
     saves = config.plan.save_strategy != "no"
     pad_token_id = getattr(task.processing_class, "pad_token_id", None)
     work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id)
@@ -212,9 +207,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         optimizer=optimizer,
         # Not prepared: accelerate would step it once for each process.
         scheduler=build_scheduler(optimizer, config.optim, plan.max_steps),
-        stepper=ZeroStepper(model, optimizer)
-        if is_zero(accelerator)
-        else AcceleratedStepper(accelerator, model, optimizer),
+        stepper=stepper,
         loader=loader,
         plan=plan,
         evaluator=session.evaluator,
@@ -239,6 +232,24 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         optim=config.optim,
         arguments=_arguments(session, plan),
     )
+
+
+def _prepared(session: Session, data: DataConfig) -> tuple[torch.nn.Module, AcceleratedOptimizer, Stepper]:
+    """Collective: model and optimizer, wrapped, and what makes a step of them. Raises ConfigError."""
+    config, accelerator, model = session.config, session.accelerator, session.task.model
+    if is_zero(accelerator):
+        if config.topology.compiles:
+            raise ConfigError("--torch_compile is not supported with DeepSpeed by this version; leave it out.")
+        fill_config(
+            accelerator,
+            batch_size=data.per_device_train_batch_size,
+            accumulation=data.gradient_accumulation_steps,
+            max_grad_norm=config.modeling.max_grad_norm,
+        )
+    wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+    if is_zero(accelerator):
+        return wrapped, optimizer, ZeroStepper(wrapped, optimizer)
+    return wrapped, optimizer, AcceleratedStepper(accelerator, wrapped, optimizer)
 
 
 def _arguments(session: Session, plan: Plan) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.config import ConfigError
 from harness.tracking import watch as module
-from harness.tracking.watch import Histogram, Watch, log_graph
+from harness.tracking.graph import log_graph
+from harness.tracking.watch import Histogram, Watch
 from tests.support.wandb_file import read_all
 from tests.support.watch_pair import LOG_FREQ, NUM_STEPS, Odd
 from tests.test_launch import run, torchrun

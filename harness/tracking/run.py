@@ -19,6 +19,7 @@ from accelerate.tracking import GeneralTracker
 from harness.tracking.artifacts import Artifacts, Delivery, open_artifacts
 from harness.tracking.closing import PREEMPTED_SECONDS, end_run, summary_numbers
 from harness.tracking.configuration import masked, model_config, num_parameters, plain
+from harness.tracking.graph import log_graph
 from harness.tracking.history import History
 from harness.tracking.journal import FILE as JOURNAL
 from harness.tracking.journal import revived
@@ -28,7 +29,7 @@ from harness.tracking.opening import failures, is_notebook, one_line, open_run, 
 from harness.tracking.randomness import separate_randomness
 from harness.tracking.report import UPLOAD, count_rows, describe_delivery
 from harness.tracking.settings import TrackingConfig
-from harness.tracking.watch import Watch, log_graph
+from harness.tracking.watch import Watch
 from harness.zero import gradient_function
 
 logger = logging.getLogger(__name__)
@@ -148,14 +149,13 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         max(100, logging_steps)); with --wandb_log_model the architecture is the first artifact.
         """
         unwrapped = model if accelerator is None else accelerator.unwrap_model(model, keep_torch_compile=False)
-        config = self.config
-        if config.uses_wandb and config.wandb_watch != "false":
+        if self.config.uses_wandb and self.config.wandb_watch != "false":
             self._watch = Watch(
                 unwrapped,
-                log=config.wandb_watch,
+                log=self.config.wandb_watch,
                 log_freq=log_freq,
-                max_tensors=config.wandb_watch_max_tensors,
-                patterns=config.wandb_watch_patterns or (),
+                max_tensors=self.config.wandb_watch_max_tensors,
+                patterns=self.config.wandb_watch_patterns or (),
                 is_main=PartialState().is_main_process,
                 gradient_of=None if accelerator is None else gradient_function(accelerator),
             )

@@ -15,7 +15,8 @@ import torch
 import wandb
 from torch import nn
 
-from harness.tracking.watch import Watch, log_graph
+from harness.tracking.graph import log_graph
+from harness.tracking.watch import Watch
 
 LOG_FREQ, NUM_STEPS = 2, 4
 
