@@ -23,6 +23,7 @@ from harness.tasks import TaskConfig
 from harness.topology import TopologyConfig
 from harness.tracking import TrackingConfig
 from harness.tracking.settings import under_environment
+from harness.watchdog import WatchdogConfig
 
 QUICKSTART = "quickstart"
 # Any of these says what to train; then nothing of the quickstart recipe is used.
@@ -119,6 +120,7 @@ class Config:
     topology: TopologyConfig
     tracking: TrackingConfig
     console: ConsoleConfig
+    watchdog: WatchdogConfig
     debug: DebugConfig
 
     def __post_init__(self) -> None:
@@ -199,6 +201,7 @@ SECTIONS: tuple[type, ...] = (
     TopologyConfig,
     TrackingConfig,
     ConsoleConfig,
+    WatchdogConfig,
     DebugConfig,
 )
 

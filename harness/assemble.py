@@ -42,6 +42,7 @@ from harness.tasks import Task, resolve
 from harness.topology import agree, local_main_first
 from harness.tracking import WandbTracker
 from harness.tracking.tables import SampleTables
+from harness.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     accumulation = data.gradient_accumulation_steps
     samples = _samples(session, task.train_dataset, data.per_device_train_batch_size * accumulation, seed=None)
     loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed)
+    ranks = (accelerator.process_index, accelerator.num_processes)
     samples_per_step = data.per_device_train_batch_size * accumulation * accelerator.num_processes
     plan = resolve_plan(
         config.plan,
@@ -208,7 +210,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         checkpoints=Checkpoints(
             session.output_dir,
             config.checkpoint,
-            ranks=(accelerator.process_index, accelerator.num_processes),
+            ranks=ranks,
             agree=lambda error: agree(accelerator, error),
             gather=lambda value: gather_object([value]),
         ),
@@ -225,6 +227,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         tracker=tracker,
         tables=_sample_tables(session, tracker),
         stop=Stop(accelerator, requested=lambda: tracker.stop_requested),
+        watchdog=Watchdog(config.watchdog, ranks=ranks, timeout_seconds=config.topology.ddp_timeout),
         modeling=config.modeling,
         optim=config.optim,
         arguments=_arguments(session, plan),

@@ -209,7 +209,7 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
     with run.stop.listening():
         try:
-            with watch_training(config.debug, session.task.model, console.line):
+            with watch_training(config.debug, session.task.model, console.line), run.watchdog.watching():
                 results = fit(run, state)
         finally:
             run.checkpoints.wait()  # whatever ends the training: what it was saving becomes whole

@@ -37,6 +37,7 @@ LAYERS = (
         "stopping",
         "streams",
         "tracking",
+        "watchdog",
     ),
     ("batches",),
     ("loader", "saving", "changes"),
