@@ -143,7 +143,7 @@ class Watchdog:
             yield
         finally:
             self._ended.set()
-            thread.join()
+            thread.join(STORE_TIMEOUT.total_seconds())  # a store on a dead node may never answer
             self._store = None
 
     # The thread
@@ -182,7 +182,16 @@ class Watchdog:
         if own.seconds <= limit(durations, slow_seconds=self.slow_seconds, near_timeout=self.near_timeout):
             self._num_looks = 0
             return
-        posts = self._listen() | {self.rank: own}
+        # Torch's store has no timeout for some of its calls: they hang with a rank zero that holds it and is stopped.
+        alarm = threading.Timer(STORE_TIMEOUT.total_seconds(), self._warn, (position, own, {self.rank: own}, set()))
+        alarm.daemon = True
+        alarm.start()
+        try:
+            posts = self._listen() | {self.rank: own}
+        finally:
+            alarm.cancel()
+        if self._reported is not None:
+            return
         if self._num_looks == 0 or self._first_look[0] != position.count:
             self._num_looks, self._first_look = 0, (position.count, posts)
         self._num_looks += 1
@@ -195,10 +204,14 @@ class Watchdog:
             {r for r in range(self.num_ranks) if r not in posts or posts[r] == before.get(r)} if hears_all else set()
         )
         if not hears_all or all(rank in silent for rank in range(self.rank)):
-            usual = f" Usually {own.phase} takes {statistics.median(durations):.2g} s." if durations else ""
-            finding = describe(posts, silent, num_ranks=self.num_ranks, step=own.step)
-            logger.warning("%s%s %s", finding, usual, advice(posts, silent, self._backend()))
-            self._reported = position
+            self._warn(position, own, posts, silent)
+
+    def _warn(self, position: Position, own: Post, posts: Mapping[int, Post], silent: set[int]) -> None:
+        self._reported = position
+        durations = self._durations.get(position.phase, ())
+        usual = f" Usually {position.phase} takes {statistics.median(durations):.2g} s." if durations else ""
+        finding = describe(posts, silent, num_ranks=self.num_ranks, step=own.step)
+        logger.warning("%s%s %s", finding, usual, advice(posts, silent, self._backend()))
 
     def _tell_end(self) -> None:
         reported = self._reported
