@@ -24,6 +24,7 @@ from harness.throughput import ThroughputConfig
 from harness.topology import TopologyConfig
 from harness.tracking import TrackingConfig
 from harness.tracking.settings import under_environment
+from harness.watchdog import WatchdogConfig
 
 QUICKSTART = "quickstart"
 # Any of these says what to train; then nothing of the quickstart recipe is used.
@@ -121,6 +122,7 @@ class Config:
     topology: TopologyConfig
     tracking: TrackingConfig
     console: ConsoleConfig
+    watchdog: WatchdogConfig
     debug: DebugConfig
 
     def __post_init__(self) -> None:
@@ -202,6 +204,7 @@ SECTIONS: tuple[type, ...] = (
     TopologyConfig,
     TrackingConfig,
     ConsoleConfig,
+    WatchdogConfig,
     DebugConfig,
 )
 

@@ -45,6 +45,7 @@ from harness.throughput import Throughput
 from harness.topology import agree, local_main_first
 from harness.tracking import WandbTracker
 from harness.tracking.tables import SampleTables
+from harness.watchdog import Watchdog
 from harness.zero import fill_config, is_zero
 
 logger = logging.getLogger(__name__)
@@ -185,6 +186,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     accumulation = data.gradient_accumulation_steps
     samples = _samples(session, task.train_dataset, data.per_device_train_batch_size * accumulation, seed=None)
     loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed)
+    ranks = (accelerator.process_index, accelerator.num_processes)
     samples_per_step = data.per_device_train_batch_size * accumulation * accelerator.num_processes
     plan = resolve_plan(
         config.plan,
@@ -216,7 +218,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         checkpoints=Checkpoints(
             session.output_dir,
             config.checkpoint,
-            ranks=(accelerator.process_index, accelerator.num_processes),
+            ranks=ranks,
             agree=lambda error: agree(accelerator, error),
             gather=lambda value: gather_object([value]),
         ),
@@ -228,6 +230,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         tracker=tracker,
         tables=_sample_tables(session, tracker),
         stop=Stop(accelerator, requested=lambda: tracker.stop_requested),
+        watchdog=Watchdog(config.watchdog, ranks=ranks, timeout_seconds=config.topology.ddp_timeout),
         modeling=config.modeling,
         optim=config.optim,
         arguments=_arguments(session, plan),

@@ -25,6 +25,7 @@ DEBUG_DEFAULTS: dict[str, Any] = {
     "dataloader_num_workers": 0,
     "full_determinism": True,
     "disable_tqdm": True,
+    "slow_step_seconds": 0.0,  # somebody at breakpoint() takes his time
 }
 SHOWN_TOKENS = 60
 SLOWEST_SHOWN = 12

@@ -33,6 +33,7 @@ from harness.throughput import Throughput, as_text
 from harness.topology import software
 from harness.tracking import WandbTracker, rewrite
 from harness.tracking.tables import SampleTables, is_due, last_evaluation
+from harness.watchdog import END, EVALUATION, REPORT, SAVE, Watchdog
 from harness.zero import save_shards, zero_stage
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Run:
     tracker: WandbTracker
     tables: SampleTables | None
     stop: Stop
+    watchdog: Watchdog
     modeling: ModelingConfig
     optim: OptimConfig
     arguments: Mapping[str, Any]
@@ -79,7 +81,7 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
         return finish(run, state)
     for epoch in range(run.loader.epoch_index, run.plan.num_train_epochs):
         windows = step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps)
-        for window in run.throughput.drawn(windows):
+        for window in run.watchdog.drawn(run.throughput.drawn(windows), state):
             if is_over(run, state):  # resumed from the last step, before what belongs to the end
                 break
             train_step(run, state, window)
@@ -139,6 +141,7 @@ def follow(run: Run, state: TrainState, due: Due, *, ends_epoch: bool = False) -
 
 def report(run: Run, state: TrainState) -> None:
     """Collective: what the steps since the last report come to. The one place where a step waits for the device."""
+    run.watchdog.at(REPORT, state.global_step)
     total, num_nonfinite, of_ranks = run.window.drain(run.throughput.of_this_rank())
     rates = run.throughput.report(of_ranks)
     logs = {"loss": total / (state.global_step - state.last_logged_step), **run.window.last_step()}
@@ -172,6 +175,7 @@ def emit(
 
 def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     """Collective: evaluate on all sets; returns whether this was the best evaluation so far."""
+    run.watchdog.at(EVALUATION, state.global_step)
     run.optimizer.eval()  # schedule-free optimizers have other weights to evaluate and to save
     metrics: dict[str, float] = {}
     previous = last_evaluation(state.log_history)
@@ -193,6 +197,7 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
 
 def save(run: Run, state: TrainState) -> None:
     """Collective: copy what checkpoint-N is made of; it is written while the training goes on."""
+    run.watchdog.at(SAVE, state.global_step)
     run.checkpoints.settle()
     run.work.settle_flos(state)
     if run.work.counts != "no":
@@ -264,6 +269,7 @@ def heed_stop(run: Run, state: TrainState) -> None:
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:
     """Collective: the metrics of the whole training; the best weights, if they are wanted."""
+    run.watchdog.at(END, state.global_step)
     run.stop.settled()
     # The Trainer adds what rank zero has left; the mean over the ranks would be another number.
     state.total_loss += run.window.undrained()

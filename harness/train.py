@@ -17,6 +17,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -141,7 +142,9 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         raise
     finally:
         session.console.close()
-        close_trackers(accelerator, exit_code=exit_code)
+        # A launcher ends all ranks when one has ended: how the run ended is told before that.
+        with run.stop.listening() if run is not None and exit_code != 0 else nullcontext():
+            close_trackers(accelerator, exit_code=exit_code)
         session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
 
 
@@ -204,11 +207,12 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     if config.debug.is_on:
         console.line(describe_batch(run.loader.peek(), session.task.processing_class))
     run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
-    try:
-        with watch_training(config.debug, session.task.model, console.line), run.stop.listening():
-            results = fit(run, state)
-    finally:
-        run.checkpoints.wait()  # whatever ends the training: what it was saving becomes whole
+    with run.stop.listening():
+        try:
+            with watch_training(config.debug, session.task.model, console.line), run.watchdog.watching():
+                results = fit(run, state)
+        finally:
+            run.checkpoints.wait()  # whatever ends the training: what it was saving becomes whole
     console.close()
     run.checkpoints.together(lambda: save_final(session, run, state) if run.checkpoints.is_writer else None)
     run.checkpoints.check_last()

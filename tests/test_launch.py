@@ -20,7 +20,10 @@ import pytest
 import yaml
 
 from harness.train import main
+from tests.support.faulty_training import Training
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history
+from tests.support.wandb_file import read_all
+from tests.support.wandb_server import WandbServer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "harness" / "train.py")
@@ -215,6 +218,41 @@ def test_a_refusal_after_the_processes_have_met_is_said_once(tmp_path: Path) -> 
     assert ended.err.count("harness-train: ") == 1
     assert "no whole checkpoint" in ended.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises_ends_the_others_its_own_traceback_first(tmp_path: Path, rank: int) -> None:
+    # Sample 48 is in the sixth batch of a rank, which is drawn ahead, with the data of step 5.
+    task = {"fault_rank": rank, "raises_at": 48}
+    command = (*launcher(DDP), SCRIPT)
+    training = Training(tmp_path / "run", None, command=command, task=task, expect_num_processes=2).ended(code=1)
+    assert "step 4/16" in training.out
+    assert "step 5/16" not in training.out
+    lines = training.err.splitlines()
+    first = next(i for i, line in enumerate(lines) if "Traceback" in line)
+    after = lines[first:]
+    raised = next(i for i, line in enumerate(after) if "RuntimeError: sample 48 can't be read" in line)
+    assert not any("Traceback" in line for line in after[1:raised])
+    assert "tests/support/faulty_task.py" in after[raised - 2] + after[raised - 3] + after[raised - 4]
+    times = training.folder / ("times-1" if rank else "times")
+    seconds = time.monotonic() - float(times.read_text().split()[-1])
+    assert seconds < 25, "the launcher ended long after the error"
+    (saved,) = read_all(tmp_path)
+    assert saved.exit_code == 1
+
+
+@pytest.mark.slow
+def test_wandb_learns_of_the_failure_though_the_launcher_ends_rank_zero_meanwhile(tmp_path: Path) -> None:
+    task = {"fault_rank": 1, "raises_at": 80}
+    command = (*launcher(DDP), SCRIPT)
+    with WandbServer(tmp_path / "server") as server:
+        training = Training(tmp_path / "run", server, pace=0.2, command=command, task=task, expect_num_processes=2)
+        training.reach(3)
+        server.fault("hang", "file_stream", seconds=10)  # rank zero still delivers when the launcher's SIGTERM comes
+        training.ended(code=1)
+        assert "closing signal SIGTERM" in training.err
+        assert (server.run("run").state, server.run("run").exit_code) == ("failed", 1)
 
 
 def config_of(kind: str, folder: Path) -> Path:

@@ -38,6 +38,7 @@ LAYERS = (
         "streams",
         "throughput",
         "tracking",
+        "watchdog",
     ),
     ("batches",),
     ("loader", "saving", "changes"),
