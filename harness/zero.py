@@ -78,9 +78,9 @@ def save_shards(engine: Any, folder: Path, *, step: int) -> None:
     """
     failures: list[Exception] = []
 
-    def write(state: Any, path: str) -> None:
+    def write(state_dict: Any, path: str) -> None:  # called by these names too
         try:
-            torch.save(state, path)
+            torch.save(state_dict, path)
         except Exception as error:  # torch has types of its own for a full disk
             failures.append(error)
 
