@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from harness.checkpoint import why_invalid
 from harness.tracking.journal import COLUMNS
-from harness.train import main
 from tests.support.parity import TIMING, TRAINING, as_flags, history
 from tests.test_launch import DDP, ROOT, SCRIPT, Ended, launcher, run
 
@@ -114,7 +114,8 @@ def test_a_hundred_steps_are_those_of_one_process(precision: str | None, bound: 
     more |= {precision: True} if precision else {}
     found = finished(ZERO2, tmp_path / "zero", **more)
     alone = {**ARGUMENTS, **more, "per_device_train_batch_size": 4, "expect_num_processes": 1}
-    assert main([*as_flags(alone), f"--output_dir={tmp_path / 'one'}", "--report_to=none", "--use_cpu"]) == 0
+    alone |= {"output_dir": tmp_path / "one", "report_to": "none"}
+    assert run([sys.executable, SCRIPT, *as_flags(alone), "--use_cpu"]).code == 0
     assert len(losses(found)) == 100
     assert torch.allclose(losses(found), losses(tmp_path / "one"), rtol=bound, atol=0)
 
