@@ -20,6 +20,7 @@ import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from harness.config import ConfigError, arg
+from harness.safe_load import load_safely
 from harness.state import TRAINER_STATE_FILE
 
 STATE_FILE = "harness_state.json"
@@ -292,12 +293,7 @@ def rng_file(process_index: int, num_processes: int) -> str:
 def _load(path: Path, device: torch.device) -> Any:
     # The Trainer's rng_state.pth holds numpy's state as an array.
     arrays = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
-    try:
-        with torch.serialization.safe_globals(arrays):
-            return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises several types for a file that is cut, damaged or crafted
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} can't be loaded safely: {reason}") from error
+    return load_safely(path, device, arrays)
 
 
 def digest_of(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from harness.config import ConfigError
+from harness.safe_load import load_safely
 
 STAGES = (1, 2)
 LATEST_FILE = "latest"  # the name of the folder with the shards is in it
@@ -122,10 +123,4 @@ def load_shard(path: str, map_location: Any = None) -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    plain = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-    try:
-        with torch.serialization.safe_globals(plain):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch raises several types for a file that is cut, damaged or crafted
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path} can't be loaded safely: {reason}") from error
+    return load_safely(path, map_location, [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
