@@ -101,8 +101,10 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Something that == compares."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return (str(value.dtype), tuple(value.shape), bytes(np.asarray(value)))
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), tuple(value.shape), bytes(value.detach().reshape(-1).view(torch.uint8).numpy()))
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), tuple(value.shape), bytes(value))
     if isinstance(value, Mapping):
         return {str(name): plain(each) for name, each in value.items()}
     if type(value).__module__.startswith("deepspeed"):
