@@ -16,7 +16,7 @@ from harness.config import ConfigError
 from harness.state import TRAINER_STATE_FILE
 from harness.tasks import TaskConfig
 from harness.tracking import identity
-from harness.tracking.downloads import PREFIX, download, find_artifact, is_artifact, is_there, place_of, sibling
+from harness.tracking.downloads import PREFIX, bring, download, find_artifact, is_artifact, is_there, place_of, sibling
 from harness.tracking.downloads import step_of as alias_of_step
 from harness.tracking.settings import TrackingConfig
 
@@ -129,7 +129,7 @@ def models_from_wandb(config: TaskConfig, tracking: TrackingConfig) -> tuple[Tas
                 f"{', '.join(sorted(artifact.manifest.entries)) or 'nothing'}; pickled ones are not loaded."
             )
         folder = place_of(artifact)
-        download(flag, artifact, folder, names)
+        bring(flag, artifact, folder, names)
         used.append(artifact.qualified_name)
         folders[flag] = os.fspath(folder)
     return replace(config, **folders), tuple(dict.fromkeys(used))

@@ -326,5 +326,5 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
     reference.add_reference(f"file://{tmp_path / 'file'}")
     with pytest.raises(ConfigError, match="it names a file outside its folder"):
         check_manifest("resume_from_checkpoint", "wandb:outside", outside)
-    with pytest.raises(ConfigError, match="only uploaded files do"):
+    with pytest.raises(ConfigError, match="it is not followed"):
         check_manifest("resume_from_checkpoint", "wandb:reference", reference)

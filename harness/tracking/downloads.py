@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import secrets
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -52,7 +54,8 @@ def find_artifact(flag: str, path: str, config: TrackingConfig, *, run: Identity
     project = (run.project if run else None) or config.wandb_project or config.project
     entity = (run.entity if run else None) or config.wandb_entity or api.default_entity
     if parts is None:
-        return _newest_checkpoint(flag, path, api, f"{entity}/{project}", run.run_id if run else config.wandb_run_id)
+        run_id = config.wandb_run_id or (run.run_id if run else None)
+        return _newest_checkpoint(flag, path, api, f"{entity}/{project}", run_id)
     name = f"{parts['entity'] or entity}/{parts['project'] or project}/{parts['name']}:{parts['alias'] or 'latest'}"
     found = _asked(flag, path, lambda: api.artifact(name))
     check_manifest(flag, path, found)
@@ -109,6 +112,26 @@ def download(flag: str, artifact: Any, folder: Path, names: Sequence[str] | None
             f"--{flag}: {artifact.qualified_name} could not be downloaded whole, {', '.join(wrong[:3])} is missing or "
             f"damaged after {ATTEMPTS} attempts ({reason}); try again, or take another version."
         )
+
+
+def bring(flag: str, artifact: Any, folder: Path, names: Sequence[str]) -> None:
+    """
+    See to it that these files of the version are in the folder: what is there as W&B has it is not downloaded again.
+
+    Others may read the folder, or bring the same files at the same time. Raises ConfigError.
+    """
+    if not (missing := _wrong(artifact, folder, names)):
+        return
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        download(flag, artifact, partial, missing)
+        for name in missing:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).replace(folder / name)
+    except OSError as error:
+        raise ConfigError(f"--{flag}: {artifact.qualified_name} can't be written to {folder}: {error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def record_use(run: Any, names: Sequence[str]) -> None:
@@ -187,6 +210,6 @@ def check_manifest(flag: str, path: str, artifact: Any) -> None:
     for name, entry in artifact.manifest.entries.items():
         parts = PurePosixPath(name).parts
         if entry.ref is not None:
-            raise ConfigError(f"--{flag}={path}: {name} in it is a reference to {entry.ref}; only uploaded files do.")
+            raise ConfigError(f"--{flag}={path}: {name} in it is a reference to {entry.ref}: it is not followed.")
         if not parts or ".." in parts or "\\" in name or PurePosixPath(name).is_absolute():
             raise ConfigError(f"--{flag}={path}: it names a file outside its folder, {name}: it is not downloaded.")
