@@ -104,7 +104,7 @@ def test_an_empty_machine_ends_with_the_bits_of_the_uninterrupted_run(
         gone.process.terminate()
         gone.ended(85)
     else:  # a death: rows of before the checkpoint have not reached W&B
-        server.fault("hang", "file_stream")
+        server.fault("status", "file_stream", code=500)
         while not any(each.logged_by == run_of(gone, server).id and is_of_step(each, 20) for each in committed(server)):
             assert gone.process.poll() is None
             time.sleep(0.02)
