@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.parity import TRAINING, as_flags, assert_equal_runs
+from tests.support.parity import TIMING, TRAINING, as_flags, assert_equal_runs
 from tests.support.wandb_server import WandbServer
 from tests.test_launch import Ended, run
 from tests.test_readme import blocks
 
 ROOT = Path(__file__).parent.parent
-CLOCK = re.compile(r"^_|_runtime$|_per_second$")
+CLOCK = re.compile(rf"^_|{TIMING.pattern}")
 TASK = "tests.support.parity_task:build"
 BY_HAND = next(block for block in blocks("python") if "log_checkpoint" in block)
 RESUME = next(block for block in blocks("python") if 'resume="must"' in block)
