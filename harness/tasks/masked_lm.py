@@ -13,12 +13,11 @@ from harness.config import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.predictions import restored
 from harness.tasks.pretrained import (
-    check_length,
     load_config,
     load_model,
     load_tokenizer,
-    longest_sequence,
     require_padding,
+    sequence_length,
 )
 from harness.tasks.scores import TokenAccuracy
 from harness.tasks.text import (
@@ -51,7 +50,7 @@ def build(config: TaskConfig) -> Task:
         )
     require_padding(tokenizer)
     model_config = load_config(config, tokenizer)
-    size = _sequence_length(config, tokenizer, model_config)
+    size = sequence_length(config, tokenizer, model_config, default=1024)
     splits = hold_out(load_splits(config), config)
     columns = text_columns(config, splits)
     samples = {
@@ -74,13 +73,6 @@ def build(config: TaskConfig) -> Task:
         sample=lambda model: _restored(model, tokenizer, next(iter(shown))["input_ids"]),
         predict_samples=partial(restored, tokenizer=tokenizer, mlm_probability=config.mlm_probability),
     )
-
-
-def _sequence_length(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
-    if config.max_seq_length is None:
-        return min(longest_sequence(tokenizer, model_config), 1024)
-    check_length("max_seq_length", config.max_seq_length, tokenizer, model_config)
-    return config.max_seq_length
 
 
 def _samples(dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int) -> Any:

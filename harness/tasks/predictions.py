@@ -70,15 +70,9 @@ def classified(
     labels: Labels,
 ) -> SamplePredictions:
     """Name the class that the model gives to each text, and how sure it is; several classes or a number likewise."""
-    accepted = inspect.signature(model.forward).parameters
     parts = []
     for batch in _batches(samples):
-        inputs = collate(
-            [
-                {name: value for name, value in sample.items() if name in accepted and name != "labels"}
-                for sample in batch
-            ]
-        )
+        inputs = collate([{n: value for n, value in row.items() if n != "labels"} for row in _accepted(model, batch)])
         parts.append(model(**{name: value.to(_device(model)) for name, value in inputs.items()}).logits.float().cpu())
     logits = torch.cat(parts)
     texts = [tokenizer.decode(sample["input_ids"], skip_special_tokens=True) for sample in samples]
@@ -111,10 +105,9 @@ def tagged(
     names: Sequence[str],
 ) -> SamplePredictions:
     """Give each text, its labels, and those of the model, in the order of the words; -100 is no label."""
-    accepted = inspect.signature(model.forward).parameters
     rows: list[list[str]] = []
     for batch in _batches(samples):
-        inputs = collate([{name: value for name, value in row.items() if name in accepted} for row in batch])
+        inputs = collate(_accepted(model, batch))
         on_device = {name: value.to(_device(model)) for name, value in inputs.items() if name != "labels"}
         found = model(**on_device).logits.argmax(dim=-1).cpu()
         for sample, given, guessed in zip(batch, inputs["labels"].cpu(), found, strict=True):
@@ -132,15 +125,20 @@ def written(
     generate: Generate,
 ) -> SamplePredictions:
     """Let the model write its text for each text that it reads."""
-    accepted = inspect.signature(model.forward).parameters
     rows: list[list[str]] = []
     for batch in _batches(samples):
-        inputs = collate([{name: value for name, value in row.items() if name in accepted} for row in batch])
+        inputs = collate(_accepted(model, batch))
         found = generate(model, {name: value.to(_device(model)) for name, value in inputs.items()})
         for sample, new in zip(batch, found.cpu(), strict=True):
             texts = (sample["input_ids"], [token for token in sample["labels"] if token >= 0], new)
             rows.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in texts])
     return SamplePredictions(columns=COLUMNS, rows=rows)
+
+
+def _accepted(model: torch.nn.Module, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The samples with what the model's forward takes."""
+    names = inspect.signature(model.forward).parameters
+    return [{name: value for name, value in sample.items() if name in names} for sample in batch]
 
 
 def _batches(samples: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -93,6 +93,14 @@ def longest_sequence(tokenizer: Any, model_config: Any) -> int:
     return int(min(limits))
 
 
+def sequence_length(config: TaskConfig, tokenizer: Any, model_config: Any, *, default: int) -> int:
+    """The tokens of --max_seq_length, else as many as fit, up to the default. Raises ConfigError for more than fit."""
+    if config.max_seq_length is None:
+        return min(longest_sequence(tokenizer, model_config), default)
+    check_length("max_seq_length", config.max_seq_length, tokenizer, model_config)
+    return config.max_seq_length
+
+
 def check_length(flag: str, length: int, tokenizer: Any, model_config: Any) -> None:
     """Refuse sequences that the model or tokenizer has no positions for. Raises ConfigError."""
     longest = longest_sequence(tokenizer, model_config)

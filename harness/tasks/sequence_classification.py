@@ -14,12 +14,11 @@ from harness.tasks.glue import GLUE, with_glue
 from harness.tasks.labels import MULTI, REGRESSION, SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import classified
 from harness.tasks.pretrained import (
-    check_length,
     load_config,
     load_model,
     load_tokenizer,
-    longest_sequence,
     require_padding,
+    sequence_length,
 )
 from harness.tasks.scores import (
     LABEL_METRICS,
@@ -63,7 +62,7 @@ def build(config: TaskConfig) -> Task:
     tokenizer = load_tokenizer(config)
     require_padding(tokenizer)
     model_config = load_config(config, tokenizer)
-    length = _sequence_length(config, tokenizer, model_config)
+    length = sequence_length(config, tokenizer, model_config, default=DEFAULT_LENGTH)
     labels = read_labels(splits["train"], label_column, source(config, "train"), config.do_regression)
     labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
     metrics = _metrics(config, labels)
@@ -137,13 +136,6 @@ def _text_columns(config: TaskConfig, splits: Mapping[str, Any], label_column: s
         if split in splits:
             require_columns("text_column_names", columns, splits[split], source(config, split))
     return columns
-
-
-def _sequence_length(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
-    if config.max_seq_length is None:
-        return min(longest_sequence(tokenizer, model_config), DEFAULT_LENGTH)
-    check_length("max_seq_length", config.max_seq_length, tokenizer, model_config)
-    return config.max_seq_length
 
 
 def _metrics(config: TaskConfig, labels: Labels) -> Callable[[], Metrics]:

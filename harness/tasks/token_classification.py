@@ -16,12 +16,11 @@ from harness.tasks.entities import IGNORED, EntityScores
 from harness.tasks.labels import MULTI, SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import tagged
 from harness.tasks.pretrained import (
-    check_length,
     load_config,
     load_model,
     load_tokenizer,
-    longest_sequence,
     require_padding,
+    sequence_length,
 )
 from harness.tasks.text import (
     SPLITS,
@@ -64,7 +63,7 @@ def build(config: TaskConfig) -> Task:
     columns = _columns(config, splits)
     tokenizer, model_config = _tokenizer_and_config(config)
     labels = _labels(config, splits["train"], columns, model_config)
-    tokenise = _tokeniser(config, tokenizer, _sequence_length(config, tokenizer, model_config))
+    tokenise = _tokeniser(config, tokenizer, sequence_length(config, tokenizer, model_config, default=DEFAULT_LENGTH))
     limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
     limits["test"] = config.max_predict_samples
     rows = {name: cut(part, limits[name]) for name, part in hold_out(splits, config).items() if name in SPLITS}
@@ -140,13 +139,6 @@ def _labels(config: TaskConfig, train: Any, columns: Columns, model_config: Any)
     labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
     model_config.problem_type = problem_type  # it is of classifiers of whole texts
     return labels
-
-
-def _sequence_length(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
-    if config.max_seq_length is None:
-        return min(longest_sequence(tokenizer, model_config), DEFAULT_LENGTH)
-    check_length("max_seq_length", config.max_seq_length, tokenizer, model_config)
-    return config.max_seq_length
 
 
 def _tokeniser(config: TaskConfig, tokenizer: Any, length: int) -> Tokenise:
