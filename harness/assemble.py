@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from harness import rng
 from harness.arguments import Config
@@ -75,7 +76,9 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
     seed, full_determinism = config.topology.seed, config.topology.full_determinism
     # As Transformers' example scripts: a new head is drawn from the seed; then the Trainer seeds again.
     rng.seed_everything(seed, full_determinism=full_determinism)
-    task = local_main_first(accelerator, lambda: resolve(task_config.task)(task_config))
+    # With zero3_init_flag ranks divide a model while it is made. What they all write, caches, appears whole.
+    at_once = is_deepspeed_zero3_enabled()
+    task = local_main_first(accelerator, lambda: resolve(task_config.task)(task_config), at_once=at_once)
     rng.seed_everything(seed, full_determinism=full_determinism)
     _check_data(config, task)
     if config.data.overfit_batches is not None:

@@ -292,16 +292,17 @@ def agree(accelerator: Accelerator, error: BaseException | None) -> str | None:
     return next((found for found in messages if found is not None), None)
 
 
-def local_main_first(accelerator: Accelerator, build: Callable[[], Answer]) -> Answer:
+def local_main_first(accelerator: Accelerator, build: Callable[[], Answer], *, at_once: bool = False) -> Answer:
     """
     Collective: run `build` on the first rank of each node, then on the others, which find its caches filled.
 
-    A ConfigError of one rank is raised on all: nobody waits for a rank that has gone.
+    Or on all `at_once`, where it is collective itself. A ConfigError of one rank is raised on all: nobody waits for a
+    rank that has gone.
     """
     results: list[Answer] = []
-    for turn in (True, False):
+    for turn in (True,) if at_once else (True, False):
         failure: ConfigError | None = None
-        if accelerator.is_local_main_process == turn:
+        if at_once or accelerator.is_local_main_process == turn:
             try:
                 results.append(build())
             except ConfigError as error:
