@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 CONFIGS = sorted(path for path in (ROOT / "launch_configs").glob("zero*.yaml"))
-ZERO1, ZERO2, OFFLOADED = (ROOT / "launch_configs" / f"{name}.yaml" for name in ("zero1", "zero2", "zero2_offload"))
+ZERO1, ZERO2, ZERO3 = (ROOT / "launch_configs" / f"zero{stage}.yaml" for stage in (1, 2, 3))
 ARGUMENTS: dict[str, Any] = {
     **TRAINING,
     "task": "tests.support.parity_task:build",
@@ -74,68 +74,137 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+WATCHED = {"report_to": "wandb", "wandb_mode": "offline", "wandb_watch": "all"}
+# On which one process and two must agree: nothing is drawn at random, and the data is a multiple of a step's.
+EXACT = {"task_args": {"dropout": 0.0, "size": 128}, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ZeRO-3 with all that there is divided: of itself DeepSpeed keeps parameters as small as these whole."""
+    folder = tmp_path_factory.mktemp("config")
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    content = {"zero_optimization": zero, "bf16": {"enabled": "auto"}, "train_batch_size": "auto", **auto}
+    (folder / "deepspeed.json").write_text(json.dumps(content), encoding="utf-8")
+    launch = ZERO3.read_text(encoding="utf-8").replace(
+        "zero_stage: 3", f"deepspeed_config_file: {folder}/deepspeed.json"
+    )
+    (folder / "divided.yaml").write_text(launch.replace('mixed_precision: "no"\n', ""), encoding="utf-8")
+    return folder / "divided.yaml"
+
+
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    more = {"report_to": "wandb", "wandb_mode": "offline", "wandb_watch": "all", "logging_steps": 1}
-    return finished(DDP, tmp_path_factory.mktemp("ddp"), ddp_find_unused_parameters=False, max_steps=101, **more)
+    more = {"logging_steps": 1, "max_steps": 101, "save_strategy": "no"}
+    return finished(DDP, tmp_path_factory.mktemp("ddp"), ddp_find_unused_parameters=False, **more)
 
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    more = {"report_to": "wandb", "wandb_mode": "offline", "wandb_watch": "all", "logging_steps": 1}
-    return finished(ZERO2, tmp_path_factory.mktemp("zero"), max_steps=101, **more)
+    return finished(ZERO2, tmp_path_factory.mktemp("zero"), max_steps=101)
 
 
-def test_zero_2_has_ddps_numbers_and_histograms(ddp: Path, zero: Path) -> None:
-    assert torch.allclose(losses(zero), losses(ddp), rtol=1e-6, atol=0)
-    found, expected = rows(zero), rows(ddp)
+@pytest.fixture(scope="module", params=[None, "bf16"], ids=["fp32", "bf16"])
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str | None, Path]:
+    """One process on the whole batch, its gradients and parameters watched."""
+    folder = tmp_path_factory.mktemp("alone")
+    arguments = {**ARGUMENTS, **EXACT, **WATCHED, "max_steps": 100, "output_dir": folder}
+    arguments |= {"per_device_train_batch_size": 4, "expect_num_processes": 1}
+    arguments |= {request.param: True} if request.param else {}
+    assert run([sys.executable, SCRIPT, *as_flags(arguments), "--use_cpu"]).code == 0
+    return request.param, folder
+
+
+def resumed(config: Path, whole: Path, folder: Path, **more: Any) -> None:
+    """From the middle of an epoch: the same history and weights, which `from_pretrained` loads."""
+    (checkpoint,) = whole.glob("checkpoint-[1-9]0")
+    shutil.copytree(checkpoint, folder / "run" / checkpoint.name)
+    again = finished(config, folder, resume_from_checkpoint="true", **more)
+    assert history(again) == history(whole)
+    assert weights(again) == weights(whole)
+    (last,) = (path.name for path in whole.glob("checkpoint-*") if path.name != checkpoint.name)
+    assert weights(again / last) == weights(whole / last)
+    assert why_invalid(again / last) is None
+    model, saved = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (whole, whole / last))
+    tokens = torch.arange(1, 33).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, saved(tokens).logits)
+
+
+@pytest.mark.parametrize("name", [*(path.stem for path in CONFIGS), "divided"])
+def test_each_launch_config_has_the_same_numbers_and_resumes_exactly(
+    name: str, divided: Path, ddp: Path, tmp_path: Path
+) -> None:
+    config = divided if name == "divided" else ROOT / "launch_configs" / f"{name}.yaml"
+    more = {"max_steps": 101, "save_steps": 50, "save_total_limit": 2, "logging_steps": 1}
+    found = finished(config, tmp_path / "whole", **more)
+    assert torch.allclose(losses(found), losses(ddp), rtol=1e-6, atol=0)
+    shutil.rmtree(found / "checkpoint-100")
+    resumed(config, found, tmp_path / "again", **more)
+
+
+@pytest.mark.parametrize("name", ["zero2", "divided"])
+def test_a_resume_with_bf16_and_more_accumulation_is_exact(name: str, divided: Path, tmp_path: Path) -> None:
+    config = divided if name == "divided" else ZERO2
+    more = {"bf16": True, "gradient_accumulation_steps": 4, "max_steps": 16}
+    resumed(config, finished(config, tmp_path / "whole", **more), tmp_path / "again", **more)
+
+
+@pytest.mark.parametrize("name", ["zero2", "divided"])
+def test_a_hundred_steps_and_their_histograms_are_those_of_one_process(
+    name: str, alone: tuple[str | None, Path], divided: Path, tmp_path: Path
+) -> None:
+    precision, one = alone
+    more = {**EXACT, **WATCHED, "max_steps": 100, **({precision: True} if precision else {})}
+    found = finished(divided if name == "divided" else ZERO2, tmp_path, **more)
+    assert len(losses(found)) == 100
+    assert torch.allclose(losses(found), losses(one), rtol=2e-2 if precision else 1e-4, atol=0)
+    if precision is None:
+        same_histograms(rows(found), rows(one))
+
+
+def same_histograms(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert [set(row) for row in found] == [set(row) for row in expected]
     (watched,) = [i for i, row in enumerate(expected) if "gradients/transformer.wte.weight" in row]
     names = [name for name in expected[watched] if name.startswith(("gradients/", "parameters/"))]
     assert len(names) > 40
     for name in names:
         theirs, ours = expected[watched][name], found[watched][name]
-        assert ours["bins"] == pytest.approx(theirs["bins"], rel=1e-4, abs=1e-6), name
+        assert ours["bins"] == pytest.approx(theirs["bins"], rel=1e-3, abs=1e-5), name
         assert sum(ours["values"]) == sum(theirs["values"])
         moved = sum(abs(a - b) for a, b in zip(ours["values"], theirs["values"], strict=True)) / 2
-        assert moved <= 0.01 * sum(theirs["values"]) + 1, name
+        assert moved <= 0.02 * sum(theirs["values"]) + 1, name
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_each_launch_config_has_the_same_numbers(config: Path, ddp: Path, tmp_path: Path) -> None:
-    found = finished(config, tmp_path, max_steps=101, save_strategy="no", logging_steps=1)
-    assert torch.allclose(losses(found), losses(ddp), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(("precision", "bound"), [(None, 1e-4), ("bf16", 2e-2)])
-def test_a_hundred_steps_are_those_of_one_process(precision: str | None, bound: float, tmp_path: Path) -> None:
-    more = {"task_args": {"dropout": 0.0, "size": 128}, "max_steps": 100, "eval_strategy": "no", "save_strategy": "no"}
-    more |= {precision: True} if precision else {}
-    found = finished(ZERO2, tmp_path / "zero", **more)
-    alone = {**ARGUMENTS, **more, "per_device_train_batch_size": 4, "expect_num_processes": 1}
-    alone |= {"output_dir": tmp_path / "one", "report_to": "none"}
-    assert run([sys.executable, SCRIPT, *as_flags(alone), "--use_cpu"]).code == 0
-    assert len(losses(found)) == 100
-    assert torch.allclose(losses(found), losses(tmp_path / "one"), rtol=bound, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("config", "more"),
-    [(ZERO2, {"bf16": True, "gradient_accumulation_steps": 4}), (ZERO1, {}), (OFFLOADED, {})],
-    ids=["zero2-bf16-4", "zero1", "zero2-offload"],
-)
-def test_a_resume_in_mid_epoch_is_exact(config: Path, more: dict[str, Any], tmp_path: Path) -> None:
-    whole = finished(config, tmp_path / "whole", **more)
-    (tmp_path / "again").mkdir()
-    shutil.copytree(whole / "checkpoint-10", tmp_path / "again" / "run" / "checkpoint-10")
-    again = finished(config, tmp_path / "again", resume_from_checkpoint="true", **more)
-    assert history(again) == history(whole)
-    assert weights(again) == weights(whole)
-    assert weights(again / "checkpoint-20") == weights(whole / "checkpoint-20")
-    assert why_invalid(again / "checkpoint-20") is None
-    model = AutoModelForCausalLM.from_pretrained(whole)
-    saved = AutoModelForCausalLM.from_pretrained(whole / "checkpoint-20")
-    assert {name for name, _ in model.named_parameters()} == {name for name, _ in saved.named_parameters()}
+def test_what_takes_the_whole_model_is_done_together_under_zero_3(divided: Path, tmp_path: Path) -> None:
+    """Evaluation, generated samples in tables and at the end, the best model back: nobody waits for ever."""
+    arguments = {
+        **WATCHED,
+        "config": "quickstart",
+        "max_steps": 4,
+        "logging_steps": 2,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the first one
+        "max_train_samples": 32,
+        "max_eval_samples": 8,
+        "wandb_eval_samples": 2,
+        "wandb_eval_samples_freq": 1,
+        "bf16": True,
+        "do_train": True,
+        "do_eval": True,
+        "output_dir": tmp_path,
+    }
+    ended = run([*launcher(divided), SCRIPT, *as_flags(arguments)])
+    assert ended.code == 0, ended.err[-3000:]
+    assert "sample: " in ended.out
+    evaluations = [event["eval_loss"] for event in history(tmp_path) if "eval_loss" in event]
+    results = json.loads((tmp_path / "all_results.json").read_text(encoding="utf-8"))
+    assert evaluations[1] < evaluations[0] == pytest.approx(results["eval_loss"], rel=1e-3)
+    assert weights(tmp_path) == weights(tmp_path / "checkpoint-2")
+    assert any("sample_predictions" in row for row in rows(tmp_path))
 
 
 def test_a_checkpoint_holds_the_trainers_layout(zero: Path) -> None:
@@ -200,7 +269,7 @@ def test_what_does_not_go_together_is_refused(what: str, zero: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("zero_stage: 2", "zero_stage: 3", "zero_stage: 3 in the launch config is not supported"),
+        ("zero_stage: 2", "zero_stage: 0", "zero_stage: 0 in the launch config is not supported"),
         (
             "zero_stage: 2",
             "zero_stage: 2\n  gradient_accumulation_steps: 3",
