@@ -65,6 +65,7 @@ TOP_LEVEL = {
     "CHANGELOG.md",
 }  # fmt: skip
 DEPENDENCIES = {
+    "PIL",
     "accelerate",
     "datasets",
     "deepspeed",
