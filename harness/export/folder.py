@@ -48,6 +48,7 @@ def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dty
     A shard at a time is in memory. Only where the architecture's weights on the Hub are cut otherwise (mixtures of
     experts) all that is cut is mapped at once. `out` is there as a whole or not at all. Raises ConfigError.
     """
+    out = out.absolute()
     _check(checkpoint, out)
     weights = read_weights(checkpoint)
     model = blank_model(checkpoint)
@@ -55,7 +56,7 @@ def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dty
     if dtype is not None:
         weights = {name: _cast(weight, dtype) for name, weight in weights.items()}
     needed = sum(_blank(weight).nbytes for weight in weights.values())
-    free = shutil.disk_usage(next(path for path in out.absolute().parents if path.exists())).free
+    free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
     if needed > free:
         raise ConfigError(f"OUT={out}: no space, {needed:,} bytes are needed and {free:,} free; choose another disk.")
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
@@ -65,7 +66,7 @@ def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dty
         for path in (*partial.iterdir(), partial):
             sync(path)
         partial.rename(out)
-        sync(out.absolute().parent)
+        sync(out.parent)
     except Exception as error:  # safetensors raises its own type for a full disk, which it does not export
         if isinstance(error, ConfigError):
             raise
