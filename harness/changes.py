@@ -63,7 +63,8 @@ REFUSED = frozenset(
         *("tokenizer_name", "model_revision", "dtype", "attn_implementation", "ignore_mismatched_sizes"),
         *("dataset_name", "dataset_config_name", "task_name", "train_file", "train_split_name", "streaming"),
         # Where these are not given a part of the training data is held out.
-        *("validation_file", "validation_split_name", "validation_split_percentage"),
+        *("validation_file", "validation_dir", "validation_split_name", "validation_split_percentage"),
+        *("train_dir", "image_column_name", "image_processor_name", "without_augmentation"),
         *("text_column_names", "text_column_delimiter", "label_column_name", "max_train_samples", "block_size"),
         *("keep_linebreaks", "max_seq_length", "pad_to_max_length", "mlm_probability", "line_by_line"),
         *("summary_column", "source_prefix", "max_source_length", "max_target_length"),

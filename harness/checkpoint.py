@@ -214,6 +214,18 @@ def why_invalid(path: Path) -> str | None:
         needed = (WEIGHTS, ("optimizer.pt",), ("scheduler.pt",))
         missing = [names[0] for names in needed if not any((path / name).is_file() for name in names)]
         return f"{', '.join(missing)} missing (saved with save_only_model, or never finished)" if missing else None
+    if (fault := why_damaged(path)) is not None:
+        return fault
+    if json.loads(manifest.read_text(encoding="utf-8")).get("only_model"):
+        return "it was saved with --save_only_model; use it as --model_name_or_path"
+    return None
+
+
+def why_damaged(path: Path) -> str | None:
+    """What in a folder differs from its manifest; None if nothing does, or if there is none. Reads all of it."""
+    manifest = path / STATE_FILE
+    if not manifest.is_file():
+        return None
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         version = int(content.get("format_version", 0))
@@ -222,8 +234,6 @@ def why_invalid(path: Path) -> str | None:
         listed = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{STATE_FILE} can't be read: {type(error).__name__} {error}"
-    if content.get("only_model"):
-        return "it was saved with --save_only_model; use it as --model_name_or_path"
     faults = (_why_damaged(path / name, *facts) for name, facts in listed.items())
     return next((fault for fault in faults if fault is not None), None)
 

@@ -23,7 +23,7 @@ from harness.tracking.settings import TrackingConfig
 logger = logging.getLogger(__name__)
 
 RESUME = "resume_from_checkpoint"
-FROM_PRETRAINED = ("model_name_or_path", "config_name", "tokenizer_name")
+FROM_PRETRAINED = ("model_name_or_path", "config_name", "tokenizer_name", "image_processor_name")
 # What from_pretrained reads without running anything: no pickles, no code.
 OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".bpe", ".spm", ".tiktoken", ".vocab")
 

@@ -166,10 +166,11 @@ def load_shards(engine: Any, folder: Path) -> None:
         raise ConfigError(f"{folder} holds no state of DeepSpeed's; use the launch config that it was saved with.")
 
 
-def load_shard(path: str, map_location: Any = None) -> Any:
+def load_shard(path: str, map_location: Any = None, *, mmap: bool = False) -> Any:
     """Read one file of DeepSpeed's: tensors, plain values and a few records of its own. Raises ConfigError."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return load_safely(path, map_location, [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+    records = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    return load_safely(path, map_location, records, mmap=mmap)

@@ -31,7 +31,6 @@ LAYERS = (
         "best",
         "checkpoint",
         "lock",
-        "export",
         "evaluation",
         "debug",
         "stopping",
@@ -40,7 +39,7 @@ LAYERS = (
         "tracking",
         "watchdog",
     ),
-    ("batches",),
+    ("batches", "export"),
     ("loader", "saving", "changes"),
     ("arguments", "loop", "position"),
     ("inputs", "restoring"),
@@ -66,6 +65,7 @@ TOP_LEVEL = {
     "CHANGELOG.md",
 }  # fmt: skip
 DEPENDENCIES = {
+    "PIL",
     "accelerate",
     "datasets",
     "deepspeed",

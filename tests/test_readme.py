@@ -15,6 +15,7 @@ import pytest
 
 from harness import loop
 from harness.arguments import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
+from harness.export.__main__ import main as export
 from harness.train import main
 from tests.support.wandb_file import read_all
 from tests.test_wandb_parity import DIFFERENCES
@@ -25,8 +26,8 @@ INSTALL_AND_TRAIN = "pip install -e . && accelerate launch harness/train.py"
 INSTALL_AND_TEST = "pip install -e '.[test]' && pytest"
 FLAGS = {field.name for section in SECTIONS for field in fields(section)}
 NOT_TAKEN = {**OWNED_BY_LAUNCH_CONFIG, **REFUSED, **GONE}
-# Flags of `accelerate launch` and of `python -m harness.tracking`.
-OF_OTHERS = {"config_file", "num_processes", "cpu", "registry"}
+# Flags of `accelerate launch`, of `python -m harness.tracking` and of `python -m harness.export`.
+OF_OTHERS = {"config_file", "num_processes", "cpu", "registry", "max_shard_size"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 OURS = re.compile(r"(?:^|\s)(?:harness-train|harness/train\.py|-m harness\.train)(?=\s|$)")
 
@@ -123,6 +124,12 @@ def test_the_functions_of_the_loop_are_those_named() -> None:
 @pytest.mark.parametrize("command", [command for command in commands() if OURS.search(command)])
 def test_each_command_parses(command: str) -> None:
     parse(arguments_of(command))
+
+
+def test_the_command_of_the_export_asks_for_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = [command for command in commands() if "harness.export" in command]
+    assert export(shlex.split(command)[3:]) == 2
+    assert "CHECKPOINT=runs/cola/checkpoint-500: no such folder" in capsys.readouterr().err
 
 
 def test_the_task_of_ones_own_learns(

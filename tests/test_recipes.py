@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from harness.arguments import QUICKSTART, parse
@@ -17,6 +17,7 @@ from harness.checkpoint import list_checkpoints
 from harness.config import RECIPES_DIR
 from harness.tasks import resolve
 from harness.train import main
+from tests.support.images import SHAPES, draw, save_image_processor
 from tests.support.inputs import SENTENCES, save_bert_tokenizer, save_gpt_tokenizer
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
@@ -24,6 +25,14 @@ TINY = {
     "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
     "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+    "vit": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 16,
+        "patch_size": 4,
+    },
 }
 
 
@@ -95,8 +104,16 @@ def words() -> Dataset:
     return Dataset.from_dict({**rows, "ner_tags": [[0, 1, 2, 0, 0, 0, 3]] * len(TEXTS)}, features=features)
 
 
+def leaves() -> Dataset:
+    features = Features({"image_file_path": Value("string"), "image": Image(), "labels": ClassLabel(names=SHAPES)})
+    numbers = [index % 3 for index in range(len(TEXTS))]
+    images = [draw(SHAPES[number], index) for index, number in enumerate(numbers)]
+    return Dataset.from_dict({"image_file_path": TEXTS, "image": images, "labels": numbers}, features=features)
+
+
 PAIRS = {"sentence1": TEXTS, "sentence2": TEXTS[::-1]}
 STAND_INS: dict[str, tuple[str, Callable[[], Dataset], str]] = {
+    "beans_vit": ("vit", leaves, "eval_accuracy"),
     "cola": ("bert", lambda: labelled(["unacceptable", "acceptable"], sentence=TEXTS), "eval_matthews_correlation"),
     "conll_ner": ("bert", words, "eval_f1"),
     "early_stopping": ("bert", lambda: labelled(["not_equivalent", "equivalent"], **PAIRS), "eval_loss"),
@@ -107,7 +124,11 @@ STAND_INS: dict[str, tuple[str, Callable[[], Dataset], str]] = {
 
 
 def save_model(model_type: str, folder: Path) -> Path:
-    """A tiny model with its tokenizer, as from_pretrained has them from the Hub."""
+    """A tiny model with its tokenizer or image processor, as from_pretrained has them from the Hub."""
+    if model_type == "vit":
+        save_image_processor(folder)
+        AutoModel.from_config(AutoConfig.for_model(model_type, **TINY[model_type])).save_pretrained(folder)
+        return folder
     (save_gpt_tokenizer if model_type == "gpt2" else save_bert_tokenizer)(folder)
     size = len(AutoTokenizer.from_pretrained(folder))
     AutoModel.from_config(AutoConfig.for_model(model_type, vocab_size=size, **TINY[model_type])).save_pretrained(folder)
@@ -139,6 +160,8 @@ def test_a_recipe_of_the_hub_trains_evaluates_and_keeps_the_best(name: str, tmp_
         changed |= {"eval_steps": 2, "save_steps": 2}
     if name == "gpt2_short_texts":
         changed |= {"block_size": 16}  # the rows are too few for longer ones
+    if name == "beans_vit":
+        changed |= {"per_device_train_batch_size": 16}  # else they are one epoch, with one evaluation
     state = run_recipe(name, tmp_path, **changed)
     metric = STAND_INS[name][2]
     assert len([entry for entry in state["log_history"] if "loss" in entry]) == 4

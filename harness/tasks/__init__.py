@@ -14,6 +14,7 @@ from harness.config import ConfigError, Json, arg, at_least, choice
 
 SHIPPED = {
     "causal-lm": "harness.tasks.causal_lm:build",
+    "image-classification": "harness.tasks.image_classification:build",
     "masked-lm": "harness.tasks.masked_lm:build",
     "seq2seq": "harness.tasks.seq2seq:build",
     "sequence-classification": "harness.tasks.sequence_classification:build",
@@ -23,12 +24,17 @@ SHIPPED = {
 OWNERS = {
     "generation_max_length": "seq2seq",
     "generation_num_beams": "seq2seq",
+    "image_column_name": "image-classification",
+    "image_processor_name": "image-classification",
     "label_all_tokens": "token-classification",
     "max_source_length": "seq2seq",
     "max_target_length": "seq2seq",
     "predict_with_generate": "seq2seq",
     "source_prefix": "seq2seq",
     "summary_column": "seq2seq",
+    "train_dir": "image-classification",
+    "validation_dir": "image-classification",
+    "without_augmentation": "image-classification",
 }
 
 
@@ -60,6 +66,8 @@ class TaskConfig:
     train_file: str | None = arg(help="Training data: csv, tsv, json, jsonl, txt or parquet.")
     validation_file: str | None = arg(help="Validation data, same formats.")
     test_file: str | None = arg(help="Data to predict on, same formats.")
+    train_dir: str | None = arg(help="image-classification: folder with training images, a subfolder a class.")
+    validation_dir: str | None = arg(help="image-classification: folder with validation images, likewise.")
     train_split_name: str = arg("train", "Split to train on.")
     validation_split_name: str | None = arg(
         help="Split to evaluate on; default: validation, dev or validation_matched."
@@ -85,8 +93,15 @@ class TaskConfig:
     do_regression: bool | None = arg(
         help="sequence-classification: the label is a number; default: by its type.", nargs="?", const=True
     )
-    metric_name: str | None = arg(help="sequence-classification: accuracy, f1, matthews_correlation, pearson, ...")
+    metric_name: str | None = arg(help="Of classifiers: accuracy, f1, matthews_correlation, pearson, ...")
     label_all_tokens: bool = arg(False, "token-classification: label all tokens of a word, not its first alone.")
+    image_column_name: str | None = arg(help="image-classification: column of the images; default: image.")
+    image_processor_name: str | None = arg(
+        help="image-classification: image processor on the Hub or folder; defaults to the model's."
+    )
+    without_augmentation: bool = arg(
+        False, "image-classification: train on the images as they are, not on random crops and mirror images."
+    )
     summary_column: str | None = arg(help="seq2seq: column of the text to write; default: summary.")
     source_prefix: str | None = arg(help="seq2seq: put before each text to read, e.g. 'summarize: ' for T5.")
     max_source_length: int | None = arg(help="seq2seq: most tokens of a text to read; default: up to 1024.")
@@ -122,8 +137,11 @@ class TaskConfig:
         if ":" not in self.task:
             choice("task", self.task, tuple(SHIPPED))
             self._check_owners()
-        if self.dataset_name and self.train_file:
-            raise ConfigError("--dataset_name and --train_file both name the training data; give one of them.")
+        named = [name for name in ("dataset_name", "train_file", "train_dir") if getattr(self, name)]
+        if len(named) > 1:
+            raise ConfigError(f"--{named[0]} and --{named[1]} both name the training data; give one of them.")
+        if self.validation_file and self.validation_dir:
+            raise ConfigError("--validation_file and --validation_dir both name the validation data; give one of them.")
 
     def _check_owners(self) -> None:
         """Refuse flags that the shipped task does not read; a task of one's own may read any."""

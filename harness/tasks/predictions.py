@@ -84,12 +84,32 @@ def classified(
         chosen = (logits > 0).tolist()
         names = [[_names(labels, row) for row in rows] for rows in (given, chosen)]
         return SamplePredictions(columns=COLUMNS, rows=list(zip(texts, *names, strict=True)))
+    return _classes(texts, given, logits, labels)
+
+
+def recognised(
+    model: torch.nn.Module,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    labels: Labels,
+) -> SamplePredictions:
+    """Name the class that the model gives to each image, known by its number, and how sure it is."""
+    parts, given = [], []
+    for batch in _batches(samples):
+        inputs = collate(list(batch))
+        given += inputs["labels"].tolist()
+        parts.append(model(pixel_values=inputs["pixel_values"].to(_device(model))).logits.float().cpu())
+    return _classes([f"image {index}" for index in range(len(given))], given, torch.cat(parts), labels)
+
+
+def _classes(inputs: Sequence[str], given: Sequence[int], logits: torch.Tensor, labels: Labels) -> SamplePredictions:
     probabilities = logits.softmax(dim=-1)
     highest, ids = (values.tolist() for values in probabilities.max(dim=-1))
     true, predicted = ([labels.names[index] for index in indices] for indices in (given, ids))
     return SamplePredictions(
         columns=(*COLUMNS, "probability"),
-        rows=list(zip(texts, true, predicted, highest, strict=True)),
+        rows=list(zip(inputs, true, predicted, highest, strict=True)),
         class_names=labels.names,
         labels=given,
         probabilities=probabilities.tolist(),

@@ -1,4 +1,4 @@
-"""Tokenizer, config and model: from a folder, from the Hub or from scratch."""
+"""Tokenizer or image processor, config and model: from a folder, from the Hub or from scratch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from harness.config import ConfigError
 from harness.tasks import TaskConfig
@@ -29,9 +29,22 @@ def load_tokenizer(config: TaskConfig, **options: Any) -> Any:
     return tokenizer
 
 
+def load_image_processor(config: TaskConfig) -> Any:
+    """Load the image processor of --image_processor_name or of the model. Raises ConfigError."""
+    name = config.image_processor_name or config.model_name_or_path
+    flag = "image_processor_name" if config.image_processor_name else "model_name_or_path"
+    if name is None:
+        raise ConfigError(
+            "No image processor; give --image_processor_name, or --model_name_or_path with a model that has one."
+        )
+    with _user_model(f"--{flag}={name}: its image processor can't be loaded"):
+        # Pillow's on every machine, so that the pixels don't depend on whether torchvision is there.
+        return AutoImageProcessor.from_pretrained(name, backend="pil", **_hub(config))
+
+
 def load_config(config: TaskConfig, tokenizer: Any) -> Any:
     """
-    Load the model's config, or make that of --model_type to fit the tokenizer, and apply --config_overrides.
+    Load the model's config, or make that of --model_type to fit the tokenizer if any, and apply --config_overrides.
 
     Raises ConfigError for an unknown model or type and for overrides that don't fit.
     """
@@ -44,8 +57,8 @@ def load_config(config: TaskConfig, tokenizer: Any) -> Any:
         model_config = _fresh_config(config.model_type, tokenizer)
     else:
         raise ConfigError(
-            "No model; give --model_name_or_path, or --model_type (or --config_name) with --tokenizer_name "
-            "to train from scratch."
+            "No model; give --model_name_or_path, or --model_type (or --config_name) with "
+            f"--{'image_processor_name' if tokenizer is None else 'tokenizer_name'} to train from scratch."
         )
     if config.config_overrides:
         try:
@@ -62,7 +75,7 @@ def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer
     """
     Load the model's weights, or make new ones where no --model_name_or_path is given.
 
-    The embeddings grow to the tokenizer's size where that is larger. Raises ConfigError for weights that
+    The embeddings grow to the size of the tokenizer, if any, where that is larger. Raises ConfigError for weights that
     can't be loaded, don't fit the config, or belong to an architecture without this head.
     """
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -79,6 +92,8 @@ def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer
         options |= _hub(config) | {"ignore_mismatched_sizes": config.ignore_mismatched_sizes}
         with _user_model(f"--model_name_or_path={config.model_name_or_path}: the model can't be loaded"):
             model = auto_class.from_pretrained(config.model_name_or_path, config=model_config, **options)
+    if tokenizer is None:
+        return model
     embeddings = model.get_input_embeddings()
     # Not the weight's shape: it is zero where DeepSpeed has partitioned it.
     if len(tokenizer) > embeddings.num_embeddings:
@@ -123,6 +138,8 @@ def _fresh_config(model_type: str, tokenizer: Any) -> Any:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "Use an architecture of Transformers, e.g. gpt2."
         raise ConfigError(f"--model_type={model_type} is not known. {hint}")
+    if tokenizer is None:
+        return AutoConfig.for_model(model_type)
     fitting: dict[str, Any] = {"vocab_size": len(tokenizer)}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(tokenizer, name)

@@ -35,6 +35,7 @@ from harness.tasks.text import (
     cut,
     hold_out,
     joined,
+    label_column,
     load_splits,
     require_columns,
     source,
@@ -57,13 +58,13 @@ def build(config: TaskConfig) -> Task:
     splits = load_splits(config)
     if "train" not in splits:
         raise ConfigError("No training data to learn the labels from; give --train_file or --dataset_name.")
-    label_column = _label_column(config, splits)
-    columns = _text_columns(config, splits, label_column)
+    labels_from = label_column(config, splits)
+    columns = _text_columns(config, splits, labels_from)
     tokenizer = load_tokenizer(config)
     require_padding(tokenizer)
     model_config = load_config(config, tokenizer)
     length = sequence_length(config, tokenizer, model_config, default=DEFAULT_LENGTH)
-    labels = read_labels(splits["train"], label_column, source(config, "train"), config.do_regression)
+    labels = read_labels(splits["train"], labels_from, source(config, "train"), config.do_regression)
     labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
     metrics = _metrics(config, labels)
     if model_config.pad_token_id is None:
@@ -98,23 +99,9 @@ def build(config: TaskConfig) -> Task:
     )
 
 
-def _label_column(config: TaskConfig, splits: Mapping[str, Any]) -> str:
+def _text_columns(config: TaskConfig, splits: Mapping[str, Any], labels_from: str) -> list[str]:
     given = source(config, "train")
-    present = columns_of(splits["train"], given)
-    column = config.label_column_name or next((name for name in ("label", "labels") if name in present), None)
-    if column is None:
-        raise ConfigError(
-            f"{given} has no column `label` or `labels`, only: {', '.join(present)}; name one by --label_column_name."
-        )
-    for split in ("train", "validation"):
-        if split in splits:
-            require_columns("label_column_name", [column], splits[split], source(config, split))
-    return column
-
-
-def _text_columns(config: TaskConfig, splits: Mapping[str, Any], label_column: str) -> list[str]:
-    given = source(config, "train")
-    strings = [name for name in string_columns(splits["train"], given) if name != label_column]
+    strings = [name for name in string_columns(splits["train"], given) if name != labels_from]
     if config.text_column_names:
         columns = column_names(config)
     elif {"sentence1", "sentence2"} <= set(strings):
@@ -128,10 +115,8 @@ def _text_columns(config: TaskConfig, splits: Mapping[str, Any], label_column: s
         raise ConfigError(
             f"{given}: which of its columns hold the text? They are: {present}; give --text_column_names."
         )
-    if label_column in columns:
-        raise ConfigError(
-            f"--text_column_names names {label_column!r}, which holds the labels; name the texts' column."
-        )
+    if labels_from in columns:
+        raise ConfigError(f"--text_column_names names {labels_from!r}, which holds the labels; name the texts' column.")
     for split in SPLITS:
         if split in splits:
             require_columns("text_column_names", columns, splits[split], source(config, split))

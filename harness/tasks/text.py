@@ -1,4 +1,4 @@
-"""Text data as rows: where it comes from, which columns count, what is held out."""
+"""Data as rows: where it comes from, which columns count, what is held out."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ def load_splits(config: TaskConfig, *, keep_linebreaks: bool = False) -> dict[st
         path = getattr(config, f"{split}_file")
         if path is not None:
             splits[split] = _load_file(f"--{split}_file={path}", Path(path), config, keep_linebreaks)
+        folder = getattr(config, f"{split}_dir", None)
+        if folder is not None:
+            splits[split] = _load_images(f"--{split}_dir={folder}", Path(folder), config)
     if not any(split in splits for split in SPLITS):
         raise ConfigError("No data; give --train_file or --dataset_name.")
     for split in SPLITS:
@@ -77,10 +80,12 @@ def cut(dataset: Any, limit: int | None) -> Any:
 
 def source(config: TaskConfig, split: str) -> str:
     """Say which flag a split came from, for messages."""
-    path = getattr(config, f"{split}_file", None)
-    if path is not None:
-        return f"--{split}_file={path}"
+    for flag in (f"{split}_file", f"{split}_dir"):
+        if (path := getattr(config, flag, None)) is not None:
+            return f"--{flag}={path}"
     name = config.dataset_name or config.task_name
+    if name is None and config.train_dir is not None:
+        return f"--train_dir={config.train_dir}"
     return f"--train_file={config.train_file}" if name is None else f"--dataset_name={name} ({split})"
 
 
@@ -112,6 +117,21 @@ def require_columns(flag: str, names: Sequence[str], dataset: Any, given: str) -
     for name in names:
         if name not in present:
             raise ConfigError(f"--{flag}: {given} has no column {name!r}; its columns: {', '.join(present)}.")
+
+
+def label_column(config: TaskConfig, splits: Mapping[str, Any]) -> str:
+    """The column of --label_column_name, else `label` or `labels`. Raises ConfigError where it is missing."""
+    given = source(config, "train")
+    present = columns_of(splits["train"], given)
+    column = config.label_column_name or next((name for name in ("label", "labels") if name in present), None)
+    if column is None:
+        raise ConfigError(
+            f"{given} has no column `label` or `labels`, only: {', '.join(present)}; name one by --label_column_name."
+        )
+    for split in ("train", "validation"):
+        if split in splits:
+            require_columns("label_column_name", [column], splits[split], source(config, split))
+    return column
 
 
 def text_columns(config: TaskConfig, splits: Mapping[str, Any]) -> list[str]:
@@ -247,6 +267,15 @@ def _load_file(given: str, path: Path, config: TaskConfig, keep_linebreaks: bool
             cache_dir=config.cache_dir,
             streaming=config.streaming,
             **options,
+        )
+
+
+def _load_images(given: str, folder: Path, config: TaskConfig) -> Any:
+    if not folder.is_dir():
+        raise ConfigError(f"{given}: no such folder; check the path (relative ones start at {Path.cwd()}).")
+    with _user_data(given):
+        return datasets.load_dataset(
+            "imagefolder", data_files={"data": str(folder / "**")}, split="data", cache_dir=config.cache_dir
         )
 
 

@@ -1,0 +1,197 @@
+"""A checkpoint as a folder that `from_pretrained` loads, written shard by shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from harness.checkpoint import sync, why_damaged
+from harness.config import ConfigError
+from harness.export.sources import Weight, read_weights
+
+FILES_PATTERN = "model{suffix}.safetensors"
+# A processing class has files of many names; what a training leaves beside them has known ones.
+KEPT = re.compile(r".*\.(json|jinja|txt|model|tiktoken|bpe)")
+OF_THE_TRAINING = re.compile(
+    r"config\.json|.*\.safetensors\.index\.json|(trainer|harness)_state\.json|wandb_run\.json"
+    r"|(all|train|eval|test|predict)\w*_results\.(json|txt)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written: weights' files, their bytes, and the type of the floating ones."""
+
+    num_files: int
+    num_bytes: int
+    dtype: str
+
+
+def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dtype | None) -> Exported:
+    """
+    Write the model of a checkpoint to `out`, in the names of its architecture on the Hub, as `dtype` or as it is.
+
+    A shard at a time is in memory. Only where the architecture's weights on the Hub are cut otherwise (mixtures of
+    experts) all that is cut is mapped at once. `out` is there as a whole or not at all. Raises ConfigError.
+    """
+    out = out.absolute()
+    _check(checkpoint, out)
+    weights = read_weights(checkpoint)
+    model = blank_model(checkpoint)
+    weights = published(model, weights, checkpoint)
+    if dtype is not None:
+        weights = {name: _cast(weight, dtype) for name, weight in weights.items()}
+    needed = sum(_blank(weight).nbytes for weight in weights.values())
+    free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
+    if needed > free:
+        raise ConfigError(f"OUT={out}: no space, {needed:,} bytes are needed and {free:,} free; choose another disk.")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        exported = _write(model, weights, checkpoint, partial, max_shard_size)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        partial.rename(out)
+        sync(out.parent)
+    except Exception as error:  # safetensors raises its own type for a full disk, which it does not export
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"OUT={out} can't be written: {type(error).__name__} {error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return exported
+
+
+def blank_model(checkpoint: Path) -> PreTrainedModel:
+    """The model that a checkpoint is of, without memory for its weights. Raises ConfigError."""
+    file = checkpoint / CONFIG_NAME
+    if not file.is_file():
+        raise ConfigError(
+            f"{checkpoint} holds no {CONFIG_NAME}, so nothing says which model it is; copy that of the model there. "
+            "A model that is none of Transformers' has none, and from_pretrained can't load it."
+        )
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        (name,) = config.architectures or ["None"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file} can't be read: {reason}") from error
+    architecture = getattr(transformers, name, None)
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+        raise ConfigError(
+            f"{file} names the architecture {name}, which this version of Transformers ({transformers.__version__}) "
+            "does not have; install one that has it, or correct `architectures`."
+        )
+    with torch.device("meta"):
+        model: PreTrainedModel = architecture(config)
+    model.tie_weights()
+    return model
+
+
+def published(model: PreTrainedModel, weights: dict[str, Weight], checkpoint: Path) -> dict[str, Weight]:
+    """
+    The weights in the names that the architecture has on the Hub.
+
+    Raises ConfigError if they are not the model's, neither by these names nor by its own.
+    """
+    own = model.state_dict(keep_vars=True)
+    if not set(weights) <= set(own):
+        # A final model has the names of the Hub already.
+        of_hub = revert_weight_conversion(model, dict(model.state_dict()))
+        if set(weights) <= set(of_hub) and _fits(weights, of_hub):
+            return weights
+        own = own if len(set(weights) - set(own)) <= len(set(weights) - set(of_hub)) else of_hub
+    _check_fit(weights, own, checkpoint)
+    own_blank = {name: _blank(weight) for name, weight in weights.items()}
+    renamed = revert_weight_conversion(model, dict(own_blank))
+    names = {id(tensor): name for name, tensor in own_blank.items()}
+    if all(id(tensor) in names for tensor in renamed.values()):
+        return {name: weights[names[id(tensor)]] for name, tensor in renamed.items()}
+    cut = revert_weight_conversion(model, {name: weight.read() for name, weight in weights.items()})
+    return {name: _held(tensor) for name, tensor in cut.items()}
+
+
+def _check(checkpoint: Path, out: Path) -> None:
+    if not checkpoint.is_dir():
+        raise ConfigError(f"CHECKPOINT={checkpoint}: no such folder; give a checkpoint-N of a training.")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"OUT={out} exists and is not empty; choose another folder, or delete it.")
+    if (fault := why_damaged(checkpoint)) is not None:
+        raise ConfigError(f"CHECKPOINT={checkpoint}: {fault}. Use another checkpoint.")
+
+
+def _fits(weights: Mapping[str, Weight], own: Mapping[str, torch.Tensor]) -> bool:
+    return all(weight.shape == tuple(own[name].shape) for name, weight in weights.items())
+
+
+def _check_fit(weights: Mapping[str, Weight], own: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
+    unknown = sorted(set(weights) - set(own))
+    # Of tied weights one is saved.
+    there = {id(own[name]) for name in weights if name in own}
+    missing = sorted(name for name, tensor in own.items() if id(tensor) not in there)
+    misshapen = sorted(n for n, weight in weights.items() if n in own and weight.shape != tuple(own[n].shape))
+    if unknown or missing or misshapen:
+        raise ConfigError(
+            f"{checkpoint}: the weights are not those of its {CONFIG_NAME}: {len(unknown)} are unknown, "
+            f"{len(missing)} missing, {len(misshapen)} of another shape (the first: "
+            f"{(unknown + missing + misshapen)[0]}). Put the {CONFIG_NAME} there that they were trained with."
+        )
+
+
+def _write(
+    model: PreTrainedModel, weights: Mapping[str, Weight], checkpoint: Path, folder: Path, max_shard_size: str
+) -> Exported:
+    split = split_torch_state_dict_into_shards(
+        {name: _blank(weight) for name, weight in weights.items()},
+        filename_pattern=FILES_PATTERN,
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: weights[name].read().contiguous() for name in names}, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        total = sum(_blank(weight).numel() for weight in weights.values())
+        index: dict[str, Any] = {
+            "metadata": {"total_parameters": total, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+    dtypes = [weight.dtype for weight in weights.values() if weight.dtype.is_floating_point]
+    model.config.dtype = max(dtypes, key=dtypes.count)
+    model.config.save_pretrained(folder)
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and KEPT.fullmatch(path.name) and not OF_THE_TRAINING.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)
+    if (checkpoint / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(checkpoint / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
+    num_bytes = sum((folder / file).stat().st_size for file in split.filename_to_tensors)
+    dtype = str(model.config.dtype).removeprefix("torch.")
+    return Exported(num_files=len(split.filename_to_tensors), num_bytes=num_bytes, dtype=dtype)
+
+
+def _blank(weight: Weight) -> torch.Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+
+
+def _cast(weight: Weight, dtype: torch.dtype) -> Weight:
+    if not weight.dtype.is_floating_point:
+        return weight
+    return Weight(shape=weight.shape, dtype=dtype, read=lambda: weight.read().to(dtype))
+
+
+def _held(tensor: torch.Tensor) -> Weight:
+    return Weight(shape=tuple(tensor.shape), dtype=tensor.dtype, read=lambda: tensor)
