@@ -11,15 +11,15 @@ import torch
 from harness.config import ConfigError
 
 
-def load_safely(path: str | Path, map_location: Any, allowed: Sequence[Any]) -> Any:
+def load_safely(path: str | Path, map_location: Any, allowed: Sequence[Any], *, mapped: bool = False) -> Any:
     """
-    Local: tensors, plain values and objects of the `allowed` classes.
+    Local: tensors, plain values and objects of the `allowed` classes. `mapped` reads of tensors only what is used.
 
     Raises ConfigError if the file holds anything else or can't be read.
     """
     try:
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises several types for a file that is cut, damaged or crafted
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path} can't be loaded safely: {reason}") from error

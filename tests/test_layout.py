@@ -19,6 +19,7 @@ HARNESS = ROOT / "harness"
 LAYERS = (
     ("__init__", "config", "state", "rng", "host_copies"),
     ("console", "safe_load"),
+    ("fsdp",),
     ("topology",),
     ("tasks", "zero", "stepping"),
     (
@@ -40,7 +41,7 @@ LAYERS = (
         "tracking",
         "watchdog",
     ),
-    ("batches",),
+    ("batches", "content"),
     ("loader", "saving", "changes"),
     ("arguments", "loop", "position"),
     ("inputs", "restoring"),
