@@ -30,6 +30,7 @@ from harness.data import (
 )
 from harness.evaluation import EvalSet, Evaluator
 from harness.export import is_sharded, load_weights
+from harness.fsdp import check_sharded, is_fsdp, prepare_fsdp, shard_for_evaluation, writers_group
 from harness.inputs import models_from_wandb
 from harness.loader import TrainLoader
 from harness.loop import Run
@@ -224,6 +225,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
             ranks=ranks,
             agree=lambda error: agree(accelerator, error),
             gather=lambda value: gather_object([value]),
+            meet=writers_group(accelerator) if is_fsdp(accelerator) else lambda _: None,
         ),
         window=Window(accelerator, config.metrics),
         work=work,
@@ -247,7 +249,11 @@ def _prepared(session: Session) -> tuple[torch.nn.Module, AcceleratedOptimizer, 
         if config.topology.compiles:
             raise ConfigError("--torch_compile is not supported with DeepSpeed by this version; leave it out.")
         _fill_deepspeed(session)
+    if is_fsdp(accelerator):
+        prepare_fsdp(accelerator, model)
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+    if is_fsdp(accelerator):
+        check_sharded(wrapped)
     if is_zero(accelerator):
         return wrapped, optimizer, ZeroStepper(wrapped, optimizer)
     return wrapped, optimizer, AcceleratedStepper(accelerator, wrapped, optimizer)
@@ -256,8 +262,11 @@ def _prepared(session: Session) -> tuple[torch.nn.Module, AcceleratedOptimizer, 
 def prepare_for_evaluation(session: Session) -> torch.nn.Module:
     """Collective: the model, wrapped as far as an evaluation without a training needs it."""
     accelerator, model = session.accelerator, session.task.model
-    if zero_stage(accelerator) < 3:
-        wrapped: torch.nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+    wrapped: torch.nn.Module
+    if is_fsdp(accelerator):
+        wrapped = shard_for_evaluation(accelerator, model)
+    elif zero_stage(accelerator) < 3:
+        wrapped = accelerator.prepare_model(model, evaluation_mode=True)
     else:
         _fill_deepspeed(session)
         wrapped = accelerator.prepare(model)

@@ -18,14 +18,16 @@ from accelerate.utils.memory import clear_device_cache
 from harness import rng
 from harness.best import BestModel
 from harness.console import Console
+from harness.content import Content
 from harness.evaluation import EvalSet, Evaluator
 from harness.export import is_sharded, load_weights, save_model, whole_weights
+from harness.fsdp import is_fsdp, optimizer_file, optimizer_shard
 from harness.loader import Batch, TrainLoader, step_groups
 from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.plan import Due, Plan
-from harness.saving import Checkpoints, Content
+from harness.saving import Checkpoints
 from harness.state import TrainState
 from harness.stepping import Stepper, ZeroStepper
 from harness.stopping import NONE, PREEMPTED, PREEMPTED_EXIT_CODE, Stop, StoppedError
@@ -209,9 +211,11 @@ def save(run: Run, state: TrainState) -> None:
         state.best_model_checkpoint = None
     world_size = run.accelerator.num_processes
     files = {"scheduler.pt": run.scheduler.state_dict()}
-    shards = None
+    shards, rank_files = None, {}
     if isinstance(run.stepper, ZeroStepper):
         shards = partial(save_shards, run.model, step=state.global_step)
+    elif is_fsdp(run.accelerator):
+        rank_files = {optimizer_file(run.accelerator.process_index): optimizer_shard(run.optimizer)}
     else:
         files["optimizer.pt"] = run.optimizer.state_dict()
     if run.accelerator.scaler is not None:
@@ -226,6 +230,7 @@ def save(run: Run, state: TrainState) -> None:
         ),
         files=files,
         write_shards=shards,
+        rank_files=rank_files,
         trainer_state=state.trainer_state(early_stopping=run.best.early_stopping),
         # One file a rank: the Trainer reads its own keys from it and leaves ours alone.
         rank_state=rng.capture(world_size=world_size)

@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.changes import Changes, compare
 from harness.checkpoint import Saved, describe_change
 from harness.config import ConfigError
+from harness.fsdp import has_optimizer_shards, is_fsdp, load_optimizer, read_optimizer
 from harness.loop import Run
 from harness.position import at_step, converted, has_other_layout, why_other_order
 from harness.state import TRAINER_STATE_FILE, TrainState
@@ -128,12 +129,24 @@ def _restore_optimizer(run: Run, saved: Saved) -> None:
     try:
         if isinstance(run.stepper, ZeroStepper):
             load_shards(run.model, saved.path)
+        elif is_fsdp(run.accelerator) or has_optimizer_shards(saved.path):
+            _restore_from_shards(run, saved)
         else:
             run.optimizer.load_state_dict(saved.files["optimizer.pt"])
         run.scheduler.load_state_dict(saved.files["scheduler.pt"])
     except (ValueError, KeyError, RuntimeError) as error:
         reason = f"{saved.path} holds the state of another optimizer or schedule ({error})"
         raise ConfigError(f"{reason}; give the flags it was saved with.") from error
+
+
+def _restore_from_shards(run: Run, saved: Saved) -> None:
+    """Into shards, or from them, whatever the number of ranks then and now."""
+    if has_optimizer_shards(saved.path):
+        ranks = (run.accelerator.process_index, run.accelerator.num_processes)
+        parts = read_optimizer(saved.path, ranks=ranks, is_sharded=is_fsdp(run.accelerator))
+    else:
+        parts = [saved.files["optimizer.pt"]]
+    load_optimizer(run.optimizer, parts)
 
 
 def _described(stage: int) -> str:

@@ -6,8 +6,8 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from harness.checkpoint import (
     digest_of,
     list_checkpoints,
     put_in_place,
-    rng_file,
     sync,
 )
+from harness.content import Content, fresh
 from harness.host_copies import HostCopies
 from harness.lock import Lock
-from harness.state import TRAINER_STATE_FILE, write_json
+from harness.state import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -37,35 +37,16 @@ class CheckpointError(Exception):
     """A checkpoint could not be written; the older ones are as they were."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Content:
-    """
-    What a save writes: `write_model` the weights, `files` torch states by name, `trainer_state` the Trainer's JSON.
-
-    `write_shards` is collective: each rank writes its own part into the folder, before the training goes on. `others`
-    are files by name and what writes each. Weights that `are_copies` nobody else writes to. `rank_state` is this
-    rank's alone: generators, and what it has not reported. `shared` is ours, plain JSON.
-    """
-
-    step: int
-    weights: Mapping[str, torch.Tensor]
-    write_model: Callable[[Path, Mapping[str, torch.Tensor]], object]
-    files: Mapping[str, Any]
-    trainer_state: Mapping[str, Any]
-    rank_state: Mapping[str, Any]
-    shared: Mapping[str, Any]
-    others: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
-    write_shards: Callable[[Path], None] | None = None
-    are_copies: bool = False
-
-
 class Checkpoints:
     """
     The checkpoints of one run on disk. Rank zero writes them all, one at a time, in a thread of its own.
 
+    Where the optimizer is sharded (FSDP2) each rank writes its shard in such a thread.
+
     - ranks: this one, and how many there are.
     - agree: collective; it takes this rank's error or None and returns the first error of any rank; a barrier too.
     - gather: collective; a value of each rank, in their order.
+    - meet: as `agree`, among the writers' threads.
 
     With a `lock` on the folder nothing is put in place once another process has it.
     """
@@ -78,10 +59,11 @@ class Checkpoints:
         ranks: tuple[int, int],
         agree: Callable[[BaseException | None], str | None],
         gather: Callable[[Any], list[Any]],
+        meet: Callable[[BaseException | None], str | None],
     ) -> None:
         self.output_dir, self.config = output_dir, config
         self.process_index, self.num_processes = ranks
-        self.agree, self.gather = agree, gather
+        self.agree, self.gather, self.meet = agree, gather, meet
         self.lock: Lock | None = None
         self.saved_step: int | None = None
         self.num_saves, self.held_seconds = 0, 0.0
@@ -112,16 +94,18 @@ class Checkpoints:
         began = time.monotonic()
         rank_states = self.gather(content.rank_state)
         self._begun_step = content.step
-        has_shards = content.write_shards is not None and not self.config.save_only_model
-        if has_shards and not self._write_shards(content):
+        if self.config.save_only_model:
+            content = replace(content, write_shards=None, rank_files={})
+        partial: Path | None = self._partial(content.step)
+        if content.is_shared and (partial := self._begin_together(content)) is None:
             return
-        if self.is_writer:
-            weights, files = content.weights, content.files
+        if self.is_writer or content.rank_files:
             if self.config.async_save:
-                copied = {} if content.are_copies else dict(weights)
-                copied, files, rank_states = self._copies.copy((copied, dict(files), rank_states))
-                weights = weights if content.are_copies else copied
-            arguments = (replace(content, weights=weights, files=files), rank_states, best, then)
+                own = {} if content.are_copies else dict(content.weights)
+                own, *copies = self._copies.copy((own, dict(content.files), dict(content.rank_files), rank_states))
+                files, rank_files, rank_states = copies
+                content = replace(content, weights=own or content.weights, files=files, rank_files=rank_files)
+            arguments = (content, rank_states, partial, best, then)
             self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint-writer")
             self._thread.start()
         self.num_saves += 1
@@ -129,10 +113,10 @@ class Checkpoints:
         if not self.config.async_save:
             self.settle()
 
-    def _write_shards(self, content: Content) -> bool:
-        """Collective: all ranks write what is theirs; whether all could. A failure is like one of the writer."""
+    def _begin_together(self, content: Content) -> Path | None:
+        """Collective: make the folder, and write the shards; None if not all could, which is like the writer's."""
         partial = Path(self.gather(str(self._partial(content.step)))[0])  # rank zero's: it has the lock
-        acts = [_fresh if self.is_writer else lambda _: None, content.write_shards or (lambda _: None)]
+        acts = [fresh if self.is_writer else lambda _: None, content.write_shards or (lambda _: None)]
         message: str | None = None
         for act in acts:
             error: Exception | None = None
@@ -144,13 +128,13 @@ class Checkpoints:
             if message is not None:
                 break
         if message is None:
-            return True
+            return partial
         self._failure = f"checkpoint-{content.step} could not be written to {self.output_dir}: {message}"
         self._begun_step = None
         if self.is_writer:
             shutil.rmtree(partial, ignore_errors=True)
             logger.error("%s, the training goes on. The older checkpoints are untouched.", self._failure)
-        return False
+        return None
 
     def settle(self) -> None:
         """
@@ -240,17 +224,25 @@ class Checkpoints:
     # The writer's thread
 
     def _work(
-        self, content: Content, rank_states: list[Any], best: str | None, then: Callable[[Path], None] | None
+        self,
+        content: Content,
+        rank_states: list[Any],
+        partial: Path,
+        best: str | None,
+        then: Callable[[Path], None] | None,
     ) -> None:
         final = self.path_of(content.step)
-        partial = self._partial(content.step)
         try:
-            self._write(content, rank_states, partial)
+            self._write_together(content, rank_states, partial)
+            if not self.is_writer:
+                return
             self._commit(content, partial, final)
             if then is not None:
                 then(final)
         except Exception as error:  # told to all ranks at the next save, or at the end
             self._error = _of_disk(error)
+            if not self.is_writer:
+                return
             shutil.rmtree(partial, ignore_errors=True)  # whatever fills the disk, it is not this
             if isinstance(self._error, OSError):
                 logger.error(
@@ -269,19 +261,22 @@ class Checkpoints:
         token = "" if self.lock is None else f".{self.lock.token}"
         return self.path_of(step).with_name(f"checkpoint-{step}{token}.partial")
 
-    def _write(self, content: Content, rank_states: list[Any], folder: Path) -> None:
-        if content.write_shards is None or self.config.save_only_model:
-            _fresh(folder)
-        content.write_model(folder, content.weights)
-        write_json(folder / TRAINER_STATE_FILE, content.trainer_state)
-        if self.config.save_only_model:
-            return
-        for name, state in content.files.items():
-            torch.save(state, folder / name)
-        for name, write in content.others.items():
-            write(folder / name)
-        for i, state in enumerate(rank_states):
-            torch.save(dict(state), folder / rng_file(i, self.num_processes))
+    def _write_together(self, content: Content, rank_states: list[Any], folder: Path) -> None:
+        """Collective if there are `rank_files`: all ranks are done, or each raises."""
+        failure: Exception | None = None
+        try:
+            if self.is_writer:
+                content.write(folder, rank_states, only_model=self.config.save_only_model)
+            for name, state in content.rank_files.items():
+                torch.save(state, folder / name)
+                sync(folder / name)
+        except Exception as error:  # told to the other writers, then raised
+            failure = _of_disk(error)
+        message = self.meet(failure) if content.rank_files else None
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise OSError(message)
 
     def _commit(self, content: Content, partial: Path, final: Path) -> None:
         """Sync all files, write the manifest last, rename: from then on it is there, and whole."""
@@ -326,12 +321,6 @@ class Checkpoints:
         excess = len(checkpoints) - max(limit, len(protected))
         for path in [path for path in checkpoints if path.name not in protected][: max(excess, 0)]:
             shutil.rmtree(path)
-
-
-def _fresh(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
 
 
 def _of_disk(error: Exception) -> Exception:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.distributed.tensor import DTensor
 
 
 class Stepper(Protocol):
@@ -37,7 +38,7 @@ class Stepper(Protocol):
 
 
 class AcceleratedStepper:
-    """On one device or with DDP, in the Trainer's order."""
+    """On one device, with DDP or FSDP2, in the Trainer's order."""
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
@@ -49,9 +50,11 @@ class AcceleratedStepper:
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Without a reduction over the ranks, unless it is the last one."""
+        """Without a reduction over the ranks, unless it is the last one, or gradients are sharded."""
         self.accelerator.gradient_state._set_sync_gradients(is_last)
-        with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+        # FSDP2 would keep whole gradients on each device until then: what it is taken for is memory.
+        reduces = is_last or self.accelerator.is_fsdp2
+        with nullcontext() if reduces else self.accelerator.no_sync(self.model):
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -63,7 +66,7 @@ class AcceleratedStepper:
         limit = max_grad_norm or float("inf")
         norm: torch.Tensor | float = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # the same on all ranks already
 
     def zero_grad(self) -> None:
         """Of the model: frozen parameters have none."""

@@ -30,10 +30,18 @@ from transformers.utils.import_utils import enable_tf32
 
 import harness
 from harness.config import ConfigError, arg, at_least, choice
+from harness.fsdp import set_up_fsdp
 
 Answer = TypeVar("Answer")
 
 PRECISIONS = ("no", "bf16", "fp16")
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -99,8 +107,8 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
 
     Raises ConfigError for a launch that would do something else than it says.
     """
-    uses_deepspeed = _is_on("ACCELERATE_USE_DEEPSPEED")
-    on_cpu = config.use_cpu or _launched_without_accelerator()
+    uses_deepspeed, uses_fsdp = _is_on("ACCELERATE_USE_DEEPSPEED"), _is_on("ACCELERATE_USE_FSDP")
+    on_cpu = config.use_cpu or _launched_without_accelerator(or_sharded=uses_fsdp)
     _check_launch_config(config)
     _check_precision(config, on_cpu=on_cpu or not torch.accelerator.is_available())
     # accelerate takes a backend as the word that there is a process group.
@@ -123,6 +131,8 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
             InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.ddp_timeout)),
         ],
     )
+    if uses_fsdp:
+        set_up_fsdp(accelerator)
     _check_processes(accelerator)
     _set_precision(accelerator, config)
     return accelerator
@@ -132,18 +142,15 @@ def _launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _launched_without_accelerator() -> bool:
+def _launched_without_accelerator(*, or_sharded: bool) -> bool:
     # Without this a MULTI_GPU launch config on a machine without accelerator starts processes that know nothing of
     # each other: each trains its own copy.
-    return _launched_processes() > 1 and not torch.accelerator.is_available()
+    return (_launched_processes() > 1 or or_sharded) and not torch.accelerator.is_available()
 
 
 def _check_launch_config(config: TopologyConfig) -> None:
     if _is_on("ACCELERATE_USE_FSDP"):
-        raise ConfigError(
-            "The launch config says distributed_type: FSDP, which this version does not support: "
-            "use launch_configs/ddp.yaml, zero2.yaml or single.yaml."
-        )
+        _check_fsdp(config)
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         _check_deepspeed(config)
     expected = config.expect_num_processes
@@ -167,6 +174,25 @@ def _check_deepspeed(config: TopologyConfig) -> None:
         )
     if config.use_cpu and torch.accelerator.is_available():
         raise ConfigError("--use_cpu turns DeepSpeed off; leave it out, or use launch_configs/ddp.yaml.")
+
+
+def _check_fsdp(config: TopologyConfig) -> None:
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "The launch config says distributed_type: FSDP without fsdp_version: 2, and FSDP1 is not supported: "
+            "write it there, or use launch_configs/fsdp2.yaml."
+        )
+    if _is_on("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ConfigError(
+            "fsdp_activation_checkpointing: true in the launch config is not supported; "
+            "leave it out and give --activation_checkpointing."
+        )
+    if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ConfigError("parallelism_config in the launch config is not supported with FSDP; leave it out.")
+    if config.compiles:
+        raise ConfigError("--torch_compile is not supported with FSDP by this version; leave it out.")
+    if config.use_cpu and torch.accelerator.is_available():
+        raise ConfigError("--use_cpu turns FSDP off; leave it out, or use launch_configs/ddp.yaml.")
 
 
 def _check_precision(config: TopologyConfig, *, on_cpu: bool) -> None:
@@ -194,13 +220,13 @@ def _check_processes(accelerator: Accelerator) -> None:
             "Use distributed_type: MULTI_GPU in the launch config (launch_configs/ddp.yaml), "
             "or start one process: accelerate launch --num_processes 1."
         )
-    if _is_on("ACCELERATE_USE_DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise ConfigError(
-            f"The launch config says distributed_type: DEEPSPEED, but accelerate made it "
-            f"{accelerator.distributed_type.value}: each process would train a copy of its own."
-        )
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
-    if accelerator.distributed_type not in supported:
+    for asked in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if _is_on(f"ACCELERATE_USE_{asked.value}") and accelerator.distributed_type != asked:
+            raise ConfigError(
+                f"The launch config says distributed_type: {asked.value}, but accelerate made it "
+                f"{accelerator.distributed_type.value}: nothing would be sharded. Start it with accelerate launch."
+            )
+    if accelerator.distributed_type not in SUPPORTED:
         raise ConfigError(
             f"distributed_type: {accelerator.distributed_type.value} is not supported by this version; "
             "use launch_configs/ddp.yaml or launch_configs/single.yaml."

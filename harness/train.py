@@ -255,7 +255,9 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
         run.optimizer.eval()
     if (dtype := weights_dtype(session.config)) is not None:
         if is_sharded(task.model):
-            raise ConfigError("--bf16_full_eval and --fp16_full_eval can't be used with ZeRO-3; leave them out.")
+            raise ConfigError(
+                "--bf16_full_eval and --fp16_full_eval can't be used with ZeRO-3 or FSDP; leave them out."
+            )
         model = model.to(dtype)
     results: dict[str, float] = {}
     sets = [*(eval_sets(session) if asked.do_eval else ())]

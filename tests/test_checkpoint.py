@@ -29,7 +29,8 @@ from harness.checkpoint import (
     why_invalid,
 )
 from harness.config import ConfigError
-from harness.saving import CheckpointError, Checkpoints, Content
+from harness.content import Content
+from harness.saving import CheckpointError, Checkpoints
 from harness.state import TRAINER_STATE_FILE
 from harness.train import main
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, assert_equal_weights, reset, run_harness
@@ -39,9 +40,15 @@ FLAGS = ["--task=tests.support.parity_task:build", "--report_to=none", "--use_cp
 SAVING = {**TRAINING, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 5}
 
 
+def alone(value: Any) -> list[Any]:
+    return [value]
+
+
 def writer(folder: Path, **config: Any) -> Checkpoints:
     agree: Callable[[BaseException | None], str | None] = lambda error: None if error is None else str(error)  # noqa: E731
-    return Checkpoints(folder, CheckpointConfig(**config), ranks=(0, 1), agree=agree, gather=lambda value: [value])
+    return Checkpoints(
+        folder, CheckpointConfig(**config), ranks=(0, 1), agree=agree, gather=lambda value: [value], meet=agree
+    )
 
 
 def save(checkpoints: Checkpoints, content: Content, *, best: str | None = None) -> None:

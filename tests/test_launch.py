@@ -27,8 +27,9 @@ from tests.support.wandb_server import WandbServer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "harness" / "train.py")
-# Those of DeepSpeed are launched in test_zero.py.
-CONFIGS = [path for path in sorted((ROOT / "launch_configs").glob("*.yaml")) if "DEEPSPEED" not in path.read_text()]
+# Those of DeepSpeed are launched in test_zero.py, FSDP's in test_fsdp.py.
+SHARDED_NAMES = ("zero", "fsdp")
+CONFIGS = [path for path in sorted((ROOT / "launch_configs").glob("*.yaml")) if not path.stem.startswith(SHARDED_NAMES)]
 SECONDS = 150
 # transformers prints a line to stdout when it is imported with WANDB_MODE=offline.
 NOT_INHERITED = (
@@ -260,7 +261,7 @@ def config_of(kind: str, folder: Path) -> Path:
     values: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind, "num_processes": 2}
     values |= {"num_machines": 1, "mixed_precision": "no"}
     if kind == "FSDP":
-        values["fsdp_config"] = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+        values["fsdp_config"] = {"fsdp_version": 1, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     if kind == "DEEPSPEED":
         values["deepspeed_config"] = {"zero_stage": 2}
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -279,12 +280,12 @@ def test_a_config_of_multi_cpu_starts_one_process_and_is_found_out(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_config_of_fsdp_is_refused_once_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_config_of_fsdp1_is_refused_once_and_writes_nothing(tmp_path: Path) -> None:
     ended = run([*launcher(config_of("FSDP", tmp_path)), SCRIPT, *flags(tmp_path / "out", {})])
     assert ended.code != 0
     assert ended.err.count("harness-train: ") == 1
-    assert "distributed_type: FSDP, which this version does not support" in ended.err
-    assert "launch_configs/ddp.yaml" in ended.err
+    assert "distributed_type: FSDP without fsdp_version: 2" in ended.err
+    assert "launch_configs/fsdp2.yaml" in ended.err
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ HARNESS = ROOT / "harness"
 LAYERS = (
     ("__init__", "config", "state", "rng", "host_copies"),
     ("console", "safe_load"),
+    ("fsdp",),
     ("topology",),
     ("tasks", "zero", "stepping"),
     (
@@ -39,7 +40,7 @@ LAYERS = (
         "tracking",
         "watchdog",
     ),
-    ("batches", "export"),
+    ("batches", "content", "export"),
     ("loader", "saving", "changes"),
     ("arguments", "loop", "position"),
     ("inputs", "restoring"),

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.checkpoint import CheckpointConfig, digest_of, list_checkpoints, why_invalid
-from harness.saving import CheckpointError, Checkpoints, Content
+from harness.content import Content
+from harness.saving import CheckpointError, Checkpoints
 from harness.train import main
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, reset, run_harness
 
@@ -51,9 +52,15 @@ def in_one_process(error: BaseException | None) -> str | None:
     return None if error is None else str(error)
 
 
+def alone(value: Any) -> list[Any]:
+    return [value]
+
+
 def writer(folder: Path, *, agree: Callable[..., str | None] = in_one_process, rank: int = 0, **config: Any) -> Any:
     ranks = (rank, 1 if rank == 0 else 2)
-    return Checkpoints(folder, CheckpointConfig(**config), ranks=ranks, agree=agree, gather=lambda value: [value])
+    return Checkpoints(
+        folder, CheckpointConfig(**config), ranks=ranks, agree=agree, gather=lambda value: [value], meet=agree
+    )
 
 
 class Held:

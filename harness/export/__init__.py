@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from harness.config import ConfigError
+from harness.fsdp import fill, is_cut, joined
 from harness.zero import gathered, is_divided, whole_shape
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether a rank holds only a part of the weights, so that it takes all ranks to run the model or to save it."""
-    return any(is_divided(parameter) for parameter in model.parameters())
+    return isinstance(model, FSDPModule) or any(is_divided(parameter) for parameter in model.parameters())
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -39,7 +41,8 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         layer = [tensor for _, tensor in group if id(tensor) not in copies]
         with gathered(layer):
             for tensor in layer:
-                copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if is_main else torch.empty(0)
+                whole = joined(tensor.detach())
+                copies[id(tensor)] = whole.to("cpu", copy=True) if is_main else torch.empty(0)
     return {name: copies[id(tensor)] for name, tensor in own.items()} if is_main else {}
 
 
@@ -129,9 +132,12 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], file: Path) -> None:
     with safe_open(file, framework="pt") as tensors, torch.no_grad():
         names = list(tensors.keys())
-        model.load_state_dict({n: tensors.get_tensor(n) for n in names if not is_divided(own[n])}, strict=False)
+        whole = [name for name in names if not (is_divided(own[name]) or is_cut(own[name]))]
+        model.load_state_dict({name: tensors.get_tensor(name) for name in whole}, strict=False)
         for name in names:
-            if is_divided(own[name]):
+            if is_cut(into := own[name]):
+                fill(into, tensors.get_slice(name))
+            elif is_divided(own[name]):
                 with gathered([own[name]], written_by=0):
                     if torch.distributed.get_rank() == 0:
                         own[name].copy_(tensors.get_tensor(name))
@@ -157,4 +163,4 @@ def _check_fit(own: Mapping[str, torch.Tensor], files: Iterable[Path], folder: P
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return id(tensor) if is_divided(tensor) else tensor.data_ptr()
+    return id(tensor) if is_divided(tensor) or is_cut(tensor) else tensor.data_ptr()

@@ -25,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, required=True, help="go on until so many kills have struck")
     parser.add_argument("--seed", type=int, default=None, help="default: the time; it is printed")
     parser.add_argument("--processes", type=int, choices=(1, 2), help="default: both, in turn")
-    parser.add_argument("--launch", default="ddp", help="launch config of two processes: ddp, zero1, zero2 ...")
+    parser.add_argument("--launch", default="ddp", help="launch config of two processes: ddp, zero2, fsdp2 ...")
     parser.add_argument("--tracking", choices=("none", "offline", "online"), help="default: all, in turn")
     parser.add_argument("--trainer", action="store_true", help="kill transformers.Trainer instead, for its figures")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/harness-faults"), help="results.jsonl is there")  # noqa: S108

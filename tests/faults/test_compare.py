@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from harness.checkpoint import CheckpointConfig
-from harness.saving import Checkpoints, Content
+from harness.content import Content
+from harness.saving import Checkpoints
 from tests.faults.compare import Verdict, compare_rows, compare_runs
 from tests.faults.plan import STEPS
 
@@ -31,6 +32,7 @@ def make_run(folder: Path, *, weight: float = 1.0, momentum: float = 1.0, genera
         ranks=(0, 1),
         agree=lambda error: None if error is None else str(error),
         gather=lambda value: [value],
+        meet=lambda _: None,
     )
     checkpoints.save(
         Content(
