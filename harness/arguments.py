@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from harness.adapters import AdapterConfig
 from harness.best import BestConfig
 from harness.checkpoint import CheckpointConfig
 from harness.config import ConfigError, arg, parse_sections, read_yaml
@@ -113,6 +114,7 @@ class Config:
     data: DataConfig
     plan: PlanConfig
     optim: OptimConfig
+    adapters: AdapterConfig
     modeling: ModelingConfig
     metrics: MetricsConfig
     throughput: ThroughputConfig
@@ -195,6 +197,7 @@ SECTIONS: tuple[type, ...] = (
     DataConfig,
     PlanConfig,
     OptimConfig,
+    AdapterConfig,
     ModelingConfig,
     MetricsConfig,
     ThroughputConfig,

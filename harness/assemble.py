@@ -12,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
+from transformers.trainer_utils import unwrap_peft_model
 
 from harness import rng
+from harness.adapters import add_adapter
 from harness.arguments import Config
 from harness.best import BestModel
 from harness.changes import recorded
@@ -76,6 +78,7 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
     # As Transformers' example scripts: a new head is drawn from the seed; then the Trainer seeds again.
     rng.seed_everything(seed, full_determinism=full_determinism)
     task = local_main_first(accelerator, lambda: resolve(task_config.task)(task_config))
+    task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
     _check_data(config, task)
     if config.data.overfit_batches is not None:
@@ -170,7 +173,7 @@ def _samples(session: Session, dataset: Any, group_size: int, seed: int | None) 
     if config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
         names = getattr(task.processing_class, "model_input_names", None) or ["input_ids"]
         group = LengthGroups(size=group_size, input_name=names[0], seed=seed)
-    return usable_samples(dataset, task.data_collator, task.model, config, group=group)
+    return usable_samples(dataset, task.data_collator, unwrap_peft_model(task.model), config, group=group)
 
 
 def _data_seed(config: Config) -> int:

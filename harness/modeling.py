@@ -14,7 +14,7 @@ from transformers.integrations.neftune import activate_neftune
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import align_special_tokens
+from transformers.trainer_utils import align_special_tokens, unwrap_peft_model
 from transformers.utils import find_labels
 
 from harness.config import ConfigError, Json, arg, at_least
@@ -82,10 +82,11 @@ def prepare_model(
             offload=kwargs.pop("offload", False),
             activation_checkpointing_kwargs=kwargs or None,
         )
-    if isinstance(model, PreTrainedModel):
+    base = unwrap_peft_model(model)
+    if isinstance(base, PreTrainedModel):
         if hasattr(processing_class, "pad_token_id"):
-            align_special_tokens(model, processing_class)
-        model.config.use_cache = config.use_cache
+            align_special_tokens(base, processing_class)
+        base.config.use_cache = config.use_cache
     if config.neftune_noise_alpha is not None:
         activate_neftune(model, config.neftune_noise_alpha, accelerator)
 
@@ -115,6 +116,8 @@ class Loss:
     ) -> None:
         self.accelerator = accelerator
         self.compute_loss_func = compute_loss_func
+        # With an adapter the model under it knows the names and what its forward takes.
+        model = unwrap_peft_model(model)
         self.across_devices = config.average_tokens_across_devices
         self.label_names: list[str] = find_labels(model.__class__)
         accepts = getattr(model, "accepts_loss_kwargs", None)
