@@ -18,11 +18,13 @@ import transformers
 from safetensors.torch import save_file
 from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import _is_peft_model
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from harness.config import ConfigError, Json, arg, at_least
 
 INSTALL = "pip install 'accelerate-harness[peft]'"
+# Beside an adapter: a config.json would say to Transformers that the model itself is there.
+MODEL_CONFIG_FILE = "model_config.json"
 ADAPTER = "default"  # the name under which get_peft_model adds one
 # peft's types of tasks: the models of each, and the class that loads one.
 TASK_TYPES = {
@@ -182,6 +184,20 @@ def checked(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def check_scores(model: torch.nn.Module, *, has_scores: bool) -> None:
+    """Refuse an adapter whose logits are more than the labels, where scores compare them. Raises ConfigError."""
+    if not has_scores or not is_adapted(model):
+        return
+    adapted: Any = model
+    adapter = adapted.peft_config[ADAPTER]
+    kind = adapter.peft_type.value
+    if kind.endswith("PROMPT_TUNING") and adapter.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
+        raise ConfigError(
+            f"--peft_config: {kind} puts tokens before the text, so the scores don't know what belongs to what: give "
+            "--prediction_loss_only, or use LORA or PREFIX_TUNING."
+        )
+
+
 def describe(model: torch.nn.Module) -> str:
     """Name the adapter and count what is trained; empty without one."""
     if not is_adapted(model):
@@ -226,7 +242,7 @@ def write_adapter(
     """
     Write the files of PeftModel.save_pretrained: the adapter's weights and configuration, no weights of the model.
 
-    And one more, the model's config.json: the names of the labels are nowhere else. `tensors` are those of
+    And one more, the model's configuration: the names of the labels are nowhere else. `tensors` are those of
     `tensors_of`, or copies: the model may be trained meanwhile. `with_card` adds peft's README.
     """
     adapted: Any = model
@@ -239,7 +255,7 @@ def write_adapter(
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=mapping if config.task_type is None else None)
     if isinstance(base, transformers.PreTrainedModel):
-        base.config.save_pretrained(folder)
+        base.config.to_json_file(folder / MODEL_CONFIG_FILE)
     # Shared and transposed memory becomes memory of its own: safetensors takes nothing else.
     plain = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(plain, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -301,8 +317,10 @@ def merged_model(folder: Path) -> torch.nn.Module:
     if kind is None:
         raise ConfigError(f"{folder}: its model {base} is of the class {name}, which Transformers does not have.")
     options = {"revision": found["revision"]} if found.get("revision") else {}
-    if (folder / CONFIG_NAME).is_file():  # with another head than the base has: the adapter brings its own
-        options |= {"config": transformers.AutoConfig.from_pretrained(folder), "ignore_mismatched_sizes": True}
+    if (
+        file := folder / MODEL_CONFIG_FILE
+    ).is_file():  # with another head than the base has: the adapter brings its own
+        options |= {"config": transformers.AutoConfig.from_pretrained(file), "ignore_mismatched_sizes": True}
     try:
         model = kind.from_pretrained(base, **options)
     except (OSError, ValueError) as error:

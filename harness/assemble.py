@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import unwrap_peft_model
 
 from harness import rng
-from harness.adapters import add_adapter
+from harness.adapters import add_adapter, check_scores
 from harness.arguments import Config
 from harness.best import BestModel
 from harness.changes import recorded
@@ -99,6 +99,7 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
         drops_non_finite=config.metrics.logging_nan_inf_filter,
         counts_all_ranks=config.modeling.average_tokens_across_devices,
     )
+    check_scores(task.model, has_scores=evaluator.metrics is not None)
     _check_best_metric(config, task, evaluator)
     progress = config.console.shows_progress and not config.debug.is_on  # a bar and a debugger fight
     console = Console(enabled=accelerator.is_main_process, progress=progress)

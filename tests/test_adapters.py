@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from harness.adapters import merged_model
 from harness.arguments import parse
 from harness.config import ConfigError
 from harness.train import main
 from tests.support.inputs import (
-    TINY_GPT,
+    TINY_BERT,
     labelled,
     save_bert_tokenizer,
     save_gpt_tokenizer,
@@ -26,7 +27,16 @@ from tests.support.inputs import (
     write_rows,
     write_text,
 )
-from tests.support.parity import TRAINING, assert_equal_runs, assert_equal_weights, history, run_harness, run_trainer
+from tests.support.parity import (
+    TRAINING,
+    as_flags,
+    assert_equal_runs,
+    assert_equal_weights,
+    history,
+    reset,
+    run_harness,
+    run_trainer,
+)
 
 ADAPTED = "tests.support.parity_task:build_adapted"
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["c_attn", "c_fc"]}
@@ -61,3 +71,194 @@ def test_history_and_weights_are_the_trainers(arguments: dict[str, Any], tmp_pat
     ours(tmp_path / "ours", arguments)
     assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
     assert load_file(tmp_path / "ours" / "adapter_model.safetensors").keys()
+
+
+def test_checkpoints_hold_the_trainers_files_and_the_same_state(tmp_path: Path) -> None:
+    arguments = {**EVERY_EPOCH, "load_best_model_at_end": True}
+    trained(tmp_path / "trainer", arguments)
+    ours(tmp_path / "ours", arguments)
+    for name in ("checkpoint-15", "checkpoint-30"):
+        theirs, found = tmp_path / "trainer" / name, tmp_path / "ours" / name
+        names = {path.name for path in found.iterdir()}
+        assert {path.name for path in theirs.iterdir()} - names == {"training_args.bin"}
+        assert names - {path.name for path in theirs.iterdir()} == {"harness_state.json", "model_config.json"}
+        assert "model.safetensors" not in names, "the base is in no checkpoint"
+        a, b = (json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) for folder in (theirs, found))
+        for config in (a, b):
+            config["target_modules"].sort()  # a set
+        assert a == b
+        assert_equal_weights(theirs, found)
+        assert (theirs / "README.md").read_text(encoding="utf-8") == (found / "README.md").read_text(encoding="utf-8")
+        a, b = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (theirs, found))
+        assert len(a["state"]) == len(b["state"]) == 8, "two matrices for each of two modules in two layers"
+
+
+def test_a_resume_is_the_uninterrupted_trainer_and_checkpoints_cross(tmp_path: Path) -> None:
+    trained(tmp_path / "trainer", RESUMABLE)
+    ours(tmp_path / "ours", RESUMABLE)
+    for name, checkpoint in (("resumed", tmp_path / "ours"), ("crossed", tmp_path / "trainer")):
+        ours(tmp_path / name, {**RESUMABLE, "resume_from_checkpoint": checkpoint / "checkpoint-5"})
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "resumed")
+    trained(tmp_path / "back", RESUMABLE, resume=str(tmp_path / "ours" / "checkpoint-5"))
+    for folder in ("crossed", "back"):
+        assert_equal_weights(tmp_path / "trainer", tmp_path / folder)
+        assert history(tmp_path / folder)[:-1] == history(tmp_path / "trainer")[:-1]
+
+
+# What peft and Transformers say to each other.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "LORA", "use_dora": True, "modules_to_save": ["ln_f"], "target_modules": "all-linear"},
+        {"peft_type": "IA3"},
+        {"peft_type": "VERA", "r": 8, "target_modules": ["c_attn"]},
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},
+    ],
+    ids=lambda config: config["peft_type"],
+)
+def test_any_adapter_of_peft_trains_and_resumes_as_the_trainers(config: dict[str, Any], tmp_path: Path) -> None:
+    arguments = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    }
+    trained(tmp_path / "trainer", arguments, config)
+    file = tmp_path / "peft.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    ours(tmp_path / "ours", arguments, peft_config=file)
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+    resume = {"resume_from_checkpoint": tmp_path / "ours" / "checkpoint-3"}
+    ours(tmp_path / "resumed", {**arguments, **resume}, peft_config=json.dumps(config))
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "resumed")
+
+
+def save_base(folder: Path) -> Path:
+    """A tiny GPT-2 with its tokenizer, as from_pretrained has them from the Hub."""
+    text = write_text(folder.parent / "text.txt")
+    flags = text_flags(save_gpt_tokenizer(folder.parent / "tokenizer"), text)
+    assert main([*flags, "--max_steps=1", f"--output_dir={folder}", "--report_to=none", "--use_cpu"]) == 0
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked for by peft
+def test_an_adapters_folder_is_a_model_and_merges_into_one(tmp_path: Path) -> None:
+    base, text = save_base(tmp_path / "base"), tmp_path / "text.txt"
+    common = [f"--train_file={text}", "--block_size=8", "--report_to=none", "--use_cpu"]
+    run = tmp_path / "run"
+    flags = ["--max_steps=4", "--learning_rate=0.5", "--use_peft", "--save_merged_model", "--eval_strategy=epoch"]
+    assert main([*common, *flags, f"--model_name_or_path={base}", f"--output_dir={run}", "--save_steps=2"]) == 0
+    tokens = torch.arange(16).view(2, 8)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base).eval()(tokens).logits
+        adapted = AutoPeftModelForCausalLM.from_pretrained(run).eval()(tokens).logits
+        assert (plain - adapted).abs().max() > 0.05, "it has learnt nothing, so nothing is compared"
+        whole = AutoModelForCausalLM.from_pretrained(run / "merged")
+        for model in (whole, merged_model(run), AutoModelForCausalLM.from_pretrained(run)):
+            torch.testing.assert_close(model.eval()(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert not any("lora" in name for name in load_file(run / "merged" / "model.safetensors"))
+    # From its folder it is evaluated to the same loss, and trained on.
+    losses = [entry["eval_loss"] for entry in history(run) if "eval_loss" in entry]
+    again, on = tmp_path / "again", tmp_path / "on"
+    assert main([*common, f"--model_name_or_path={run}", f"--output_dir={again}", "--do_eval"]) == 0
+    found = json.loads((again / "all_results.json").read_text(encoding="utf-8"))
+    assert found["eval_loss"] == losses[-1]
+    assert main([*common, f"--model_name_or_path={run}", f"--output_dir={on}", "--max_steps=2"]) == 0
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (run, on))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_classifiers_adapter_keeps_its_head_and_its_labels(tmp_path: Path) -> None:
+    tokenizer, rows = save_bert_tokenizer(tmp_path / "tokenizer"), labelled()
+    data = write_rows(tmp_path / "rows.csv", [*rows, {"text": "the bird sat", "label": "bird"}])
+    base = tmp_path / "base"
+    common = ["--task=sequence-classification", f"--train_file={data}", f"--validation_file={data}", "--use_cpu"]
+    common += ["--report_to=none", "--text_column_names=text"]
+    assert main([*common, "--model_type=bert", f"--tokenizer_name={tokenizer}", f"--config_overrides={TINY_BERT}",
+                 "--max_steps=1", f"--output_dir={base}"]) == 0  # fmt: skip
+    encoder = AutoModelForSequenceClassification.from_pretrained(base)
+    encoder.config.update({"id2label": {0: "LABEL_0", 1: "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}})
+    AutoModelForSequenceClassification.from_config(encoder.config).save_pretrained(base)  # of two other labels
+    run, predicted = tmp_path / "run", tmp_path / "predicted"
+    lora = ["--lora_r=4", "--learning_rate=0.05", "--num_train_epochs=20", "--ignore_mismatched_sizes"]
+    assert main([*common, *lora, f"--model_name_or_path={base}", f"--output_dir={run}", "--do_eval", "--do_train"]) == 0
+    names = load_file(run / "adapter_model.safetensors")
+    assert {name for name in names if "classifier" in name} == {
+        "base_model.model.classifier.weight",
+        "base_model.model.classifier.bias",
+    }
+    flags = ["--do_predict", "--do_eval", f"--test_file={data}", f"--model_name_or_path={run}"]
+    assert main([*common, *flags, f"--output_dir={predicted}"]) == 0
+    a, b = (json.loads((folder / "all_results.json").read_text(encoding="utf-8")) for folder in (run, predicted))
+    assert a["eval_loss"] == b["eval_loss"]
+    assert "cat" in (predicted / "predict_results.txt").read_text(encoding="utf-8")
+    assert merged_model(run).config.id2label == {0: "bird", 1: "cat", 2: "dog"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_r=0"], "--lora_r=0: use 1 or more"),
+        (["--lora_dropout=1"], "--lora_dropout=1.0: use 0 to below 1"),
+        (["--peft_config={}"], "--peft_config has no peft_type"),
+        (["--peft_config=missing.json"], "missing.json can't be read"),
+        (["--peft_config={"], "not JSON"),
+        (['--peft_config={"peft_type": "LORA"}', "--lora_r=4"], "--peft_config and --lora_r both describe the adapter"),
+    ],
+)
+def test_flags_that_describe_no_adapter_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(flags)
+
+
+def test_use_peft_false_turns_off_what_a_recipe_has(tmp_path: Path) -> None:
+    recipe = tmp_path / "lora.yaml"
+    recipe.write_text("task: causal-lm\nlora_r: 4\npeft_config: null\n", encoding="utf-8")
+    assert parse(["--config", str(recipe)]).adapters.is_on
+    assert not parse(["--config", str(recipe), "--use_peft", "false"]).adapters.is_on
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_target_modules": "q_proj"}, "The adapter does not fit the model.*q_proj.*not found"),
+        ({"peft_config": '{"peft_type": "NONE"}'}, "peft_type NONE is not known; use one of: .*LORA"),
+        ({"peft_config": '{"peft_type": "LORA", "rank": 3}'}, "rank"),
+        ({"peft_config": '{"peft_type": "ADALORA", "total_step": 9}'}, "ADALORA has to be told of each step"),
+        ({"peft_config": '{"peft_type": "P_TUNING", "num_virtual_tokens": 4}'}, "no checkpoint could be resumed"),
+        (
+            {"peft_config": '{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}'},
+            "PROMPT_TUNING puts tokens before the text",
+        ),
+        ({"save_merged_model": True}, "--save_merged_model merges an adapter, and there is none"),
+        ({"use_peft": True, "task": ADAPTED, "task_args": {"peft": LORA}}, "has an adapter already"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(
+    flags: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"task": "tests.support.parity_task:build", "output_dir": tmp_path / "run", "report_to": "none", **flags}
+    assert main([*as_flags(given), "--use_cpu"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run_harness(tmp_path / "whole", {**TRAINING, **arguments})
+    ours(tmp_path / "adapted", arguments)
+    common = {"task": "tests.support.parity_task:build", "report_to": "none", "output_dir": tmp_path / "on"}
+    common |= {"allow_changed_arguments": True, "max_steps": 4}
+    for kind, flags, message in (
+        ("whole", LORA_FLAGS, "holds a whole model, and an adapter is trained"),
+        ("adapted", {}, "holds an adapter alone, and the whole model is trained"),
+        ("adapted", {"lora_r": 8}, "another shape"),
+    ):
+        reset()
+        given = {**common, **flags, "resume_from_checkpoint": tmp_path / kind / "checkpoint-2"}
+        assert main([*as_flags(given), "--use_cpu"]) == 2
+        assert message in capsys.readouterr().err

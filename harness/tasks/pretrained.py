@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
-from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from harness.adapters import adapter_config, load_adapter
+from harness.adapters import MODEL_CONFIG_FILE, adapter_config, load_adapter
 from harness.config import ConfigError
 from harness.tasks import TaskConfig
 
@@ -45,8 +44,9 @@ def load_config(config: TaskConfig, tokenizer: Any) -> Any:
     """
     name = config.config_name or config.model_name_or_path
     base = _under_adapter(config)
-    if name is not None and base is not config and not (Path(name) / CONFIG_NAME).is_file():
-        name = base.model_name_or_path
+    if base is not config and not config.config_name:
+        file = Path(str(name)) / MODEL_CONFIG_FILE
+        name = str(file) if file.is_file() else base.model_name_or_path
     if name is not None:
         flag = "config_name" if config.config_name else "model_name_or_path"
         with _user_model(f"--{flag}={name}: its config can't be loaded"):
