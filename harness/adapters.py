@@ -209,12 +209,11 @@ def describe(model: torch.nn.Module) -> str:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What is saved of a model with an adapter, by the names in adapter_model.safetensors."""
+    """The parameters themselves that are saved of a model with an adapter, by their names in the file."""
     from peft import get_peft_model_state_dict
 
-    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, adapter_name=ADAPTER, save_embedding_layers=_saves_embeddings(model)
-    )
+    options = {"adapter_name": ADAPTER, "save_embedding_layers": _saves_embeddings(model)}
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, model.state_dict(keep_vars=True), **options)
     return tensors
 
 
@@ -233,7 +232,8 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
     """Put what `tensors_of` gave back into a model with the same adapter."""
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+    if tensors:
+        set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
 
 
 def write_adapter(
@@ -257,7 +257,7 @@ def write_adapter(
     if isinstance(base, transformers.PreTrainedModel):
         base.config.to_json_file(folder / MODEL_CONFIG_FILE)
     # Shared and transposed memory becomes memory of its own: safetensors takes nothing else.
-    plain = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(plain, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     if with_card:
         complete_card(model, folder)

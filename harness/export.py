@@ -4,17 +4,49 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from harness.adapters import is_adapted, load_tensors, tensors_of, write_adapter
 from harness.config import ConfigError
+from harness.zero import gathered, is_divided, whole_shape
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a rank holds only a part of the weights, so that it takes all ranks to run the model or to save it."""
+    return any(is_divided(parameter) for parameter in model.parameters())
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Collective: what is saved of the unwrapped model: its state dict, or its adapter's weights alone.
+
+    If it is sharded, rank zero gets copies in host memory, made one layer at a time, and the others nothing.
+    """
+    own = _own(model)
+    if not is_sharded(model):
+        return {name: tensor.detach() for name, tensor in own.items()}
+    is_main = torch.distributed.get_rank() == 0
+    copies: dict[int, torch.Tensor] = {}  # tied parameters are copied once
+    for _, group in groupby(own.items(), key=lambda item: item[0].rpartition(".")[0]):
+        layer = [tensor for _, tensor in group if id(tensor) not in copies]
+        with gathered(layer):
+            for tensor in layer:
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if is_main else torch.empty(0)
+    return {name: copies[id(tensor)] for name, tensor in own.items()} if is_main else {}
+
+
+def _own(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that are saved, by the names in the files."""
+    return tensors_of(model) if is_adapted(model) else model.state_dict(keep_vars=True)
 
 
 def save_model(
@@ -30,8 +62,8 @@ def save_model(
 
     `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's
     own (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
-    `from_pretrained` reads both. `weights`, as `saved_weights` gives them, are written in place of the model's own.
-    Of a model with an adapter the adapter alone is written.
+    `from_pretrained` reads both. `weights` are written in place of the model's own state dict: `whole_weights`.
+    Of a model with an adapter the adapter alone is written, as peft does.
 
     A model that is no PreTrainedModel has its state dict in model.safetensors; tied tensors are written once.
     """
@@ -40,7 +72,8 @@ def save_model(
     partial = folder / "model.partial"
     if partial.exists():
         shutil.rmtree(partial)
-    weights = saved_weights(model) if weights is None else weights
+    if weights is None:
+        weights = {name: tensor.detach() for name, tensor in _own(model).items()}
     _write_model(model, weights, processing_class, partial, as_published=as_published)
     files = []
     for path in sorted(partial.rglob("*")):
@@ -52,11 +85,6 @@ def save_model(
             files.append(final)
     shutil.rmtree(partial)
     return files
-
-
-def saved_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What is saved of an unwrapped model: its state dict, or its adapter alone."""
-    return tensors_of(model) if is_adapted(model) else model.state_dict()
 
 
 def _write_model(
@@ -91,9 +119,9 @@ def _write_model(
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """
-    Load safetensors, whole or in shards, into a model that is not wrapped yet; into its adapter, if it has one.
+    Collective: load safetensors, whole or in several files, into a model that is not wrapped, file by file.
 
-    Raises ConfigError if they belong to another model or can't be read.
+    Into its adapter, if it has one. Raises ConfigError if they belong to another model or can't be read.
     """
     adapted = is_adapted(model)
     if adapted != (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
@@ -102,34 +130,53 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
             f"{folder} holds {'a whole model, and an adapter is trained: leave its flags out' if adapted else has}"
             ", as when it was saved."
         )
-    tensors = _read(folder, [ADAPTER_SAFE_WEIGHTS_NAME] if adapted else None)
-    own = tensors_of(model) if adapted else model.state_dict(keep_vars=True)
-    unexpected = sorted(set(tensors) - set(own))
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            files = [ADAPTER_SAFE_WEIGHTS_NAME if adapted else SAFE_WEIGHTS_NAME]
+        own = _own(model)
+        _check_fit(own, [folder / name for name in files], folder)
+        for name in files:
+            _load(model, own, folder / name)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"The weights in {folder} can't be read: {error}") from error
+
+
+def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], file: Path) -> None:
+    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+        names = list(tensors.keys())
+        undivided = {name: tensors.get_tensor(name) for name in names if not is_divided(own[name])}
+        if is_adapted(model):
+            load_tensors(model, undivided)
+        else:
+            model.load_state_dict(undivided, strict=False)
+        for name in names:
+            if is_divided(own[name]):
+                with gathered([own[name]], written_by=0):
+                    if torch.distributed.get_rank() == 0:
+                        own[name].copy_(tensors.get_tensor(name))
+
+
+def _check_fit(own: Mapping[str, torch.Tensor], files: Iterable[Path], folder: Path) -> None:
+    """Raise ConfigError unless the weights are those of the model, by name and shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    unexpected = sorted(set(shapes) - set(own))
     # Of tied tensors one name is saved; the others share its storage and are loaded with it.
-    loaded = {own[name].data_ptr() for name in tensors if name in own}
-    missing = sorted(name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in loaded)
-    misshapen = sorted(name for name in tensors if name in own and tensors[name].shape != own[name].shape)
+    loaded = {_storage(own[name]) for name in shapes if name in own}
+    missing = sorted(name for name, tensor in own.items() if name not in shapes and _storage(tensor) not in loaded)
+    misshapen = sorted(name for name in shapes if name in own and shapes[name] != tuple(whole_shape(own[name])))
     if unexpected or missing or misshapen:
         first = (unexpected + missing + misshapen)[0]
         raise ConfigError(
             f"{folder} is of another model: {len(unexpected)} weights are unknown, {len(missing)} are missing, "
             f"{len(misshapen)} have another shape (the first: {first}). Use the model it was saved from."
         )
-    if adapted:
-        load_tensors(model, tensors)
-    else:
-        model.load_state_dict(tensors, strict=False)
 
 
-def _read(folder: Path, files: list[str] | None) -> dict[str, torch.Tensor]:
-    """The tensors of these files, or of all that the index names. Raises ConfigError."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        if files is None and index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for name in files or [SAFE_WEIGHTS_NAME]:
-            tensors |= load_file(folder / name)
-    except Exception as error:  # safetensors raises its own type, which it does not export
-        raise ConfigError(f"The weights in {folder} can't be read: {error}") from error
-    return tensors
+def _storage(tensor: torch.Tensor) -> int:
+    return id(tensor) if is_divided(tensor) else tensor.data_ptr()
