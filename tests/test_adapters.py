@@ -22,8 +22,7 @@ from tests.support.inputs import (
     TINY_BERT,
     labelled,
     save_bert_tokenizer,
-    save_gpt_tokenizer,
-    text_flags,
+    save_gpt,
     write_rows,
     write_text,
 )
@@ -134,17 +133,9 @@ def test_any_adapter_of_peft_trains_and_resumes_as_the_trainers(config: dict[str
     assert_equal_runs(tmp_path / "trainer", tmp_path / "resumed")
 
 
-def save_base(folder: Path) -> Path:
-    """A tiny GPT-2 with its tokenizer, as from_pretrained has them from the Hub."""
-    text = write_text(folder.parent / "text.txt")
-    flags = text_flags(save_gpt_tokenizer(folder.parent / "tokenizer"), text)
-    assert main([*flags, "--max_steps=1", f"--output_dir={folder}", "--report_to=none", "--use_cpu"]) == 0
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked for by peft
 def test_an_adapters_folder_is_a_model_and_merges_into_one(tmp_path: Path) -> None:
-    base, text = save_base(tmp_path / "base"), tmp_path / "text.txt"
+    base, text = save_gpt(tmp_path / "base"), write_text(tmp_path / "text.txt")
     common = [f"--train_file={text}", "--block_size=8", "--report_to=none", "--use_cpu"]
     run = tmp_path / "run"
     flags = ["--max_steps=4", "--learning_rate=0.5", "--use_peft", "--save_merged_model", "--eval_strategy=epoch"]
@@ -205,6 +196,7 @@ def test_a_classifiers_adapter_keeps_its_head_and_its_labels(tmp_path: Path) -> 
         (["--peft_config={}"], "--peft_config has no peft_type"),
         (["--peft_config=missing.json"], "missing.json can't be read"),
         (["--peft_config={"], "not JSON"),
+        (["--use_peft", "--model_type=gpt2"], "An adapter is saved without its model"),
         (['--peft_config={"peft_type": "LORA"}', "--lora_r=4"], "--peft_config and --lora_r both describe the adapter"),
     ],
 )
@@ -215,7 +207,7 @@ def test_flags_that_describe_no_adapter_are_refused(flags: list[str], message: s
 
 def test_use_peft_false_turns_off_what_a_recipe_has(tmp_path: Path) -> None:
     recipe = tmp_path / "lora.yaml"
-    recipe.write_text("task: causal-lm\nlora_r: 4\npeft_config: null\n", encoding="utf-8")
+    recipe.write_text("model_name_or_path: base\nlora_r: 4\npeft_config: null\n", encoding="utf-8")
     assert parse(["--config", str(recipe)]).adapters.is_on
     assert not parse(["--config", str(recipe), "--use_peft", "false"]).adapters.is_on
 

@@ -178,7 +178,8 @@ def _user_model(what: str) -> Iterator[None]:
     """Turn what Transformers raises for files it can't load into ConfigError; use it around one call."""
     try:
         yield
-    except (OSError, ValueError, ArithmeticError, SafetensorError) as error:  # Arithmetic: a size of 0 in the config
+    except (OSError, ImportError, ValueError, ArithmeticError, SafetensorError) as error:
+        # Arithmetic: a size of 0 in the config; Import: an attention of a package that is not there.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{what}: {reason[0]}") from error
     except RuntimeError as error:
