@@ -42,7 +42,7 @@ from harness.export import is_sharded, save_model, whole_weights
 from harness.inputs import bring_checkpoint, find_checkpoint
 from harness.lock import Lock
 from harness.loop import Run, fit
-from harness.model_card import write_model_card
+from harness.model_card import CARD_FILE, write_model_card
 from harness.restoring import restore
 from harness.saving import CheckpointError
 from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
@@ -244,6 +244,7 @@ def save_final(session: Session, run: Run, state: TrainState, weights: Mapping[s
     write_model_card(output_dir, session.config, state, badge=run.tracker.badge)
     if is_adapted(model):
         complete_card(model, output_dir)
+        files.append(output_dir / CARD_FILE)  # peft puts one into every folder of an adapter
     metadata: dict[str, float] | None = None
     if best.config.load_best_model_at_end and state.best_metric is not None:
         # The names are the Trainer's, the misspelt one too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 
-from harness.zero import load_shard
 from tests.support.parity import history
 from tests.test_launch import DDP, ROOT
 from tests.test_zero import finished, losses
@@ -44,10 +44,12 @@ def test_zero_has_ddps_numbers_and_each_resumes_to_the_bit(tmp_path: Path) -> No
         assert "adapter_model.safetensors" in names
         assert "model.safetensors" not in names
         if config.stem == "zero2":
-            shard = whole / "checkpoint-12" / "global_step12" / "mp_rank_00_model_states.pt"
-            saved = load_shard(str(shard))["module"]
-            tied = {"base_model.model.lm_head.weight"}  # DeepSpeed knows it by its other name
-            assert {name for name in saved if ".lora_" not in name} <= tied
+            with zipfile.ZipFile(whole / "checkpoint-12" / "global_step12" / "mp_rank_00_model_states.pt") as shard:
+                names_in_it = shard.read("mp_rank_00_model_states/data.pkl")
+            assert b"lora_A.default.weight" in names_in_it
+            assert b"c_attn.base_layer.weight" not in names_in_it
+        if config == DDP:  # its resume is that of one process
+            continue
         shutil.copytree(whole / "checkpoint-12", tmp_path / f"{config.stem}-again" / "run" / "checkpoint-12")
         again = finished(config, tmp_path / f"{config.stem}-again", resume_from_checkpoint="true", **LORA)
         assert history(again) == history(whole), config.stem
