@@ -14,9 +14,10 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from harness.adapters import merged_model
+from harness.adapters import AdapterConfig, add_adapter, merged_model
 from harness.arguments import parse
 from harness.config import ConfigError
+from harness.tasks import TaskConfig, resolve
 from harness.train import main
 from tests.support.inputs import (
     TINY_BERT,
@@ -186,6 +187,46 @@ def test_a_classifiers_adapter_keeps_its_head_and_its_labels(tmp_path: Path) -> 
     assert a["eval_loss"] == b["eval_loss"]
     assert "cat" in (predicted / "predict_results.txt").read_text(encoding="utf-8")
     assert merged_model(run).config.id2label == {0: "bird", 1: "cat", 2: "dog"}
+
+
+TINY_T5 = "d_model=32,d_kv=8,d_ff=64,num_layers=1,num_decoder_layers=1,num_heads=4"
+TAGGED = {"tokens": [["the", "cat"], ["a", "dog"]] * 4, "ner_tags": [["O", "B-PET"], ["O", "O"]] * 4}
+SUMMED = {"text": ["the cat sat", "the dog sat"] * 4, "summary": ["a cat", "a dog"] * 4}
+LABELLED = {"text": ["the cat sat", "the dog sat"] * 4, "label": ["cat", "dog"] * 4}
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type", "shape", "rows", "task_type"),
+    [
+        ("causal-lm", "gpt2", "n_embd=16,n_layer=1,n_head=2", {"text": ["the cat sat on the mat"] * 8}, "CAUSAL_LM"),
+        ("masked-lm", "bert", TINY_BERT, {"text": ["the cat sat on the mat"] * 8}, None),
+        ("sequence-classification", "bert", TINY_BERT, LABELLED, "SEQ_CLS"),
+        ("token-classification", "bert", TINY_BERT, TAGGED, "TOKEN_CLS"),
+        ("seq2seq", "t5", TINY_T5, SUMMED, "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_each_task_takes_an_adapter_and_shows_what_it_predicts(
+    task: str, model_type: str, shape: str, rows: dict[str, list[Any]], task_type: str | None, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    lines = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    files = {
+        "train_file": str(data),
+        "validation_file": str(data),
+        "tokenizer_name": str(save_bert_tokenizer(tmp_path)),
+    }
+    block = {"causal-lm": {"block_size": 8}, "masked-lm": {"line_by_line": True}}.get(task, {})
+    built = resolve(task)(TaskConfig(task=task, model_type=model_type, config_overrides=shape, **files, **block))
+    model: Any = add_adapter(built.model, AdapterConfig(use_peft=True)).eval()
+    assert model.peft_config["default"].task_type == task_type
+    samples = [built.eval_dataset[index] for index in range(4)]
+    with torch.no_grad():
+        assert torch.isfinite(model(**built.data_collator(samples))["loss"])
+        if built.predict_samples is not None:
+            plain = built.predict_samples(model.get_base_model(), samples)  # a new adapter changes nothing
+            assert built.predict_samples(model, samples) == plain
+            assert len(plain.rows) >= 4
 
 
 @pytest.mark.parametrize(
