@@ -56,6 +56,7 @@ def ours(folder: Path, arguments: Mapping[str, Any], **flags: Any) -> None:
     run_harness(folder, {**TRAINING, **arguments, **given}, extra=() if flags else LORA_TARGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -105,6 +106,7 @@ def test_a_resume_is_the_uninterrupted_trainer_and_checkpoints_cross(tmp_path: P
         assert history(tmp_path / folder)[:-1] == history(tmp_path / "trainer")[:-1]
 
 
+@pytest.mark.slow
 # What peft and Transformers say to each other.
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
