@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from harness.adapters import AdapterConfig
 from harness.best import BestConfig
 from harness.checkpoint import CheckpointConfig
 from harness.config import ConfigError, arg, parse_sections, read_yaml
@@ -19,7 +20,7 @@ from harness.metrics import MetricsConfig
 from harness.modeling import ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig
 from harness.plan import PlanConfig
-from harness.tasks import TaskConfig
+from harness.tasks import SHIPPED, TaskConfig
 from harness.throughput import ThroughputConfig
 from harness.topology import TopologyConfig
 from harness.tracking import TrackingConfig
@@ -113,6 +114,7 @@ class Config:
     data: DataConfig
     plan: PlanConfig
     optim: OptimConfig
+    adapters: AdapterConfig
     modeling: ModelingConfig
     metrics: MetricsConfig
     throughput: ThroughputConfig
@@ -127,6 +129,11 @@ class Config:
 
     def __post_init__(self) -> None:
         plan, best = self.plan, self.best
+        if self.adapters.is_on and self.task.model_name_or_path is None and self.task.task in SHIPPED:
+            raise ConfigError(
+                "An adapter is saved without its model, and a new model could not be found again: give "
+                "--model_name_or_path, or train the whole model."
+            )
         evaluates = plan.eval_strategy != "no"
         if best.load_best_model_at_end:
             self._check_best_can_be_loaded()
@@ -195,6 +202,7 @@ SECTIONS: tuple[type, ...] = (
     DataConfig,
     PlanConfig,
     OptimConfig,
+    AdapterConfig,
     ModelingConfig,
     MetricsConfig,
     ThroughputConfig,

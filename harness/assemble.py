@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import unwrap_peft_model
 
 from harness import rng
+from harness.adapters import add_adapter, check_scores
 from harness.arguments import Config
 from harness.best import BestModel
 from harness.changes import recorded
@@ -80,8 +82,13 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
     # With zero3_init_flag ranks divide a model while it is made. What they all write, caches, appears whole.
     at_once = is_deepspeed_zero3_enabled()
     task = local_main_first(accelerator, lambda: resolve(task_config.task)(task_config), at_once=at_once)
+    task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
     _check_data(config, task)
+    if config.adapters.save_merged_model and is_sharded(task.model):
+        raise ConfigError(
+            "--save_merged_model needs whole weights in one place, and ZeRO-3 divides them; leave it out."
+        )
     if config.data.overfit_batches is not None:
         per_batch = config.data.per_device_train_batch_size * accelerator.num_processes
         samples = first_samples(task.train_dataset, config.data.overfit_batches * per_batch)
@@ -100,6 +107,7 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
         drops_non_finite=config.metrics.logging_nan_inf_filter,
         counts_all_ranks=config.modeling.average_tokens_across_devices,
     )
+    check_scores(task.model, has_scores=evaluator.metrics is not None)
     _check_best_metric(config, task, evaluator)
     progress = config.console.shows_progress and not config.debug.is_on  # a bar and a debugger fight
     console = Console(enabled=accelerator.is_main_process, progress=progress)
@@ -174,7 +182,7 @@ def _samples(session: Session, dataset: Any, group_size: int, seed: int | None) 
     if config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
         names = getattr(task.processing_class, "model_input_names", None) or ["input_ids"]
         group = LengthGroups(size=group_size, input_name=names[0], seed=seed)
-    return usable_samples(dataset, task.data_collator, task.model, config, group=group)
+    return usable_samples(dataset, task.data_collator, unwrap_peft_model(task.model), config, group=group)
 
 
 def _data_seed(config: Config) -> int:

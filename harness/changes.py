@@ -13,6 +13,7 @@ UNRELATED = frozenset(
     {
         *("config", "print_config", "do_train", "do_eval", "do_predict", "debug"),
         *("output_dir", "resume_from_checkpoint", "ignore_data_skip", "async_save", "expect_num_processes"),
+        "save_merged_model",
         *("allow_changed_arguments", "allow_changed_data_order"),
         *("cache_dir", "token", "trust_remote_code", "preprocessing_num_workers", "overwrite_cache"),
         *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "peak_flops", "slow_step_seconds"),
@@ -61,6 +62,8 @@ REFUSED = frozenset(
     {
         *("task", "task_args", "model_name_or_path", "model_type", "config_name", "config_overrides"),
         *("tokenizer_name", "model_revision", "dtype", "attn_implementation", "ignore_mismatched_sizes"),
+        *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
+        "peft_config",
         *("dataset_name", "dataset_config_name", "task_name", "train_file", "train_split_name", "streaming"),
         # Where these are not given a part of the training data is held out.
         *("validation_file", "validation_dir", "validation_split_name", "validation_split_percentage"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from harness.config import ConfigError, arg
 from harness.safe_load import load_safely
@@ -25,7 +25,7 @@ from harness.state import TRAINER_STATE_FILE
 
 STATE_FILE = "harness_state.json"
 FORMAT_VERSION = 1
-WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 LEFTOVER = re.compile(r"(checkpoint-\d+|download)(\.[0-9a-f]+)?\.partial")
 CHUNK_BYTES = 1 << 20

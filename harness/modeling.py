@@ -14,13 +14,19 @@ from transformers.integrations.neftune import activate_neftune
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import align_special_tokens
+from transformers.trainer_utils import align_special_tokens, unwrap_peft_model
 from transformers.utils import find_labels
 
 from harness.config import ConfigError, Json, arg, at_least
 from harness.tasks import LossFunction
 
 Batch = Mapping[str, Any]
+# What Transformers takes, and what torch.utils.checkpoint does of plain values.
+CHECKPOINTING = (
+    *("use_reentrant", "every_n_layers", "offload", "preserve_rng_state"),
+    *("determinism_check", "debug", "early_stop"),
+)
+HAVE_NO_KERNELS = ("cpu", "mps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +58,32 @@ class ModelingConfig:
             max_grad_norm=self.max_grad_norm,
         )
         at_least(1, torch_empty_cache_steps=self.torch_empty_cache_steps)
+        self._check_kwargs()
         if self.label_smoothing_factor > 1:
             raise ConfigError(f"--label_smoothing_factor={self.label_smoothing_factor}: use 0 to 1.")
+
+    def _check_kwargs(self) -> None:
+        name = "activation" if self.activation_checkpointing_kwargs is not None else "gradient"
+        given = self.checkpointing_kwargs
+        flag = f"--{name}_checkpointing_kwargs={dict(given)}"
+        if given and self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            raise ConfigError(f"{flag} does nothing without --{name}_checkpointing; give both.")
+        if self.liger_kernel_config is not None and not self.use_liger_kernel:
+            raise ConfigError("--liger_kernel_config does nothing without --use_liger_kernel; give both.")
+        for key in given:
+            if key not in CHECKPOINTING:
+                raise ConfigError(f"{flag}: {key} is not known; use {', '.join(CHECKPOINTING)}.")
+        every = given.get("every_n_layers", 1)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(f"{flag}: every_n_layers is a number of layers, 1 or more.")
+        for key, value in given.items():
+            if key not in ("every_n_layers", "determinism_check") and not isinstance(value, bool):
+                raise ConfigError(f"{flag}: {key} is true or false.")
+
+    @property
+    def checkpointing_kwargs(self) -> dict[str, Any]:
+        """What the checkpointing is given, under either name."""
+        return dict(self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {})
 
     @property
     def checkpoints_activations(self) -> bool:
@@ -71,28 +101,43 @@ def prepare_model(
     Raises ConfigError where the model or an uninstalled package does not allow it.
     """
     if config.use_liger_kernel:
-        _apply_liger(model, config)
+        _apply_liger(model, config, accelerator)
     if config.checkpoints_activations:
-        kwargs = dict(config.activation_checkpointing_kwargs or config.gradient_checkpointing_kwargs or {})
-        enable: Any = getattr(model, "activation_checkpointing_enable", None)
-        if enable is None:
-            raise ConfigError(f"--activation_checkpointing: {type(model).__name__} does not offer it; leave it out.")
-        enable(
-            every_n_layers=kwargs.pop("every_n_layers", 1),
-            offload=kwargs.pop("offload", False),
-            activation_checkpointing_kwargs=kwargs or None,
-        )
-    if isinstance(model, PreTrainedModel):
+        _checkpoint_activations(model, config.checkpointing_kwargs, accelerator)
+    base = unwrap_peft_model(model)
+    if isinstance(base, PreTrainedModel):
         if hasattr(processing_class, "pad_token_id"):
-            align_special_tokens(model, processing_class)
-        model.config.use_cache = config.use_cache
+            align_special_tokens(base, processing_class)
+        base.config.use_cache = config.use_cache
     if config.neftune_noise_alpha is not None:
         activate_neftune(model, config.neftune_noise_alpha, accelerator)
 
 
-def _apply_liger(model: torch.nn.Module, config: ModelingConfig) -> None:
+def _checkpoint_activations(model: torch.nn.Module, kwargs: dict[str, Any], accelerator: Accelerator) -> None:
+    offload = kwargs.pop("offload", False)
+    if offload and accelerator.device.type == "cpu":
+        raise ConfigError(
+            "--activation_checkpointing_kwargs: offload moves activations from an accelerator to host memory, and on "
+            "the CPU they are there; leave it out."
+        )
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    refusal = f"--activation_checkpointing: {type(unwrap_peft_model(model)).__name__} does not offer it; leave it out."
+    if enable is None:
+        raise ConfigError(refusal)
+    every_n_layers = kwargs.pop("every_n_layers", 1)
+    try:
+        enable(every_n_layers=every_n_layers, offload=offload, activation_checkpointing_kwargs=kwargs or None)
+    except ValueError as error:
+        raise ConfigError(refusal) from error
+
+
+def _apply_liger(model: torch.nn.Module, config: ModelingConfig, accelerator: Accelerator) -> None:
     from transformers.integrations.liger import apply_liger_kernel
 
+    if accelerator.device.type in HAVE_NO_KERNELS:
+        raise ConfigError(
+            f"--use_liger_kernel needs a GPU, and this trains on {accelerator.device.type}; leave it out."
+        )
     try:
         apply_liger_kernel(model, config.liger_kernel_config)
     except ImportError as error:
@@ -115,6 +160,8 @@ class Loss:
     ) -> None:
         self.accelerator = accelerator
         self.compute_loss_func = compute_loss_func
+        # With an adapter the model under it knows the names and what its forward takes.
+        model = unwrap_peft_model(model)
         self.across_devices = config.average_tokens_across_devices
         self.label_names: list[str] = find_labels(model.__class__)
         accepts = getattr(model, "accepts_loss_kwargs", None)

@@ -23,6 +23,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
+from harness.adapters import complete_card, describe, is_adapted, merged
 from harness.arguments import Config, parse
 from harness.assemble import (
     Session,
@@ -41,7 +42,7 @@ from harness.export import is_sharded, save_model, whole_weights
 from harness.inputs import bring_checkpoint, find_checkpoint
 from harness.lock import Lock
 from harness.loop import Run, fit
-from harness.model_card import write_model_card
+from harness.model_card import CARD_FILE, write_model_card
 from harness.restoring import restore
 from harness.saving import CheckpointError
 from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
@@ -53,6 +54,7 @@ from harness.tracking.lifecycle import close_trackers, describe_trackers, open_t
 
 logger = logging.getLogger("harness")
 SECONDS_FOR_RANK_ZERO = 5.0
+MERGED_DIR = "merged"
 PREDICTIONS_FILE = "predict_results.txt"  # the name in Transformers' example scripts
 
 
@@ -143,6 +145,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
             if sample:
                 session.console.line(f"sample: {sample}")
             rows = describe_end(session, run, state, results)
+        if run is not None and config.adapters.save_merged_model:
+            run.checkpoints.together(lambda: save_merged(session) if run.checkpoints.is_writer else None)
         accelerator.wait_for_everyone()  # nobody waits for rank zero's last uploads
         exit_code = 0
     except StoppedError as stopped:
@@ -214,6 +218,8 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     """Collective: the training, then the final model and state in the folder of the run."""
     console, config = session.console, session.config
     console.start(run.plan.max_steps, state.global_step, "step")
+    if adapter := describe(session.task.model):
+        console.line(adapter)
     if config.debug.is_on:
         console.line(describe_batch(run.loader.peek(), session.task.processing_class))
     run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
@@ -236,12 +242,21 @@ def save_final(session: Session, run: Run, state: TrainState, weights: Mapping[s
     files = save_model(model, session.task.processing_class, output_dir, as_published=True, weights=weights)
     write_json(output_dir / TRAINER_STATE_FILE, state.trainer_state(early_stopping=best.early_stopping))
     write_model_card(output_dir, session.config, state, badge=run.tracker.badge)
+    if is_adapted(model):
+        complete_card(model, output_dir)
+        files.append(output_dir / CARD_FILE)  # peft puts one into every folder of an adapter
     metadata: dict[str, float] | None = None
     if best.config.load_best_model_at_end and state.best_metric is not None:
         # The names are the Trainer's, the misspelt one too.
         metric = best.config.metric_for_best_model or "loss"
         metadata = {f"eval/{metric}": state.best_metric, "train/total_floss": state.total_flos}
     run.tracker.log_model(files, metadata=metadata)
+
+
+def save_merged(session: Session) -> None:
+    """Rank zero: the whole model with its adapter merged into it, as the last that is done with the model."""
+    task = session.task
+    save_model(merged(task.model), task.processing_class, session.output_dir / MERGED_DIR, as_published=True)
 
 
 def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -> dict[str, float]:
@@ -300,6 +315,8 @@ def describe_end(
         rows.append(("speed", f"{rate:.1f} samples/s, {seconds:.1f} s in all"))
     if run is not None:
         rows.append(("model", str(session.output_dir)))
+        if session.config.adapters.save_merged_model:
+            rows.append(("merged model", f"{session.output_dir}/{MERGED_DIR}"))
         if session.config.plan.save_strategy != "no":
             rows.append(("checkpoints", f"{session.output_dir}/checkpoint-*"))
             rows.append(("", run.checkpoints.describe()))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 
+from harness.adapters import is_adapted
 from harness.config import ConfigError
 from harness.safe_load import load_safely
 
@@ -124,7 +125,8 @@ def save_shards(engine: Any, folder: Path, *, step: int) -> None:
     """
     Collective: each rank writes its part of the optimizer's state, rank zero the module's, as the Trainer does.
 
-    Raises what writing raises, on this rank alone and when all are done: inside of DeepSpeed the others would wait.
+    Of a model with an adapter what is frozen is left out. Raises what writing raises, on this rank alone and when all
+    are done: inside of DeepSpeed the others would wait.
     """
     failures: list[Exception] = []
 
@@ -139,7 +141,8 @@ def save_shards(engine: Any, folder: Path, *, step: int) -> None:
     # Its scripts are left out: model.safetensors holds the weights.
     files.save, engine._copy_recovery_script = write, lambda _: None
     try:
-        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        adapted = is_adapted(engine.module)
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=adapted)
     finally:
         del files.save, engine._copy_recovery_script
     if failures:
@@ -157,7 +160,8 @@ def load_shards(engine: Any, folder: Path) -> None:
     files = engine.checkpoint_engine
     files.load = load_shard
     try:
-        loaded, _ = engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
+        strict = not is_adapted(engine.module)  # what is frozen is not in it
+        loaded, _ = engine.load_checkpoint(str(folder), load_module_strict=strict, load_lr_scheduler_states=False)
     except (OSError, KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"{folder} can't be loaded by DeepSpeed: {type(error).__name__} {error}") from error
     finally:

@@ -18,7 +18,7 @@ HARNESS = ROOT / "harness"
 # From the bottom up; a package stands for its files.
 LAYERS = (
     ("__init__", "config", "state", "rng", "host_copies"),
-    ("console", "safe_load"),
+    ("adapters", "console", "safe_load"),
     ("fsdp",),
     ("topology",),
     ("tasks", "zero", "stepping"),

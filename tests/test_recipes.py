@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from harness.arguments import QUICKSTART, parse
 from harness.checkpoint import list_checkpoints
@@ -119,6 +119,7 @@ STAND_INS: dict[str, tuple[str, Callable[[], Dataset], str]] = {
     "early_stopping": ("bert", lambda: labelled(["not_equivalent", "equivalent"], **PAIRS), "eval_loss"),
     "gpt2_short_texts": ("gpt2", lambda: labelled(["negative", "positive"], text=TEXTS), "eval_loss"),
     "imdb_distilbert": ("distilbert", lambda: labelled(["neg", "pos"], text=TEXTS), "eval_accuracy"),
+    "imdb_lora": ("distilbert", lambda: labelled(["neg", "pos"], text=TEXTS), "eval_accuracy"),
     "rte": ("bert", lambda: labelled(["entailment", "not_entailment"], **PAIRS), "eval_accuracy"),
 }
 
@@ -178,3 +179,10 @@ def test_the_recipe_of_early_stopping_stops_early(tmp_path: Path) -> None:
     state = run_recipe("early_stopping", tmp_path, **steps)
     assert state["global_step"] == 5
     assert len([entry for entry in state["log_history"] if "eval_loss" in entry]) == 5
+
+
+def test_the_recipe_of_lora_ends_with_an_adapter_and_a_whole_model(tmp_path: Path) -> None:
+    run_recipe("imdb_lora", tmp_path, max_steps=2)
+    assert {"adapter_model.safetensors", "merged"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged")
+    assert model.config.id2label == {0: "neg", 1: "pos"}

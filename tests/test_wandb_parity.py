@@ -138,6 +138,12 @@ DIFFERENCES = {
         "`harness_state.json` and `metrics.jsonl` in a checkpoint",
         "no pickle to trust; digests of every file, an exact resume",
     ),
+    "adapter": Difference(
+        "files of an adapter's artifact",
+        "`README.md` is peft's",
+        "the final model's is the run's card; `model_config.json`",
+        "scores and run stand in it; the labels have names",
+    ),
     "metadata": Difference(
         "an artifact's metadata and description",
         "the summary's numbers; none",
@@ -245,6 +251,12 @@ OTHERS = [
         name="diverging",
         arguments={**BOTH, **EVALUATES, "learning_rate": 1e30, "logging_steps": 1},
         variables={"WANDB_LOG_MODEL": "checkpoint"},
+    ),
+    Training(
+        name="adapter",
+        arguments={**BOTH, **EVALUATES, "run_name": "adapted", "load_best_model_at_end": True},
+        variables={"WANDB_LOG_MODEL": "checkpoint"},
+        adapter={"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"]},
     ),
 ]
 BEST_OF_ALL = COVERING[-1]
@@ -450,7 +462,16 @@ def level_graph(pair: Pair) -> None:
         assert pair.ours.summary.pop("graph_0")["_type"] == "graph-file"
 
 
+def level_adapter(pair: Pair) -> None:
+    """Peft's card is in each version; in that of the final model ours is the run's card, completed by peft."""
+    for seen in (pair.theirs, pair.ours):
+        for version in itertools.chain(*seen.collections.values()):
+            if "adapter_config.json" in version.files and "trainer_state.json" not in version.files:
+                assert version.files.pop("README.md")
+
+
 def level_artifacts(pair: Pair) -> None:
+    level_adapter(pair)
     for versions in pair.ours.collections.values():
         for version in versions:
             level_version(version, pair)
@@ -474,6 +495,8 @@ def level_version(version: Version, pair: Pair) -> None:
     assert version.metadata.pop("run_id") == pair.ours.run_id
     is_initial = "initial_model" in version.metadata
     assert is_initial or version.metadata.pop("saved_at") > 1.7e9
+    if "adapter_config.json" in version.files:
+        assert version.files.pop("model_config.json")
     if not is_initial and "model_architecture.txt" not in version.files:
         assert version.files.pop("harness_state.json") == "OWN"
         assert version.files.pop("metrics.jsonl") == "OWN"
@@ -533,7 +556,8 @@ def check_config(theirs: dict[str, Any], ours: dict[str, Any], *, evaluates: boo
     assert missing == {field.name for field in fields(TrainingArguments)} & {*OWNED_BY_LAUNCH_CONFIG, *REFUSED, *GONE}
     flags = {field.name for section in SECTIONS for field in fields(section)}
     own = flags - {field.name for field in fields(TrainingArguments)} - {*GPT2Config().to_dict()}
-    assert {*ours} - {*theirs} - {"harness"} == own
+    assert {*ours} - {*theirs} - {"harness"} == own - {*theirs}
+    assert ("peft_config" in theirs) == isinstance(ours["peft_config"], dict)
     assert (theirs["do_eval"], ours["do_eval"]) == (evaluates, False)
     common = {*theirs} - missing - {"do_eval"}
     assert {name: ours[name] for name in common} == {name: theirs[name] for name in common}

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from harness.adapters import is_adapted, load_tensors, tensors_of, write_adapter
 from harness.config import ConfigError
 from harness.fsdp import fill, is_cut, joined
 from harness.zero import gathered, is_divided, whole_shape
@@ -28,11 +29,11 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
-    Collective: the state dict of the unwrapped model.
+    Collective: what is saved of the unwrapped model: its state dict, or its adapter's weights alone.
 
     If it is sharded, rank zero gets copies in host memory, made one layer at a time, and the others nothing.
     """
-    own: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    own = _own(model)
     if not is_sharded(model):
         return {name: tensor.detach() for name, tensor in own.items()}
     is_main = torch.distributed.get_rank() == 0
@@ -44,6 +45,11 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 whole = joined(tensor.detach())
                 copies[id(tensor)] = whole.to("cpu", copy=True) if is_main else torch.empty(0)
     return {name: copies[id(tensor)] for name, tensor in own.items()} if is_main else {}
+
+
+def _own(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that are saved, by the names in the files."""
+    return tensors_of(model) if is_adapted(model) else model.state_dict(keep_vars=True)
 
 
 def save_model(
@@ -60,6 +66,7 @@ def save_model(
     `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's
     own (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
     `from_pretrained` reads both. `weights` are written in place of the model's own state dict: `whole_weights`.
+    Of a model with an adapter the adapter alone is written, as peft does.
 
     A model that is no PreTrainedModel has its state dict in model.safetensors; tied tensors are written once.
     """
@@ -68,7 +75,8 @@ def save_model(
     partial = folder / "model.partial"
     if partial.exists():
         shutil.rmtree(partial)
-    weights = model.state_dict() if weights is None else weights
+    if weights is None:
+        weights = {name: tensor.detach() for name, tensor in _own(model).items()}
     _write_model(model, weights, processing_class, partial, as_published=as_published)
     files = []
     for path in sorted(partial.rglob("*")):
@@ -91,7 +99,10 @@ def _write_model(
     as_published: bool,
 ) -> None:
     folder.mkdir()
-    if isinstance(model, PreTrainedModel):
+    if is_adapted(model):
+        # A checkpoint has peft's card, as the Trainer's has; beside the published model stands the run's own.
+        write_adapter(model, weights, folder, with_card=not as_published)
+    elif isinstance(model, PreTrainedModel):
         shows_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a bar for each save would break up the training's own
         model.save_pretrained(folder, state_dict=dict(weights), save_original_format=as_published)
@@ -113,15 +124,22 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """
     Collective: load safetensors, whole or in several files, into a model that is not wrapped, file by file.
 
-    Raises ConfigError if they belong to another model or can't be read.
+    Into its adapter, if it has one. Raises ConfigError if they belong to another model or can't be read.
     """
+    adapted = is_adapted(model)
+    if adapted != (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+        has = "an adapter alone, and the whole model is trained: give the --lora_* flags, --peft_config or the adapter"
+        raise ConfigError(
+            f"{folder} holds {'a whole model, and an adapter is trained: leave its flags out' if adapted else has}"
+            ", as when it was saved."
+        )
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     try:
         if index.is_file():
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
-            files = [SAFE_WEIGHTS_NAME]
-        own = model.state_dict(keep_vars=True)
+            files = [ADAPTER_SAFE_WEIGHTS_NAME if adapted else SAFE_WEIGHTS_NAME]
+        own = _own(model)
         _check_fit(own, [folder / name for name in files], folder)
         for name in files:
             _load(model, own, folder / name)
@@ -133,7 +151,11 @@ def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], file: Path) -
     with safe_open(file, framework="pt") as tensors, torch.no_grad():
         names = list(tensors.keys())
         whole = [name for name in names if not (is_divided(own[name]) or is_cut(own[name]))]
-        model.load_state_dict({name: tensors.get_tensor(name) for name in whole}, strict=False)
+        undivided = {name: tensors.get_tensor(name) for name in whole}
+        if is_adapted(model):
+            load_tensors(model, undivided)
+        else:
+            model.load_state_dict(undivided, strict=False)
         for name in names:
             if is_cut(into := own[name]):
                 fill(into, tensors.get_slice(name))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
+from transformers.trainer_utils import unwrap_peft_model
 
 from harness.tasks import Generate, SamplePredictions
 from harness.tasks.labels import MULTI, REGRESSION, Labels
@@ -157,7 +158,7 @@ def written(
 
 def _accepted(model: torch.nn.Module, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The samples with what the model's forward takes."""
-    names = inspect.signature(model.forward).parameters
+    names = inspect.signature(unwrap_peft_model(model).forward).parameters
     return [{name: value for name, value in sample.items() if name in names} for sample in batch]
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from harness.adapters import MODEL_CONFIG_FILE, adapter_config, load_adapter
 from harness.config import ConfigError
 from harness.tasks import TaskConfig
 
@@ -18,6 +22,9 @@ from harness.tasks import TaskConfig
 def load_tokenizer(config: TaskConfig, **options: Any) -> Any:
     """Load the tokenizer of --tokenizer_name or of the model, with its own `options`. Raises ConfigError."""
     name = config.tokenizer_name or config.model_name_or_path
+    base = _under_adapter(config)
+    if name is not None and base is not config and not any(Path(name).glob("tokenizer*")):
+        name = base.model_name_or_path  # the adapter was saved without one
     flag = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
     if name is None:
         raise ConfigError("No tokenizer; give --tokenizer_name, or --model_name_or_path with a model that has one.")
@@ -49,6 +56,10 @@ def load_config(config: TaskConfig, tokenizer: Any) -> Any:
     Raises ConfigError for an unknown model or type and for overrides that don't fit.
     """
     name = config.config_name or config.model_name_or_path
+    base = _under_adapter(config)
+    if base is not config and not config.config_name:
+        file = Path(str(name)) / MODEL_CONFIG_FILE
+        name = str(file) if file.is_file() else base.model_name_or_path
     if name is not None:
         flag = "config_name" if config.config_name else "model_name_or_path"
         with _user_model(f"--{flag}={name}: its config can't be loaded"):
@@ -75,9 +86,11 @@ def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer
     """
     Load the model's weights, or make new ones where no --model_name_or_path is given.
 
-    The embeddings grow to the size of the tokenizer, if any, where that is larger. Raises ConfigError for weights that
+    The embeddings grow to the size of the tokenizer, if any, where that is larger. Where --model_name_or_path is an
+    adapter of peft's, the model is the one that it names, with the adapter on it. Raises ConfigError for weights that
     can't be loaded, don't fit the config, or belong to an architecture without this head.
     """
+    adapter, config = config, _under_adapter(config)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.dtype is not None:
         options["dtype"] = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -89,16 +102,36 @@ def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer
         with _user_model(f"A new {model_config.model_type} model can't be made"):
             model = auto_class.from_config(model_config, **options)
     else:
-        options |= _hub(config) | {"ignore_mismatched_sizes": config.ignore_mismatched_sizes}
+        # An adapter brings the head that it was trained with.
+        other_head = config.ignore_mismatched_sizes or adapter is not config
+        options |= _hub(config) | {"ignore_mismatched_sizes": other_head}
         with _user_model(f"--model_name_or_path={config.model_name_or_path}: the model can't be loaded"):
             model = auto_class.from_pretrained(config.model_name_or_path, config=model_config, **options)
-    if tokenizer is None:
-        return model
-    embeddings = model.get_input_embeddings()
     # Not the weight's shape: it is zero where DeepSpeed has partitioned it.
-    if len(tokenizer) > embeddings.num_embeddings:
+    if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
+    if adapter is not config:
+        model = load_adapter(model, str(adapter.model_name_or_path), **_hub(adapter, with_code=False))
     return model
+
+
+def _under_adapter(config: TaskConfig) -> TaskConfig:
+    """
+    The flags with the base model in place of the adapter that --model_name_or_path is; themselves for a whole model.
+
+    Raises ConfigError for an adapter that names no base.
+    """
+    name = config.model_name_or_path
+    if name is None:
+        return config
+    file = find_adapter_config_file(name, **_hub(config, with_code=False))
+    if file is None:
+        return config
+    content = adapter_config(Path(file).parent) or {}
+    base = content.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"--model_name_or_path={name} is an adapter that does not name its model.")
+    return replace(config, model_name_or_path=base, model_revision=content.get("revision") or "main")
 
 
 def longest_sequence(tokenizer: Any, model_config: Any) -> int:
@@ -149,13 +182,9 @@ def _fresh_config(model_type: str, tokenizer: Any) -> Any:
     return AutoConfig.for_model(model_type, **fitting)
 
 
-def _hub(config: TaskConfig) -> dict[str, Any]:
-    return {
-        "cache_dir": config.cache_dir,
-        "revision": config.model_revision,
-        "token": config.token,
-        "trust_remote_code": config.trust_remote_code,
-    }
+def _hub(config: TaskConfig, *, with_code: bool = True) -> dict[str, Any]:
+    options = {"cache_dir": config.cache_dir, "revision": config.model_revision, "token": config.token}
+    return options | ({"trust_remote_code": config.trust_remote_code} if with_code else {})
 
 
 @contextmanager
@@ -163,7 +192,8 @@ def _user_model(what: str) -> Iterator[None]:
     """Turn what Transformers raises for files it can't load into ConfigError; use it around one call."""
     try:
         yield
-    except (OSError, ValueError, ArithmeticError, SafetensorError) as error:  # Arithmetic: a size of 0 in the config
+    except (OSError, ImportError, ValueError, ArithmeticError, SafetensorError) as error:
+        # Arithmetic: a size of 0 in the config; Import: an attention of a package that is not there.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{what}: {reason[0]}") from error
     except RuntimeError as error:

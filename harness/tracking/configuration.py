@@ -31,6 +31,8 @@ def run_config(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[str
         for name, value in _derived(arguments).items()
         if value is not None or name not in of_model  # of ours, not the Trainer's: model_type, dtype
     }
+    if peft_config is not None:
+        given.pop("peft_config", None)  # what the flag says stands in it
     return {
         **({"peft_config": plain(peft_config)} if peft_config is not None else {}),
         **of_model,

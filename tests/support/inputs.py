@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 SENTENCES = [f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "dog") for c in ("mat", "hill")]
 TINY_GPT = "n_embd=16,n_layer=1,n_head=2,n_positions=32"
@@ -80,3 +80,12 @@ def label_flags(tokenizer: Path, train_file: Path) -> list[str]:
         f"--tokenizer_name={tokenizer}",
         f"--train_file={train_file}",
     ]
+
+
+def save_gpt(folder: Path, **config: object) -> Path:
+    """A tiny GPT-2 with its tokenizer, as from_pretrained has them from the Hub."""
+    save_gpt_tokenizer(folder)
+    shape = {"vocab_size": 300, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    shape |= {"bos_token_id": 0, "eos_token_id": 0, **config}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
+    return folder

@@ -36,6 +36,12 @@ def empty(config: TaskConfig) -> Task:
     return dataclasses.replace(parity_task.build(config), train_dataset=[])
 
 
+def no_checkpointing(config: TaskConfig) -> Task:
+    task = parity_task.build(config)
+    task.model.supports_gradient_checkpointing = False  # type: ignore[assignment]
+    return task
+
+
 def broken(config: TaskConfig) -> Task:
     raise KeyError("a bug in the task")
 

@@ -115,7 +115,9 @@ def assert_equal_runs(reference: Path, ours: Path) -> None:
 
 
 def assert_equal_weights(reference: Path, ours: Path) -> None:
-    a, b = (load_file(folder / "model.safetensors") for folder in (reference, ours))
+    names = ("model.safetensors", "adapter_model.safetensors")
+    files = [[folder / name for name in names if (folder / name).is_file()] for folder in (reference, ours)]
+    (a,), (b,) = ([load_file(file) for file in each] for each in files)
     assert a.keys() == b.keys()
     different = {name: (a[name] - b[name]).abs().max().item() for name in a if not torch.equal(a[name], b[name])}
     assert not different

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -9,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from harness.config import Json
 from harness.tasks import Task, TaskConfig
 
 VOCABULARY = 256
@@ -109,3 +112,15 @@ def build(config: TaskConfig) -> Task:
         data_collator=collate_at_random if options["random_collator"] else collate,
         metrics=TokenAccuracy,
     )
+
+
+def build_adapted(config: TaskConfig) -> Task:
+    """The model with an adapter of peft's on it, as a user of the Trainer puts it there; its config in task_args."""
+    from peft import get_peft_config, get_peft_model
+
+    options = dict(config.task_args or {})
+    adapter = get_peft_config({"task_type": "CAUSAL_LM", **options.pop("peft")})
+    task = build(replace(config, task_args=Json(options)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft turns fan_in_fan_out round by itself, and asks for a deprecated name
+        return replace(task, model=get_peft_model(task.model, adapter))

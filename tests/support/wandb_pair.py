@@ -20,6 +20,7 @@ import torch
 import wandb
 from transformers import AutoTokenizer, EvalPrediction, Trainer, TrainingArguments, set_seed
 
+from harness.config import Json
 from harness.tasks import Task, TaskConfig
 from harness.tracking.randomness import separate_randomness
 from harness.train import main as train
@@ -34,13 +35,14 @@ class Training:
     """
     What both are given; `flags` are ours alone. The run name OUTPUT_DIR stands for that folder.
 
-    With `opened`, a run is open before the training begins.
+    With `adapter`, a configuration of peft's, both train one. With `opened`, a run is open before the training begins.
     """
 
     name: str
     arguments: Mapping[str, Any]
     variables: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] | None = None
     opened: Mapping[str, Any] | None = None
 
 
@@ -50,12 +52,17 @@ def build(config: TaskConfig) -> Task:
     return replace(task, processing_class=AutoTokenizer.from_pretrained(os.environ["PAIR_TOKENIZER"]))
 
 
-def by_trainer(folder: Path, arguments: Mapping[str, Any]) -> None:
+def by_trainer(folder: Path, arguments: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> None:
     """As Transformers' example scripts do it."""
     reset()
     given = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="wandb", disable_tqdm=True, **arguments)
     set_seed(given.seed)
-    task = build(TaskConfig(task=TASK))
+    if adapter is None:
+        task = build(TaskConfig(task=TASK))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(os.environ["PAIR_TOKENIZER"])
+        adapted = parity_task.build_adapted(TaskConfig(task=TASK, task_args=Json({"peft": adapter})))
+        task = replace(adapted, processing_class=tokenizer)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         metrics = parity_task.TokenAccuracy()
@@ -101,9 +108,10 @@ def main() -> None:
         if arguments.get("run_name") == "OUTPUT_DIR":
             arguments["run_name"] = str(output_dir)
         if who == "trainer":
-            by_trainer(output_dir, arguments)
+            by_trainer(output_dir, arguments, training.adapter)
         else:
-            by_harness(output_dir, arguments, training.flags)
+            adapter = {"peft_config": dict(training.adapter)} if training.adapter is not None else {}
+            by_harness(output_dir, arguments, {**training.flags, **adapter})
         if run is not None:
             assert wandb.run is run, "an open run is its owner's to finish"
             run.log({"after": 1})

@@ -1,0 +1,350 @@
+"""Adapters of peft: a few new weights (LoRA and others) are trained on a model that stays as it is."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers.models.auto import modeling_auto
+from transformers.trainer_utils import _is_peft_model
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
+
+from harness.config import ConfigError, Json, arg, at_least
+
+INSTALL = "pip install 'accelerate-harness[peft]'"
+# Beside an adapter: a config.json would say to Transformers that the model itself is there.
+MODEL_CONFIG_FILE = "model_config.json"
+ADAPTER = "default"  # the name under which get_peft_model adds one
+# peft's types of tasks: the models of each, and the class that loads one.
+TASK_TYPES = {
+    "SEQ_CLS": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "AutoModelForTokenClassification"),
+    "QUESTION_ANS": (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "AutoModelForQuestionAnswering"),
+    "SEQ_2_SEQ_LM": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "AutoModelForSeq2SeqLM"),
+    "CAUSAL_LM": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
+}
+LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # TRL's defaults
+
+
+class PeftJson(Json):
+    """A configuration of peft's, written as JSON or as the name of a file or folder that holds it."""
+
+    def __init__(self, value: Any = ()) -> None:
+        if isinstance(value, str) and not value.lstrip().startswith("{"):
+            path = Path(value).expanduser()
+            path = path / ADAPTER_CONFIG_NAME if path.is_dir() else path
+            try:
+                value = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise argparse.ArgumentTypeError(f"{path} can't be read: {error}") from error
+        try:
+            super().__init__(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}; write a JSON object, or name a file of one") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which adapter is trained, in TRL's names and with its defaults; None of them: the whole model is trained."""
+
+    use_peft: bool | None = arg(
+        help="Train a LoRA adapter. --lora_* and --peft_config turn it on too; false turns it off.",
+        nargs="?",
+        const=True,
+    )
+    lora_r: int | None = arg(help=f"Rank of LoRA's matrices; default: {LORA_R}.")
+    lora_alpha: int | None = arg(help=f"LoRA's scale, over its rank; default: {LORA_ALPHA}.")
+    lora_dropout: float | None = arg(help=f"Dropout before LoRA's matrices; default: {LORA_DROPOUT}.")
+    lora_target_modules: list[str] | None = arg(
+        help="Modules that get a LoRA: names, a pattern, or all-linear; default: peft's for the architecture.",
+        nargs="+",
+    )
+    lora_modules_to_save: list[str] | None = arg(
+        help="Modules that are trained and saved whole; a new classification head always is.", nargs="+"
+    )
+    peft_config: PeftJson | None = arg(
+        help='Any adapter of peft, as JSON ({"peft_type": "IA3"}) or a file; in place of --lora_*.'
+    )
+    save_merged_model: bool = arg(
+        False, "At the end also write the whole model, with the adapter merged into it, to OUTPUT_DIR/merged."
+    )
+
+    def __post_init__(self) -> None:
+        at_least(1, lora_r=self.lora_r, lora_alpha=self.lora_alpha)
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"--lora_dropout={self.lora_dropout}: use 0 to below 1.")
+        if self.peft_config is None or not self.is_on:
+            return
+        if self._lora_flags:
+            raise ConfigError(
+                f"--peft_config and --{self._lora_flags[0]} both describe the adapter: give one of them, "
+                'as in --peft_config \'{"peft_type": "LORA", "r": 8}\'.'
+            )
+        if "peft_type" not in self.peft_config:
+            raise ConfigError("--peft_config has no peft_type; name one of peft's, e.g. LORA or IA3.")
+
+    @property
+    def _lora_flags(self) -> list[str]:
+        return [
+            name for name in self.__dataclass_fields__ if name.startswith("lora_") and getattr(self, name) is not None
+        ]
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a new adapter is trained."""
+        given = self.peft_config is not None or bool(self._lora_flags)
+        return given if self.use_peft is None else self.use_peft
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Whether it is a model with an adapter of peft's."""
+    return bool(_is_peft_model(model))
+
+
+def add_adapter(model: torch.nn.Module, config: AdapterConfig) -> torch.nn.Module:
+    """
+    The model with a new adapter, drawn from the global generators; only the adapter's weights are trained.
+
+    A model that has one keeps it. Raises ConfigError for what peft does not take or what could not be resumed.
+    """
+    if not config.is_on:
+        if config.save_merged_model and not is_adapted(model):
+            raise ConfigError(
+                "--save_merged_model merges an adapter, and there is none: give --use_peft, or leave it out."
+            )
+        return model if not is_adapted(model) else checked(model)
+    if is_adapted(model):
+        raise ConfigError(
+            "The model has an adapter already, which is trained on: leave --use_peft, --lora_* and --peft_config out, "
+            "or give the model that the adapter belongs to."
+        )
+    peft = import_peft("--use_peft")
+    with _peft_problems("The adapter does not fit the model"):
+        return checked(peft.get_peft_model(model, _peft_config(model, config, peft)))
+
+
+def _peft_config(model: torch.nn.Module, config: AdapterConfig, peft: Any) -> Any:
+    task_type = next((kind for kind, (names, _) in TASK_TYPES.items() if _is_one_of(model, names)), None)
+    if config.peft_config is not None:
+        # What an adapter_config.json says of another model, and of its use without training, is not meant.
+        unmeant = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+        values = {name: value for name, value in config.peft_config.items() if name not in unmeant}
+        known = sorted(kind.value for kind in peft.PeftType)
+        if values["peft_type"] not in known:
+            raise ConfigError(
+                f"--peft_config: peft_type {values['peft_type']} is not known; use one of: {', '.join(known)}."
+            )
+        return peft.get_peft_config({"task_type": task_type, **values})
+    targets = config.lora_target_modules
+    return peft.LoraConfig(
+        task_type=task_type,
+        r=LORA_R if config.lora_r is None else config.lora_r,
+        lora_alpha=LORA_ALPHA if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=LORA_DROPOUT if config.lora_dropout is None else config.lora_dropout,
+        target_modules=targets[0] if targets is not None and len(targets) == 1 else targets,
+        modules_to_save=config.lora_modules_to_save,
+    )
+
+
+def _is_one_of(model: torch.nn.Module, names: Mapping[str, Any]) -> bool:
+    known = {name for each in names.values() for name in ((each,) if isinstance(each, str) else each)}
+    return type(model).__name__ in known
+
+
+def checked(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself. Raises ConfigError if its adapter could not be trained, or not be resumed, as it should be."""
+    adapters: Any = model.peft_config
+    if list(adapters) != [ADAPTER]:
+        raise ConfigError(
+            f"The model has the adapters {', '.join(adapters)}: one is trained, and it has to be called {ADAPTER!r}."
+        )
+    kind = adapters[ADAPTER].peft_type.value
+    if kind == "ADALORA":
+        raise ConfigError(
+            "--peft_config: ADALORA has to be told of each step, and the loop does not do that; use LORA."
+        )
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    saved = sum(tensor.numel() for tensor in tensors_of(model).values())
+    if saved < trained:
+        raise ConfigError(
+            f"--peft_config: of {trained:,} weights that {kind} trains like this peft saves {saved:,}, so no "
+            "checkpoint could be resumed; use another peft_type, or one without a projection."
+        )
+    return model
+
+
+def check_scores(model: torch.nn.Module, *, has_scores: bool) -> None:
+    """Refuse an adapter whose logits are more than the labels, where scores compare them. Raises ConfigError."""
+    if not has_scores or not is_adapted(model):
+        return
+    adapted: Any = model
+    adapter = adapted.peft_config[ADAPTER]
+    kind = adapter.peft_type.value
+    if kind.endswith("PROMPT_TUNING") and adapter.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
+        raise ConfigError(
+            f"--peft_config: {kind} puts tokens before the text, so the scores don't know what belongs to what: give "
+            "--prediction_loss_only, or use LORA or PREFIX_TUNING."
+        )
+
+
+def describe(model: torch.nn.Module) -> str:
+    """Name the adapter and count what is trained; empty without one."""
+    if not is_adapted(model):
+        return ""
+    adapted: Any = model
+    trained, total = adapted.get_nb_trainable_parameters()
+    kind = adapted.peft_config[ADAPTER].peft_type.value
+    return f"{kind}: {trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)."
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters themselves that are saved of a model with an adapter, by their names in the file."""
+    from peft import get_peft_model_state_dict
+
+    options = {"adapter_name": ADAPTER, "save_embedding_layers": _saves_embeddings(model)}
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, model.state_dict(keep_vars=True), **options)
+    return tensors
+
+
+@functools.lru_cache(maxsize=1)
+def _saves_embeddings(model: torch.nn.Module) -> bool:
+    """Whether peft would save the embeddings too. It asks the Hub for that: once, not at each save."""
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it says in many words what it does
+        found = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    return len(found) > len(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
+
+
+def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put what `tensors_of` gave back into a model with the same adapter."""
+    from peft import set_peft_model_state_dict
+
+    if tensors:
+        set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+
+
+def write_adapter(
+    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, *, with_card: bool
+) -> None:
+    """
+    Write the files of PeftModel.save_pretrained: the adapter's weights and configuration, no weights of the model.
+
+    And one more, the model's configuration: the names of the labels are nowhere else. `tensors` are those of
+    `tensors_of`, or copies: the model may be trained meanwhile. `with_card` adds peft's README.
+    """
+    adapted: Any = model
+    config = copy.deepcopy(adapted.peft_config[ADAPTER])
+    base = adapted.get_base_model()
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    config.inference_mode = True
+    kind = type(base)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    config.save_pretrained(str(folder), auto_mapping_dict=mapping if config.task_type is None else None)
+    if isinstance(base, transformers.PreTrainedModel):
+        base.config.to_json_file(folder / MODEL_CONFIG_FILE)
+    # Shared and transposed memory becomes memory of its own: safetensors takes nothing else.
+    plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(plain, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    if with_card:
+        complete_card(model, folder)
+
+
+def complete_card(model: torch.nn.Module, folder: Path) -> None:
+    """Let peft write its README.md, or put what it has to say into the one that is there."""
+    adapted: Any = model
+    adapted.create_or_update_model_card(str(folder))
+
+
+def adapter_config(folder: Path) -> dict[str, Any] | None:
+    """What the adapter_config.json of a folder says; None where there is none. Raises ConfigError."""
+    file = folder / ADAPTER_CONFIG_NAME
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no JSON object, so it describes no adapter.")
+    return content
+
+
+def load_adapter(model: torch.nn.Module, source: str, **options: Any) -> torch.nn.Module:
+    """The model with the adapter of a folder or of the Hub, which is trained on. Raises ConfigError."""
+    peft = import_peft(f"--model_name_or_path={source} is an adapter: it")
+    with _peft_problems(f"--model_name_or_path={source}: the adapter does not fit its model"):
+        return checked(peft.PeftModel.from_pretrained(model, source, is_trainable=True, **options))
+
+
+def merged(model: torch.nn.Module) -> torch.nn.Module:
+    """Merge the adapter into the weights, in place, and return the model without it. Raises ConfigError."""
+    adapted: Any = model
+    if (kind := adapted.peft_config[ADAPTER]).is_prompt_learning:
+        raise ConfigError(f"--save_merged_model: {kind.peft_type.value} adds tokens, which no weights can take up.")
+    with _peft_problems("--save_merged_model: the adapter can't be merged"):
+        whole: torch.nn.Module = adapted.merge_and_unload()
+    return whole
+
+
+def merged_model(folder: Path) -> torch.nn.Module:
+    """
+    The whole model that an adapter's folder stands for, on the CPU: its base is loaded, the adapter merged into it.
+
+    Raises ConfigError where the folder names no base that can be loaded.
+    """
+    found = adapter_config(folder) or {}
+    base = found.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{folder} does not name the model that its adapter belongs to; it can't be merged.")
+    name = TASK_TYPES.get(found.get("task_type") or "", (None, None))[1]
+    name = name or (found.get("auto_mapping") or {}).get("base_model_class")
+    kind = getattr(transformers, name or "", None)
+    if kind is None:
+        raise ConfigError(f"{folder}: its model {base} is of the class {name}, which Transformers does not have.")
+    options = {"revision": found["revision"]} if found.get("revision") else {}
+    if (
+        file := folder / MODEL_CONFIG_FILE
+    ).is_file():  # with another head than the base has: the adapter brings its own
+        options |= {"config": transformers.AutoConfig.from_pretrained(file), "ignore_mismatched_sizes": True}
+    try:
+        model = kind.from_pretrained(base, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: its model {base} can't be loaded: {error}") from error
+    return merged(load_adapter(model, str(folder)))
+
+
+def import_peft(what: str) -> Any:
+    """The package. Raises ConfigError where it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"{what} needs a package: {INSTALL}.") from error
+    return peft
+
+
+@contextmanager
+def _peft_problems(what: str) -> Iterator[None]:
+    """Turn what peft raises for configurations into ConfigError; use it around one call."""
+    try:
+        with warnings.catch_warnings():
+            # It puts the one right itself; the other is between it and Transformers.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"{what}: {' '.join(reason[:3])}") from error
