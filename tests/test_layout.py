@@ -18,7 +18,8 @@ HARNESS = ROOT / "harness"
 # From the bottom up; a package stands for its files.
 LAYERS = (
     ("__init__", "config", "state", "rng", "host_copies"),
-    ("console", "safe_load"),
+    ("console", "safe_load", "launch"),
+    ("precision",),
     ("topology",),
     ("tasks", "zero", "stepping"),
     (
