@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from harness.config import ConfigError
+from harness.launch import where
 from harness.safe_load import load_safely
 
 STAGES = (1, 2, 3)
@@ -37,7 +38,8 @@ def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int,
     stage = zero_stage(accelerator)
     if stage not in STAGES:
         raise ConfigError(
-            f"zero_stage: {stage} in the launch config is not supported; use 1, 2 or 3, or launch_configs/ddp.yaml."
+            f"zero_stage: {stage} in the launch config is not supported; use 1, 2 or 3, or launch_configs/ddp.yaml: "
+            f"change {where('zero_stage')}."
         )
     config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
     values = {
@@ -52,7 +54,9 @@ def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int,
         if given in (None, "auto", "None"):
             config[name] = value
         elif given != value:
-            wrong.append(f"{name}: {given} in DeepSpeed's configuration contradicts --{flag} {value}")
+            wrong.append(
+                f"{name}: {given} in DeepSpeed's configuration contradicts --{flag} {value} (see {where(name)})"
+            )
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}. Write auto there, or leave it out: the flags fill it.")
     # A torch optimizer on the CPU is as good there; DeepSpeed's own would have to be compiled.

@@ -18,7 +18,11 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate import Accelerator
 
+from harness.config import ConfigError
+from harness.launch import launcher_arguments, read_launch
+from harness.topology import _check_processes
 from harness.train import main
 from tests.support.faulty_training import Training
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history
@@ -369,3 +373,65 @@ def test_the_script_does_not_put_its_own_folder_on_the_path(tmp_path: Path) -> N
     ended = run([sys.executable, SCRIPT, *argv], cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert ended.code == 0, ended.err[-2000:]
     assert re.search(r"^model +", ended.out, re.MULTILINE)
+
+
+LAUNCHES = {
+    "a file": (["--config_file", "{file}", "train.py"], 2, "`num_processes` in {file}, line 3"),
+    "a flag": (["--config_file={file}", "--num_processes", "4", "train.py"], 4, "--num_processes of accelerate launch"),
+    "no more": (["--config_file={file}", "train.py", "--num_processes=4"], 2, "`num_processes` in {file}, line 3"),
+    "a module": (["--config_file", "{file}", "-m", "harness.train"], 2, "`num_processes` in {file}, line 3"),
+    "no file": (["--cpu", "train.py"], None, "`num_processes` (accelerate launch --help)"),
+}
+WAYS = {
+    "script": ["/usr/bin/python", "/usr/bin/accelerate", "launch"],
+    "command": ["/usr/bin/python", "/usr/bin/accelerate-launch"],
+    "module": ["python", "-u", "-m", "accelerate.commands.launch"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("what", LAUNCHES)
+def test_what_a_launch_was_told_is_read_from_its_command_line(what: str, way: str, tmp_path: Path) -> None:
+    file = tmp_path / "launch.yaml"
+    file.write_text("# num_processes: 9\ndistributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n")
+    options, num_processes, place = LAUNCHES[what]
+    found = launcher_arguments([*WAYS[way], *[option.format(file=file) for option in options]])
+    assert found is not None
+    launch = read_launch(found)
+    assert launch is not None
+    assert launch.num_processes == num_processes
+    assert launch.where("num_processes") == place.format(file=file)
+    assert launch.uses_cpu
+    assert launch.where("distributed_type") == (
+        f"`distributed_type` in {file}, line 2" if launch.path else "--cpu of accelerate launch"
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [["python", "train.py"], ["bash", "-c", "accelerate launch x"], ["accelerate", "env"]]
+)
+def test_another_command_is_no_launch(command: list[str]) -> None:
+    assert launcher_arguments(command) is None
+
+
+def test_a_key_is_found_in_the_file_of_deepspeeds_own_too(tmp_path: Path) -> None:
+    own, file = tmp_path / "ds.json", tmp_path / "launch.yaml"
+    own.write_text('{\n  "gradient_clipping": 0.5\n}\n')
+    file.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: {own}\n")
+    launch = read_launch([f"--config_file={file}", "train.py"])
+    assert launch is not None
+    assert launch.where("gradient_clipping") == f"`gradient_clipping` in {own}, line 2"
+    assert launch.where("num_machines") == f"`num_machines`, which {file} does not have"
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    says = r"started 2 processes, the process group has 1 and accelerate 1 .*: change `distributed_type` of the launch"
+    with pytest.raises(ConfigError, match=says):
+        _check_processes(accelerator)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    _check_processes(accelerator)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="says distributed_type: DEEPSPEED, but accelerate made it NO"):
+        _check_processes(accelerator)
