@@ -75,7 +75,7 @@ def find_launch() -> Launch | None:
 
 def launcher_arguments(command: Sequence[str]) -> Sequence[str] | None:
     """What follows `accelerate launch` in a command line; None if this is another command."""
-    for i, word in enumerate(command[:4]):  # python, its options, the script or module
+    for i, word in enumerate(command[:8]):  # python, its options, the script or module
         name = Path(word).name
         if name in ("accelerate", "accelerate.commands.accelerate_cli") and command[i + 1 : i + 2] == ["launch"]:
             return command[i + 2 :]

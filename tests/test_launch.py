@@ -197,12 +197,15 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one_with_another_global_bat
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_launch_config_trains(config: Path, tmp_path: Path) -> None:
-    processes = yaml.safe_load(config.read_text(encoding="utf-8"))["num_processes"]
-    arguments = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "expect_num_processes": processes}
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    arguments = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "expect_num_processes": content["num_processes"]}
     ended = run([*launcher(config), SCRIPT, *flags(tmp_path / "out", arguments)])
     assert ended.code == 0, ended.err[-3000:]
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert ended.out.count("step 1/2") == 1
+    manifest = json.loads((tmp_path / "out" / "checkpoint-2" / "harness_state.json").read_text(encoding="utf-8"))
+    assert manifest["arguments"]["mixed_precision"] == content["mixed_precision"]
+    assert manifest["arguments"]["device"] == "cpu" or not content.get("use_cpu")
 
 
 @pytest.mark.slow
