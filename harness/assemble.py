@@ -42,7 +42,7 @@ from harness.optim import build_optimizer, build_scheduler
 from harness.plan import Plan, resolve_plan
 from harness.saving import Checkpoints
 from harness.state import TrainState
-from harness.stepping import AcceleratedStepper, Stepper, ZeroStepper
+from harness.stepping import AcceleratedStepper, Stepper, ZeroStepper, check_wrapped
 from harness.stopping import Stop
 from harness.tasks import Task, resolve
 from harness.throughput import Throughput
@@ -262,6 +262,7 @@ def _prepared(session: Session) -> tuple[torch.nn.Module, AcceleratedOptimizer, 
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     if is_fsdp(accelerator):
         check_sharded(wrapped)
+    check_wrapped(wrapped, accelerator.distributed_type)
     if is_zero(accelerator):
         return wrapped, optimizer, ZeroStepper(wrapped, optimizer)
     return wrapped, optimizer, AcceleratedStepper(accelerator, wrapped, optimizer)

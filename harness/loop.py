@@ -151,6 +151,9 @@ def report(run: Run, state: TrainState) -> None:
     state.last_logged_step = state.global_step
     run.work.settle_flos(state)
     extras = ({"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}) | rates
+    if run.stepper.scales_loss:
+        state.num_skipped_steps += run.stepper.take_skipped()
+        extras["train/num_skipped_steps"] = state.num_skipped_steps
     logs = emit(run, state, logs, extras, timed=True)
     run.console.report(logs, step=state.global_step, rate=as_text(rates))
 
@@ -202,6 +205,7 @@ def save(run: Run, state: TrainState) -> None:
     run.watchdog.at(SAVE, state.global_step)
     run.checkpoints.settle()
     run.work.settle_flos(state)
+    state.num_skipped_steps += run.stepper.take_skipped()
     if run.work.counts != "no":
         run.work.settle_tokens(state)
     best, known = run.checkpoints.path_of(state.best_global_step or 0), state.best_model_checkpoint

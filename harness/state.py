@@ -16,7 +16,8 @@ class TrainState:
     The counters and the history of a run; the fields are those of transformers.TrainerState that it needs.
 
     `epoch` is a fraction: 1.5 is the middle of the second epoch. `total_loss` is the sum of the losses of all reported
-    steps since `loss_from_step`: what `train_loss` is made of.
+    steps since `loss_from_step`: what `train_loss` is made of. `num_skipped_steps` counts the steps whose gradients
+    overflowed in fp16; `global_step` has them too, as the Trainer's.
     """
 
     epoch: float = 0
@@ -38,6 +39,7 @@ class TrainState:
     total_loss: float = 0.0
     loss_from_step: int = 0
     is_ended: bool = False
+    num_skipped_steps: int = 0
     should_stop: bool = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +94,14 @@ class TrainState:
         self.last_logged_step = self.loss_from_step = self.global_step
 
 
-_OURS = ("early_stopping_patience_counter", "last_logged_step", "total_loss", "loss_from_step", "is_ended")
+_OURS = (
+    "early_stopping_patience_counter",
+    "last_logged_step",
+    "total_loss",
+    "loss_from_step",
+    "is_ended",
+    "num_skipped_steps",
+)
 _OF_THE_PLAN = (
     "max_steps",
     "num_train_epochs",

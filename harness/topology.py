@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -25,16 +25,15 @@ from accelerate.utils import (
     gather_object,
     is_deepspeed_available,
 )
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
-from transformers.utils.import_utils import enable_tf32
 
 import harness
 from harness.config import ConfigError, arg, at_least, choice
 from harness.fsdp import set_up_fsdp
+from harness.launch import Launch, find_launch, where
+from harness.precision import check_fp8, check_precision, check_result, set_tf32
 
 Answer = TypeVar("Answer")
 
-PRECISIONS = ("no", "bf16", "fp16")
 SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -108,9 +107,15 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
     Raises ConfigError for a launch that would do something else than it says.
     """
     uses_deepspeed, uses_fsdp = _is_on("ACCELERATE_USE_DEEPSPEED"), _is_on("ACCELERATE_USE_FSDP")
+    launch = find_launch() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+    if launch is not None and launch.uses_cpu:  # with several processes accelerate passes it on to nobody
+        config = replace(config, use_cpu=True)
     on_cpu = config.use_cpu or _launched_without_accelerator(or_sharded=uses_fsdp)
-    _check_launch_config(config)
-    _check_precision(config, on_cpu=on_cpu or not torch.accelerator.is_available())
+    _check_launch_config(config, launch)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    check_precision(precision, config.mixed_precision, on_cpu=on_cpu or not torch.accelerator.is_available())
+    if precision == "fp8":
+        check_fp8(os.environ.get("ACCELERATE_FP8_BACKEND", "NO").upper())
     # accelerate takes a backend as the word that there is a process group.
     backend = (config.ddp_backend or ("gloo" if on_cpu else None)) if _launched_processes() > 1 else None
     ddp: dict[str, Any] = {"find_unused_parameters": not activation_checkpointing}
@@ -134,7 +139,8 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
     if uses_fsdp:
         set_up_fsdp(accelerator)
     _check_processes(accelerator)
-    _set_precision(accelerator, config)
+    check_result(accelerator, precision, config.mixed_precision)
+    set_tf32(config.tf32, compiles=config.compiles, device=accelerator.device)
     return accelerator
 
 
@@ -148,18 +154,27 @@ def _launched_without_accelerator(*, or_sharded: bool) -> bool:
     return (_launched_processes() > 1 or or_sharded) and not torch.accelerator.is_available()
 
 
-def _check_launch_config(config: TopologyConfig) -> None:
+def _check_launch_config(config: TopologyConfig, launch: Launch | None) -> None:
     if _is_on("ACCELERATE_USE_FSDP"):
         _check_fsdp(config)
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         _check_deepspeed(config)
-    expected = config.expect_num_processes
-    if expected is not None and expected != _launched_processes():
+    expected, started = config.expect_num_processes, _launched_processes()
+    if expected is not None and expected != started:
         raise ConfigError(
-            f"--expect_num_processes={expected}, but the launcher started {_launched_processes()}: "
+            f"--expect_num_processes={expected}, but the launcher started {started}: "
             "check num_processes and distributed_type of the launch config (MULTI_CPU starts one process; "
             "use MULTI_GPU, it falls back to CPU processes by itself)."
         )
+    asked = launch.num_processes if launch is not None and not launch.uses_mpi else None
+    if launch is not None and asked not in (None, started):
+        kind = (
+            "MULTI_CPU, NO and --cpu start one. Use MULTI_GPU, which takes CPU processes where there is no accelerator "
+            f"(launch_configs/cpu_2.yaml): change {launch.where('distributed_type')}."
+            if started == 1
+            else f"it is the number on all machines, a multiple of theirs: change {launch.where('num_processes')}."
+        )
+        raise ConfigError(f"accelerate launch was asked for {asked} processes and started {started}: {kind}")
 
 
 def _is_on(variable: str) -> bool:
@@ -170,22 +185,25 @@ def _check_deepspeed(config: TopologyConfig) -> None:
     if not is_deepspeed_available():
         raise ConfigError(
             "The launch config says distributed_type: DEEPSPEED, and deepspeed is not installed: "
-            "pip install 'accelerate-harness[deepspeed]', or use launch_configs/ddp.yaml."
+            "pip install 'accelerate-harness[deepspeed]', or use launch_configs/ddp.yaml, or change "
+            f"{where('distributed_type')}."
         )
     if config.use_cpu and torch.accelerator.is_available():
-        raise ConfigError("--use_cpu turns DeepSpeed off; leave it out, or use launch_configs/ddp.yaml.")
+        raise ConfigError(
+            "--use_cpu (or use_cpu: true) turns DeepSpeed off; leave it out, or use launch_configs/ddp.yaml."
+        )
 
 
 def _check_fsdp(config: TopologyConfig) -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
             "The launch config says distributed_type: FSDP without fsdp_version: 2, and FSDP1 is not supported: "
-            "write it there, or use launch_configs/fsdp2.yaml."
+            f"use launch_configs/fsdp2.yaml, or change {where('fsdp_version')}."
         )
     if _is_on("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ConfigError(
             "fsdp_activation_checkpointing: true in the launch config is not supported; "
-            "leave it out and give --activation_checkpointing."
+            f"give --activation_checkpointing in its place: change {where('fsdp_activation_checkpointing')}."
         )
     if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ConfigError("parallelism_config in the launch config is not supported with FSDP; leave it out.")
@@ -193,20 +211,6 @@ def _check_fsdp(config: TopologyConfig) -> None:
         raise ConfigError("--torch_compile is not supported with FSDP by this version; leave it out.")
     if config.use_cpu and torch.accelerator.is_available():
         raise ConfigError("--use_cpu turns FSDP off; leave it out, or use launch_configs/ddp.yaml.")
-
-
-def _check_precision(config: TopologyConfig, *, on_cpu: bool) -> None:
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in PRECISIONS:
-        raise ConfigError(f"mixed_precision: {launched} in the launch config is not supported; use no, bf16 or fp16.")
-    if config.mixed_precision and launched not in ("no", config.mixed_precision):
-        raise ConfigError(
-            f"--{config.mixed_precision} contradicts mixed_precision: {launched} in the launch config; change one."
-        )
-    if on_cpu and "fp16" in (launched, config.mixed_precision):
-        raise ConfigError("fp16 (--fp16, or mixed_precision of the launch config) needs an accelerator; use bf16.")
-    if config.bf16 and torch.cuda.is_available() and not on_cpu and not is_torch_bf16_gpu_available():
-        raise ConfigError("--bf16 needs an Ampere GPU or newer; use --fp16.")
 
 
 def _check_processes(accelerator: Accelerator) -> None:
@@ -217,30 +221,21 @@ def _check_processes(accelerator: Accelerator) -> None:
         raise ConfigError(
             f"The launcher started {launched} processes, the process group has {in_group} and accelerate "
             f"{accelerator.num_processes} ({accelerator.distributed_type}): each would train a copy of its own. "
-            "Use distributed_type: MULTI_GPU in the launch config (launch_configs/ddp.yaml), "
-            "or start one process: accelerate launch --num_processes 1."
+            "Use distributed_type: MULTI_GPU in the launch config (launch_configs/ddp.yaml), or start one process "
+            f"(accelerate launch --num_processes 1): change {where('distributed_type')}."
         )
     for asked in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         if _is_on(f"ACCELERATE_USE_{asked.value}") and accelerator.distributed_type != asked:
             raise ConfigError(
                 f"The launch config says distributed_type: {asked.value}, but accelerate made it "
-                f"{accelerator.distributed_type.value}: nothing would be sharded. Start it with accelerate launch."
+                f"{accelerator.distributed_type.value}: nothing would be sharded. Start it with accelerate launch, "
+                f"or change {where('distributed_type')}."
             )
     if accelerator.distributed_type not in SUPPORTED:
         raise ConfigError(
             f"distributed_type: {accelerator.distributed_type.value} is not supported by this version; "
-            "use launch_configs/ddp.yaml or launch_configs/single.yaml."
+            f"use launch_configs/ddp.yaml or single.yaml, or change {where('distributed_type')}."
         )
-
-
-def _set_precision(accelerator: Accelerator, config: TopologyConfig) -> None:
-    if config.tf32 is not None:
-        if is_torch_tf32_available():
-            enable_tf32(config.tf32)
-        elif config.tf32:
-            raise ConfigError("--tf32 needs an Ampere GPU or newer; leave it out.")
-    elif config.compiles and accelerator.device.type == "cuda" and is_torch_tf32_available():
-        enable_tf32(True)  # as the Trainer does when it compiles
 
 
 def is_first_rank() -> bool:

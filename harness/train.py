@@ -53,7 +53,7 @@ from harness.tracking.downloads import record_use
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
 
 logger = logging.getLogger("harness")
-SECONDS_FOR_RANK_ZERO = 5.0
+SECONDS_FOR_RANK_ZERO = 10.0
 MERGED_DIR = "merged"
 PREDICTIONS_FILE = "predict_results.txt"  # the name in Transformers' example scripts
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedType
 
 from harness.adapters import is_adapted
 from harness.config import ConfigError
+from harness.launch import where
 from harness.safe_load import load_safely
 
 STAGES = (1, 2, 3)
@@ -38,7 +39,8 @@ def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int,
     stage = zero_stage(accelerator)
     if stage not in STAGES:
         raise ConfigError(
-            f"zero_stage: {stage} in the launch config is not supported; use 1, 2 or 3, or launch_configs/ddp.yaml."
+            f"zero_stage: {stage} in the launch config is not supported; use 1, 2 or 3, or launch_configs/ddp.yaml: "
+            f"change {where('zero_stage')}."
         )
     config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
     values = {
@@ -53,7 +55,9 @@ def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int,
         if given in (None, "auto", "None"):
             config[name] = value
         elif given != value:
-            wrong.append(f"{name}: {given} in DeepSpeed's configuration contradicts --{flag} {value}")
+            wrong.append(
+                f"{name}: {given} in DeepSpeed's configuration contradicts --{flag} {value} (see {where(name)})"
+            )
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}. Write auto there, or leave it out: the flags fill it.")
     # A torch optimizer on the CPU is as good there; DeepSpeed's own would have to be compiled.

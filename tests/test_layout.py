@@ -18,8 +18,8 @@ HARNESS = ROOT / "harness"
 # From the bottom up; a package stands for its files.
 LAYERS = (
     ("__init__", "config", "state", "rng", "host_copies"),
-    ("adapters", "console", "safe_load"),
-    ("fsdp",),
+    ("adapters", "console", "launch", "safe_load"),
+    ("fsdp", "precision"),
     ("topology",),
     ("tasks", "zero", "stepping"),
     (

@@ -28,6 +28,7 @@ FLAGS = {field.name for section in SECTIONS for field in fields(section)}
 NOT_TAKEN = {**OWNED_BY_LAUNCH_CONFIG, **REFUSED, **GONE}
 # Flags of `accelerate launch`, of `python -m harness.tracking` and of `python -m harness.export`.
 OF_OTHERS = {"config_file", "num_processes", "cpu", "registry", "max_shard_size"}
+OF_OTHERS |= {"num_machines", "machine_rank", "main_process_ip", "main_process_port"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 OURS = re.compile(r"(?:^|\s)(?:harness-train|harness/train\.py|-m harness\.train)(?=\s|$)")
 

@@ -1,0 +1,110 @@
+"""What started this process: the command line and the launch config of `accelerate launch`, to say what to change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+# Flags of the launcher that say what a key of the launch config says.
+SAME_AS = {"distributed_type": ("multi_gpu", "use_deepspeed", "use_fsdp", "cpu"), "use_cpu": ("cpu",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """An `accelerate launch`: the flags it was given, its launch config, and the file that this is from, if any."""
+
+    flags: Mapping[str, Any]
+    config: Mapping[str, Any]
+    path: Path | None
+
+    @property
+    def num_processes(self) -> int | None:
+        """How many processes were asked for on all machines together; None if nobody said it."""
+        asked = self.flags.get("num_processes", self.config.get("num_processes"))
+        return asked if isinstance(asked, int) and asked > 0 else None
+
+    @property
+    def uses_cpu(self) -> bool:
+        """Whether it says to train on the CPU whatever devices there are."""
+        return bool(self.flags.get("cpu") or self.config.get("use_cpu"))
+
+    @property
+    def uses_mpi(self) -> bool:
+        """Whether mpirun starts the processes."""
+        return bool({"mpirun_hostfile"} & {*self.flags, *(self.config.get("mpirun_config") or {})})
+
+    def where(self, key: str) -> str:
+        """Where it says `key`, for an error: the flag, or file and line."""
+        for flag in (key, *SAME_AS.get(key, ())):
+            if flag in self.flags:
+                return f"--{flag} of accelerate launch"
+        deepspeed = (self.config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+        for path in [path for path in (self.path, deepspeed and Path(deepspeed)) if path]:
+            for number, line in enumerate(_lines(path), start=1):
+                if re.match(rf'\s*"?{re.escape(key)}"?\s*:', line):
+                    return f"`{key}` in {path}, line {number}"
+        return f"`{key}`, which {self.path} does not have" if self.path else f"`{key}` (accelerate launch --help)"
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def find_launch() -> Launch | None:
+    """
+    The `accelerate launch` that this process descends from; None if another launcher started it, or none did.
+
+    It tells its processes what it decided but not what it was told: that is in its command line.
+    """
+    try:
+        commands = [process.cmdline() for process in psutil.Process().parents()]
+    except psutil.Error:
+        return None
+    arguments = next((found for found in map(launcher_arguments, commands) if found is not None), None)
+    return None if arguments is None else read_launch(arguments)
+
+
+def launcher_arguments(command: Sequence[str]) -> Sequence[str] | None:
+    """What follows `accelerate launch` in a command line; None if this is another command."""
+    for i, word in enumerate(command[:8]):  # python, its options, the script or module
+        name = Path(word).name
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and command[i + 1 : i + 2] == ["launch"]:
+            return command[i + 2 :]
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return command[i + 1 :]
+    return None
+
+
+def read_launch(arguments: Sequence[str]) -> Launch | None:
+    """Read a command line of `accelerate launch` as that does; None if this version of it can't."""
+    from accelerate.commands.config.config_args import default_config_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        parsed = launch_command_parser().parse_args([*arguments])
+    except SystemExit:  # launched by another version
+        return None
+    flags = {name: getattr(parsed, name) for name in parsed.nondefault}
+    path: Path | None = Path(parsed.config_file or default_config_file)
+    if parsed.config_file is None and (parsed.cpu or not Path(default_config_file).is_file()):
+        path = None
+    try:
+        config = {} if path is None else yaml.safe_load("\n".join(_lines(path)))
+    except yaml.YAMLError:
+        config = {}
+    return Launch(flags=flags, config=config if isinstance(config, dict) else {}, path=path)
+
+
+def where(key: str) -> str:
+    """Where the launch says `key`, for an error."""
+    launch = find_launch()
+    return f"`{key}` of the launch config" if launch is None else launch.where(key)
