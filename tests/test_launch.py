@@ -273,7 +273,7 @@ ONE_PROCESS = (
 SILENT: dict[str, tuple[str, list[str], str | None]] = {
     "MULTI_CPU starts one process": ("MULTI_CPU", [], ONE_PROCESS + r"`distributed_type` in \S*launch.yaml, line 2\."),
     # FSDP2 is made to work, in test_fsdp.py.
-    "FSDP without an accelerator": ("FSDP", [], r"FSDP without .*`fsdp_version` in \S*launch.yaml, line 6"),
+    "FSDP without an accelerator": ("FSDP", [], r"FSDP without .*`fsdp_version` in \S*launch.yaml, line 7"),
     "MULTI_GPU without an accelerator, and gloo asked for": ("MULTI_GPU", ["--ddp_backend=gloo"], None),
 }
 
