@@ -83,8 +83,9 @@ class Checkpoints:
         self.agree, self.gather = agree, gather
         self.lock: Lock | None = None
         self.saved_step: int | None = None
-        self.num_saves, self.held_seconds = 0, 0.0
+        self.num_saves, self.held_seconds, self.longest_seconds = 0, 0.0, 0.0
         self._begun_step: int | None = None
+        self._began_at = 0.0
         self._failure = ""
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
@@ -119,6 +120,7 @@ class Checkpoints:
             if self.config.async_save:
                 weights, files, rank_states = self._copies.copy((dict(weights), dict(files), rank_states))
             arguments = (replace(content, weights=weights, files=files), rank_states, best, then)
+            self._began_at = began
             self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint-writer")
             self._thread.start()
         self.num_saves += 1
@@ -221,6 +223,11 @@ class Checkpoints:
                 "make room, then go on with --resume_from_checkpoint true."
             ) from failure
 
+    def seconds_to_save(self) -> float:
+        """Rank zero: how long the longest save took till it was on disk, or twice that while one is being written."""
+        is_writing = self._thread is not None and self._thread.is_alive()
+        return self.longest_seconds * (2 if is_writing else 1)
+
     def describe(self) -> str:
         """What the saves cost: how long the training stood still for them, and the memory of the copies."""
         held = self.held_seconds / max(self.num_saves, 1)
@@ -244,6 +251,7 @@ class Checkpoints:
         try:
             self._write(content, rank_states, partial)
             self._commit(content, partial, final)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - self._began_at)
             if then is not None:
                 then(final)
         except Exception as error:  # told to all ranks at the next save, or at the end

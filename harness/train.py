@@ -36,9 +36,10 @@ from harness.loop import Run, fit
 from harness.model_card import write_model_card
 from harness.restoring import restore
 from harness.saving import CheckpointError
+from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
 from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
 from harness.stopping import PREEMPTED_FILE, StoppedError
-from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, slurm_job, tell_all
+from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
 from harness.tracking import rewrite, run_config, trackers
 from harness.tracking.downloads import record_use
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
@@ -88,8 +89,9 @@ def _fail(code: int, message: str) -> int:
 
 def run_command(config: Config) -> None:
     """Collective: everything that a command line asks for."""
-    if slurm_job()[1] > 0:
-        config = replace(config, checkpoint=config.checkpoint.as_requeued())
+    job = slurm_job()
+    if job is not None and config.run.trains:
+        config = replace(config, checkpoint=config.checkpoint.in_job(job))
     checkpoints_activations = config.modeling.checkpoints_activations
     accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
     try:
@@ -109,6 +111,10 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     if (idle := idle_accelerators(accelerator)) > 0:
         logger.warning("%d more accelerators are idle; to use them: accelerate launch --multi_gpu ...", idle)
     found, output_dir = tell_all(accelerator, lambda: locate(config, lock))
+    record = JobRecord(output_dir, slurm_job() if config.run.trains else None)
+    if tell_all(accelerator, record.says_finished):
+        message = f"The training of this job is complete, there is nothing left to do: {output_dir}."
+        raise StoppedError(message, exit_code=0, was_preempted=False)
     for reason in found.passed_over:
         logger.warning("Passed over %s.", reason)
     chosen = trackers(config.tracking, dir=str(output_dir), resumes=config.checkpoint.resumes)
@@ -118,13 +124,13 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     run = build_run(session, state, tracker) if config.run.trains else None
     if run is not None and found.path is not None:
         restore_together(run, state, found.path)
-    tell_all(accelerator, lambda: begin_output(session, lock))
+    tell_all(accelerator, lambda: begin_output(session, lock, record, from_step=state.global_step))
     if run is not None:
         run.checkpoints.lock = lock
     configuration = run_config(session.task.model, config.flat())
     open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
     record_use(tracker.tracker, [*session.artifacts, *([found.artifact] if found.artifact else [])])
-    exit_code = 1
+    exit_code, how = 1, FAILED
     rows: list[tuple[str, str]] = []
     try:
         results = train(session, run, state) if run is not None else {}
@@ -134,9 +140,9 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
             show_sample(session)
             rows = describe_end(session, run, state, results)
         accelerator.wait_for_everyone()  # nobody waits for rank zero's last uploads
-        exit_code = 0
+        exit_code, how = 0, FINISHED
     except StoppedError as stopped:
-        exit_code = stopped.exit_code
+        exit_code, how = stopped.exit_code, PREEMPTED if stopped.was_preempted else STOPPED
         if accelerator.is_main_process and stopped.was_preempted:
             (output_dir / PREEMPTED_FILE).touch()
         raise
@@ -145,6 +151,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         # A launcher ends all ranks when one has ended: how the run ended is told before that.
         with run.stop.listening() if run is not None and exit_code != 0 else nullcontext():
             close_trackers(accelerator, exit_code=exit_code)
+            if accelerator.is_main_process and not lock.is_lost():
+                record.end(how)
         session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
 
 
@@ -172,7 +180,7 @@ def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
     return found, output_dir
 
 
-def begin_output(session: Session, lock: Lock) -> None:
+def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: int) -> None:
     """Rank zero: make the folder of the run and write the configuration into it: the first thing written."""
     try:
         session.output_dir.mkdir(parents=True, exist_ok=True)
@@ -181,6 +189,7 @@ def begin_output(session: Session, lock: Lock) -> None:
             if left := remove_leftovers(session.output_dir):
                 logger.info("Removed what saves that did not end have left: %s.", ", ".join(left))
             (session.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
+            record.begin(from_step=from_step)
             (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output_dir={session.output_dir} can't be written to: {error}.") from error

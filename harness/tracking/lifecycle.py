@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
+from harness.slurm import slurm_job
 from harness.topology import software, tell_all
 from harness.tracking.configuration import launch_config, store_configuration
 from harness.tracking.lives import Lives
@@ -61,7 +62,9 @@ def open_trackers(
         accelerator.log_with = filter_trackers(list(chosen), accelerator.logging_dir)
         accelerator.init_trackers(project)
         store_configuration(accelerator.trackers, configuration)
-        facts = {"harness": {"launch": launch_config(), "software": software()}}
+        job = slurm_job()
+        of_job = {} if job is None else job.facts()
+        facts = {"harness": {"launch": launch_config(), "software": software()}, **of_job}
         store_configuration([tracker for tracker in accelerator.trackers if tracker.name == "wandb"], facts)
 
     tell_all(accelerator, start)
