@@ -61,11 +61,8 @@ class CheckpointConfig:
         resume = self.resume_from_checkpoint
         if resume is not None and resume.lower() in ("true", "auto", "false"):
             object.__setattr__(self, "resume_from_checkpoint", resume.lower())
-        if (
-            self.resume_from_checkpoint in ("true", "auto")
-            and self.output_dir is None
-            and not _has_a_folder(slurm_job())
-        ):
+        needs_folder = self.resume_from_checkpoint in ("true", "auto") and not _has_a_folder(slurm_job())
+        if needs_folder and self.output_dir is None:
             raise ConfigError(
                 f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "
                 "give it, or a checkpoint's folder."

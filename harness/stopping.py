@@ -97,7 +97,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGNALS as a note meanwhile; launchers repeat them, so that a second one means no more than the first."""
+        """Take SIGNALS as a note meanwhile; launchers repeat them, so a second one means no more than the first."""
         if threading.current_thread() is not threading.main_thread():  # a notebook's worker: Python allows none there
             yield
             return

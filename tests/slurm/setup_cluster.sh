@@ -77,8 +77,8 @@ SchedulerParameters=sched_interval=2,sched_min_interval=100000,bf_interval=2,def
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=27001 CPUs=32 RealMemory=4000 Gres=gpu:16 State=UNKNOWN
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=27002 CPUs=32 RealMemory=4000 Gres=gpu:16 State=UNKNOWN
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=27001 CPUs=512 RealMemory=4000 Gres=gpu:16 State=UNKNOWN
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=27002 CPUs=512 RealMemory=4000 Gres=gpu:16 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 EOF
     touch "$dir"/gpu{0..15} # what stands for a device must be there
