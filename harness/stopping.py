@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 
 from harness.config import arg, at_least
+from harness.held_signals import SIGNALS
 
 PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
 PREEMPTED_FILE = "preempted"
 # The greatest reason wins where ranks have different ones.
 NONE, REQUESTED, TIME_LIMIT, PREEMPTED = 0, 1, 2, 3
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send; SLURM with --signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,10 @@ class Stop:
         with ExitStack() as stack:
             for each in SIGNALS:
                 stack.callback(signal.signal, each, signal.signal(each, note))
+            # What was held since the start comes now.
+            stack.callback(
+                signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            )
             yield
 
     def agreed(self) -> int:

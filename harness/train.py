@@ -14,6 +14,11 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # Run as a script this folder would come first and its files shadow modules; its parent belongs there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":
+    from harness.held_signals import hold
+
+    hold()  # before the imports below, which take seconds
+
 import logging
 import time
 from collections.abc import Sequence

@@ -33,7 +33,7 @@ export NCCL_DEBUG="${NCCL_DEBUG:=WARN}"
 
 # The launchers of torch would hand SIGTERM on and kill after 30 seconds. SLURM sends it to the ranks itself, and they
 # save for as long as the grace time is.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT
+export PET_SIGNALS_TO_HANDLE=SIGINT
 # Seconds between the death of a process and the end of the job, for rank zero to say what happened.
 : "${SECONDS_TO_CLOSE:=15}"
 

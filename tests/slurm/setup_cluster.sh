@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A real SLURM on this machine for the tests: one slurmctld and two slurmd, as two nodes n1 and n2 with 16 GPUs each
-# that are none. Nothing outside its folder is touched, but for the packages: another SLURM or munge goes on undisturbed.
+# A real SLURM on this machine for the tests: a slurmctld and four slurmd, as nodes n1 and n2 of the partition main, and
+# n3 and n4 of the partition failing, which tests kill. Each has 16 GPUs that are none.
+# Nothing outside its folder is touched, but for the packages: another SLURM or munge goes on undisturbed.
 #
 #     tests/slurm/setup_cluster.sh            installs what is missing (Debian, Ubuntu: as root), configures, starts
 #     tests/slurm/setup_cluster.sh stop       ends all jobs and daemons and removes the folder
@@ -12,6 +13,7 @@ set -euo pipefail
 dir=$HARNESS_SLURM_DIR
 export SLURM_CONF=$dir/slurm.conf
 WAIT_SECONDS=30
+NODES=(n1 n2 n3 n4)
 
 wait_until() { # SECONDS COMMAND...
     local end=$((SECONDS + $1))
@@ -41,8 +43,9 @@ as_munge() { # munged refuses to be root
 }
 
 configure() {
-    mkdir -p "$dir"/{log,state,spool-n1,spool-n2,munge}
+    mkdir -p "$dir"/{log,state,munge}
     chmod 755 "$dir" "$dir/munge"
+    mkdir "${NODES[@]/#/$dir/spool-}"
     head -c 1024 /dev/urandom > "$dir/munge/key"
     chmod 600 "$dir/munge/key"
     [[ $(id -u) != 0 ]] || chown -R munge: "$dir/munge"
@@ -77,10 +80,14 @@ SchedulerParameters=sched_interval=2,sched_min_interval=100000,bf_interval=2,def
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=27001 CPUs=512 RealMemory=4000 Gres=gpu:16 State=UNKNOWN
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=27002 CPUs=512 RealMemory=4000 Gres=gpu:16 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=failing Nodes=n3,n4 MaxTime=INFINITE State=UP
 EOF
+    local i
+    for i in "${!NODES[@]}"; do
+        echo "NodeName=${NODES[i]} NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((27001 + i)) CPUs=512" \
+            "RealMemory=4000 Gres=gpu:16 State=UNKNOWN" >> "$SLURM_CONF"
+    done
     touch "$dir"/gpu{0..15} # what stands for a device must be there
     echo "Name=gpu File=$dir/gpu[0-15]" > "$dir/gres.conf"
 }
@@ -96,9 +103,9 @@ start() {
         --log-file="$dir/munge/log" --seed-file="$dir/munge/seed"
     wait_until "$WAIT_SECONDS" test -S "$dir/munge/socket"
     slurmctld
-    start_node n1
-    start_node n2
-    if ! wait_until "$WAIT_SECONDS" both_are_idle; then
+    local node
+    for node in "${NODES[@]}"; do start_node "$node"; done
+    if ! wait_until "$WAIT_SECONDS" all_are_idle; then
         tail -n 20 "$dir"/log/*.log >&2
         echo "setup_cluster.sh: the nodes did not come up." >&2
         exit 1
@@ -110,8 +117,8 @@ start_node() { # NAME
     slurmd -N "$1"
 }
 
-both_are_idle() {
-    [[ $(sinfo --noheader --Node --states=idle | wc -l) == 2 ]]
+all_are_idle() {
+    [[ $(sinfo --noheader --Node --states=idle | wc -l) == "${#NODES[@]}" ]]
 }
 
 stop() {
