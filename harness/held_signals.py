@@ -1,8 +1,8 @@
 """
 Signals that came too early: held until the training listens, instead of being lost.
 
-A job script ignores SIGUSR1 and SIGTERM so that they don't kill the launcher, and its children inherit that. SLURM sends
---signal up to a minute early, and a start takes its time: imports, data, W&B. This file imports nothing that is slow.
+A job script ignores SIGUSR1 and SIGTERM so that they don't kill the launcher, and its children inherit that. SLURM
+sends --signal up to a minute early, and a start takes its time: imports, data, W&B. This file imports nothing slow.
 """
 
 from __future__ import annotations

@@ -99,9 +99,12 @@ class Job:
             return (self.folder / "steps").read_text(encoding="utf-8").split().count(str(life))
         return 0
 
-    def reach(self, steps: int) -> None:
-        wait_for(lambda: self.steps() >= steps or self.field("JobState") in ENDED, f"step {steps} of job {self.id}")
-        assert self.steps() >= steps, self.output[-4000:]
+    def reach(self, steps: int, life: int = 0) -> None:
+        def is_there_or_ended() -> bool:
+            return self.steps(life) >= steps or self.field("JobState") in ENDED
+
+        wait_for(is_there_or_ended, f"step {steps} of job {self.id}")
+        assert self.steps(life) >= steps, self.output[-4000:]
 
     def requeued(self, times: int = 1) -> None:
         wait_for(lambda: self.restarts >= times or self.field("JobState") in ENDED, f"a requeue of job {self.id}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import signal
 import subprocess
 import sys
@@ -71,6 +72,8 @@ class Scenarios:
         return self._running[act.__name__].result()
 
     def stop(self) -> None:
+        """The jobs of a test that failed too."""
+        slurm("scancel", f"--user={getpass.getuser()}")
         self._pool.shutdown(cancel_futures=True)
 
     # Without SLURM
@@ -129,7 +132,7 @@ class Scenarios:
 
     def own_time_limit(self) -> Job:
         """A limit of two minutes and no signal: the harness asks SLURM for the time that is left."""
-        options = (*TWO_GPUS[:-1], "--time=2", "--signal=B:WINCH@1")
+        options = (*TWO_GPUS[:-1], "--time=2", "--signal=B:CONT@1")
         flags = {"time_limit_margin_seconds": 50}
         job = self.submit("own_time_limit", "single_node", options, variables=PACED, flags=flags)
         job.requeued()
@@ -162,21 +165,22 @@ class Scenarios:
         job.ended("COMPLETED")
         return job
 
-    def surviving_rank(self) -> tuple[Job, list[int]]:
-        """The node of a job is out of reach: its process lives on, slowly, beside the job's next life."""
+    def surviving_rank(self) -> tuple[Job, int]:
+        """The node of a job is out of reach: its process makes so many steps beside the job's next life."""
         self.result(self.failed_node)  # it needs those nodes
-        options = (*ONE_CPU, "--partition=failing", "--nodelist=n3")
+        options = (*ONE_CPU, "--partition=failing")
         job = self.submit("surviving_rank", "single_node", options, variables=PACED)
         job.reach(33)
-        kill_node("n3", job, ranks_too=False)
-        slurm("scontrol", "update", f"job={job.id}", "reqnodelist=")
+        node = job.field("NodeList")
+        kill_node(node, job, ranks_too=False)
         job.requeued()
-        survivors = job.processes(SLURMD_NODENAME="n3", RANK="0")
+        before = job.steps(life=0)
+        job.reach(1, life=1)
+        steps_beside = job.steps(life=0) - before
         job.ended("COMPLETED")
-        steps = job.steps()
-        wait_for(lambda: not job.processes(SLURMD_NODENAME="n3"), "the end of the survivor")
-        start_node("n3")
-        return job, survivors if steps > 33 else []
+        wait_for(lambda: not job.processes(SLURMD_NODENAME=node), "the end of the survivor")
+        start_node(node)
+        return job, steps_beside
 
     def array(self) -> list[Job]:
         job = self.submit("array", "array", ONE_CPU, flags=SHORT)
