@@ -43,17 +43,7 @@ def test_what_is_not_for_debugging_is_requeued_and_warned(path: Path) -> None:
 
 
 def test_the_page_names_only_flags_and_variables_that_exist() -> None:
-    of_others = {
-        "array",
-        "config_file",
-        "me",
-        "nodes",
-        "requeue",
-        "salloc",
-        "signal",
-        "time",
-        "deepspeed_multinode_launcher",
-    }
+    of_others = {"array", "deepspeed_multinode_launcher", "me", "nodes", "requeue", "signal", "time"}
     named = set(re.findall(r"--([a-z][a-z0-9_]+)(?![-a-z0-9_])", README))
     assert not named - FLAGS - of_others
     variables = re.findall(r"^\| `([A-Z_]+)`", README, flags=re.MULTILINE)

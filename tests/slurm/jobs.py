@@ -37,7 +37,7 @@ TRAINING: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
 }
 PACE_SECONDS = 0.5
-WAIT_SECONDS = 200.0
+WAIT_SECONDS = 300.0
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults.life import send
 from tests.slurm.jobs import (
     PACE_SECONDS,
     ROOT,
@@ -149,9 +147,10 @@ class Scenarios:
         slurm("scancel", "--signal=TERM", job.id)
         job.requeued()
         job.ended("COMPLETED")
-        command = [sys.executable, "-m", "harness.tracking", "upload", str(job.output_dir)]
+        lives = sorted(str(path) for path in (job.output_dir / "wandb").glob("offline-run-*"))
+        command = [sys.executable, "-m", "wandb", "sync", *lives]
         variables = environment(job.folder, **self._online(name))
-        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, cwd=job.folder, env=variables, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stdout + done.stderr
         return job
 
@@ -203,7 +202,7 @@ class Scenarios:
     def bounded(self) -> Job:
         job = self.submit("bounded", "single_node", ONE_CPU, variables={**PACED, "MAX_REQUEUES": "0"})
         job.reach(5)
-        send(job.processes(RANK="0") or job.processes(SLURM_PROCID="0"), signal.SIGUSR1)
+        slurm("scancel", "--signal=USR1", job.id)
         job.ended("FAILED")
         return job
 
