@@ -28,7 +28,7 @@ from harness.data import (
     usable_samples,
 )
 from harness.evaluation import EvalSet, Evaluator
-from harness.export import load_weights
+from harness.export import is_sharded, load_weights
 from harness.inputs import models_from_wandb
 from harness.loader import TrainLoader
 from harness.loop import Run
@@ -47,7 +47,7 @@ from harness.topology import agree, local_main_first
 from harness.tracking import WandbTracker
 from harness.tracking.tables import SampleTables
 from harness.watchdog import Watchdog
-from harness.zero import fill_config, is_zero
+from harness.zero import fill_config, is_zero, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     )
     plan.show_in(state)
     state.train_batch_size = data.per_device_train_batch_size
-    model, optimizer, stepper = _prepared(session, data)
+    model, optimizer, stepper = _prepared(session)
     saves = config.plan.save_strategy != "no"
     pad_token_id = getattr(task.processing_class, "pad_token_id", None)
     work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id)
@@ -248,22 +248,38 @@ def _time_limit(session: Session, checkpoints: Checkpoints) -> TimeLimit | None:
     return TimeLimit(config.stopping, ends_at=time_limit_at, to_save=checkpoints.seconds_to_save)
 
 
-def _prepared(session: Session, data: DataConfig) -> tuple[torch.nn.Module, AcceleratedOptimizer, Stepper]:
+def _prepared(session: Session) -> tuple[torch.nn.Module, AcceleratedOptimizer, Stepper]:
     """Collective: model and optimizer, wrapped, and what makes a step of them. Raises ConfigError."""
     config, accelerator, model = session.config, session.accelerator, session.task.model
     if is_zero(accelerator):
         if config.topology.compiles:
             raise ConfigError("--torch_compile is not supported with DeepSpeed by this version; leave it out.")
-        fill_config(
-            accelerator,
-            batch_size=data.per_device_train_batch_size,
-            accumulation=data.gradient_accumulation_steps,
-            max_grad_norm=config.modeling.max_grad_norm,
-        )
+        _fill_deepspeed(session)
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     if is_zero(accelerator):
         return wrapped, optimizer, ZeroStepper(wrapped, optimizer)
     return wrapped, optimizer, AcceleratedStepper(accelerator, wrapped, optimizer)
+
+
+def prepare_for_evaluation(session: Session) -> torch.nn.Module:
+    """Collective: the model, wrapped as far as an evaluation without a training needs it."""
+    accelerator, model = session.accelerator, session.task.model
+    if zero_stage(accelerator) < 3:
+        wrapped: torch.nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+    else:
+        _fill_deepspeed(session)
+        wrapped = accelerator.prepare(model)
+    return wrapped
+
+
+def _fill_deepspeed(session: Session) -> None:
+    data, modeling = session.config.data, session.config.modeling
+    fill_config(
+        session.accelerator,
+        batch_size=data.per_device_train_batch_size,
+        accumulation=data.gradient_accumulation_steps,
+        max_grad_norm=modeling.max_grad_norm,
+    )
 
 
 def _arguments(session: Session, plan: Plan) -> dict[str, Any]:
@@ -279,7 +295,8 @@ def _arguments(session: Session, plan: Plan) -> dict[str, Any]:
 
 def _sample_tables(session: Session, tracker: WandbTracker) -> SampleTables | None:
     predict, count = session.task.predict_samples, tracker.config.wandb_eval_samples
-    if predict is None or count is None or not (session.accelerator.is_main_process and tracker.config.uses_wandb):
+    takes_part = session.accelerator.is_main_process or is_sharded(session.task.model)
+    if predict is None or count is None or not (takes_part and tracker.config.uses_wandb):
         return None
     return SampleTables(predict, session.task.eval_dataset, num_samples=count)
 

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from harness.config import ConfigError
+from harness.zero import gathered, is_divided, whole_shape
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a rank holds only a part of the weights, so that it takes all ranks to run the model or to save it."""
+    return any(is_divided(parameter) for parameter in model.parameters())
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Collective: the state dict of the unwrapped model.
+
+    If it is sharded, rank zero gets copies in host memory, made one layer at a time, and the others nothing.
+    """
+    own: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    if not is_sharded(model):
+        return {name: tensor.detach() for name, tensor in own.items()}
+    is_main = torch.distributed.get_rank() == 0
+    copies: dict[int, torch.Tensor] = {}  # tied parameters are copied once
+    for _, group in groupby(own.items(), key=lambda item: item[0].rpartition(".")[0]):
+        layer = [tensor for _, tensor in group if id(tensor) not in copies]
+        with gathered(layer):
+            for tensor in layer:
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if is_main else torch.empty(0)
+    return {name: copies[id(tensor)] for name, tensor in own.items()} if is_main else {}
 
 
 def save_model(
@@ -29,7 +56,7 @@ def save_model(
 
     `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's
     own (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
-    `from_pretrained` reads both. `weights` are written in place of the model's own state dict.
+    `from_pretrained` reads both. `weights` are written in place of the model's own state dict: `whole_weights`.
 
     A model that is no PreTrainedModel has its state dict in model.safetensors; tied tensors are written once.
     """
@@ -81,7 +108,7 @@ def _write_model(
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """
-    Load safetensors, whole or in shards, into a model that is not wrapped yet.
+    Collective: load safetensors, whole or in several files, into a model that is not wrapped, file by file.
 
     Raises ConfigError if they belong to another model or can't be read.
     """
@@ -91,21 +118,43 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             files = [SAFE_WEIGHTS_NAME]
-        tensors: dict[str, torch.Tensor] = {}
+        own = model.state_dict(keep_vars=True)
+        _check_fit(own, [folder / name for name in files], folder)
         for name in files:
-            tensors |= load_file(folder / name)
-    except Exception as error:  # safetensors raises its own type, which it does not export
+            _load(model, own, folder / name)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"The weights in {folder} can't be read: {error}") from error
-    own = model.state_dict(keep_vars=True)
-    unexpected = sorted(set(tensors) - set(own))
+
+
+def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], file: Path) -> None:
+    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+        names = list(tensors.keys())
+        model.load_state_dict({n: tensors.get_tensor(n) for n in names if not is_divided(own[n])}, strict=False)
+        for name in names:
+            if is_divided(own[name]):
+                with gathered([own[name]], written_by=0):
+                    if torch.distributed.get_rank() == 0:
+                        own[name].copy_(tensors.get_tensor(name))
+
+
+def _check_fit(own: Mapping[str, torch.Tensor], files: Iterable[Path], folder: Path) -> None:
+    """Raise ConfigError unless the weights are those of the model, by name and shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    unexpected = sorted(set(shapes) - set(own))
     # Of tied tensors one name is saved; the others share its storage and are loaded with it.
-    loaded = {own[name].data_ptr() for name in tensors if name in own}
-    missing = sorted(name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in loaded)
-    misshapen = sorted(name for name in tensors if name in own and tensors[name].shape != own[name].shape)
+    loaded = {_storage(own[name]) for name in shapes if name in own}
+    missing = sorted(name for name, tensor in own.items() if name not in shapes and _storage(tensor) not in loaded)
+    misshapen = sorted(name for name in shapes if name in own and shapes[name] != tuple(whole_shape(own[name])))
     if unexpected or missing or misshapen:
         first = (unexpected + missing + misshapen)[0]
         raise ConfigError(
             f"{folder} is of another model: {len(unexpected)} weights are unknown, {len(missing)} are missing, "
             f"{len(misshapen)} have another shape (the first: {first}). Use the model it was saved from."
         )
-    model.load_state_dict(tensors, strict=False)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return id(tensor) if is_divided(tensor) else tensor.data_ptr()

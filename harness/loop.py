@@ -19,7 +19,7 @@ from harness import rng
 from harness.best import BestModel
 from harness.console import Console
 from harness.evaluation import EvalSet, Evaluator
-from harness.export import load_weights, save_model
+from harness.export import is_sharded, load_weights, save_model, whole_weights
 from harness.loader import Batch, TrainLoader, step_groups
 from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, ModelingConfig
@@ -219,7 +219,8 @@ def save(run: Run, state: TrainState) -> None:
     model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
     content = Content(
         step=state.global_step,
-        weights=model.state_dict(),
+        weights=whole_weights(model),
+        are_copies=is_sharded(model),
         write_model=lambda folder, weights: save_model(
             model, run.processing_class, folder, as_published=False, weights=weights
         ),

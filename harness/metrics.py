@@ -13,6 +13,7 @@ from transformers.trainer_utils import speed_metrics
 
 from harness.config import ConfigError, arg, choice
 from harness.state import TrainState
+from harness.zero import num_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,7 @@ class Work:
         self.accelerator, self.pad_token_id = accelerator, pad_token_id
         self.counts = config.include_num_input_tokens_seen
         self.input_name: str = getattr(model, "main_input_name", "input_ids")
-        count: Any = getattr(model, "num_parameters", None)
-        self.flos_per_element: int = 6 * count(exclude_embeddings=True) if count is not None else 0
+        self.flos_per_element = 6 * (num_parameters(model, exclude_embeddings=True) or 0)
         self.flos = 0.0
         self.tokens = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 

@@ -43,8 +43,8 @@ class Content:
     What a save writes: `write_model` the weights, `files` torch states by name, `trainer_state` the Trainer's JSON.
 
     `write_shards` is collective: each rank writes its own part into the folder, before the training goes on. `others`
-    are files by name and what writes each. `rank_state` is this rank's alone: generators, and what it has not
-    reported. `shared` is ours, plain JSON.
+    are files by name and what writes each. Weights that `are_copies` nobody else writes to. `rank_state` is this
+    rank's alone: generators, and what it has not reported. `shared` is ours, plain JSON.
     """
 
     step: int
@@ -56,6 +56,7 @@ class Content:
     shared: Mapping[str, Any]
     others: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     write_shards: Callable[[Path], None] | None = None
+    are_copies: bool = False
 
 
 class Checkpoints:
@@ -118,7 +119,9 @@ class Checkpoints:
         if self.is_writer:
             weights, files = content.weights, content.files
             if self.config.async_save:
-                weights, files, rank_states = self._copies.copy((dict(weights), dict(files), rank_states))
+                copied = {} if content.are_copies else dict(weights)
+                copied, files, rank_states = self._copies.copy((copied, dict(files), rank_states))
+                weights = weights if content.are_copies else copied
             arguments = (replace(content, weights=weights, files=files), rank_states, best, then)
             self._began_at = began
             self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint-writer")

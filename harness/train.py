@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -29,12 +29,20 @@ import torch
 from accelerate import Accelerator
 
 from harness.arguments import Config, parse
-from harness.assemble import Session, assemble, build_run, eval_set, eval_sets, weights_dtype
+from harness.assemble import (
+    Session,
+    assemble,
+    build_run,
+    eval_set,
+    eval_sets,
+    prepare_for_evaluation,
+    weights_dtype,
+)
 from harness.checkpoint import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
 from harness.config import ConfigError
 from harness.console import set_up_logging
 from harness.debug import NonFiniteError, describe_batch, watch_training
-from harness.export import save_model
+from harness.export import is_sharded, save_model, whole_weights
 from harness.inputs import bring_checkpoint, find_checkpoint
 from harness.lock import Lock
 from harness.loop import Run, fit
@@ -140,9 +148,11 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     try:
         results = train(session, run, state) if run is not None else {}
         results |= evaluate_and_predict(session, run, state)
+        sample = make_sample(session)
         if accelerator.is_main_process:
             update_json(output_dir / "all_results.json", results)
-            show_sample(session)
+            if sample:
+                session.console.line(f"sample: {sample}")
             rows = describe_end(session, run, state, results)
         accelerator.wait_for_everyone()  # nobody waits for rank zero's last uploads
         exit_code, how = 0, FINISHED
@@ -228,15 +238,16 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
         finally:
             run.checkpoints.wait()  # whatever ends the training: what it was saving becomes whole
     console.close()
-    run.checkpoints.together(lambda: save_final(session, run, state) if run.checkpoints.is_writer else None)
+    weights = whole_weights(session.task.model)
+    run.checkpoints.together(lambda: save_final(session, run, state, weights) if run.checkpoints.is_writer else None)
     run.checkpoints.check_last()
     return results
 
 
-def save_final(session: Session, run: Run, state: TrainState) -> None:
+def save_final(session: Session, run: Run, state: TrainState, weights: Mapping[str, torch.Tensor]) -> None:
     """Rank zero: the model and the state that the training ended with."""
     model, output_dir, best = session.task.model, session.output_dir, run.best
-    files = save_model(model, session.task.processing_class, output_dir, as_published=True)
+    files = save_model(model, session.task.processing_class, output_dir, as_published=True, weights=weights)
     write_json(output_dir / TRAINER_STATE_FILE, state.trainer_state(early_stopping=best.early_stopping))
     write_model_card(output_dir, session.config, state, badge=run.tracker.badge)
     metadata: dict[str, float] | None = None
@@ -253,10 +264,12 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
     if not (asked.do_eval or asked.do_predict):
         return {}
     accelerator, task = session.accelerator, session.task
-    model = accelerator.prepare_model(task.model, evaluation_mode=True) if run is None else run.model
+    model = prepare_for_evaluation(session) if run is None else run.model
     if run is not None:
         run.optimizer.eval()
     if (dtype := weights_dtype(session.config)) is not None:
+        if is_sharded(task.model):
+            raise ConfigError("--bf16_full_eval and --fp16_full_eval can't be used with ZeRO-3; leave them out.")
         model = model.to(dtype)
     results: dict[str, float] = {}
     sets = [*(eval_sets(session) if asked.do_eval else ())]
@@ -275,10 +288,13 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
     return results
 
 
-def show_sample(session: Session) -> None:
-    """Rank zero: a text from the trained model, if its task makes one."""
-    if session.task.sample is not None and session.config.run.trains:
-        session.console.line(f"sample: {session.task.sample(session.task.model.eval())}")
+def make_sample(session: Session) -> str:
+    """Collective: a text from the trained model, on rank zero alone unless it takes all; "" if its task makes none."""
+    task = session.task
+    if task.sample is None or not session.config.run.trains:
+        return ""
+    takes_part = session.accelerator.is_main_process or is_sharded(task.model)
+    return task.sample(task.model.eval()) if takes_part else ""
 
 
 def describe_end(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from harness.config import ConfigError
 from harness.safe_load import load_safely
 
-STAGES = (1, 2)
+STAGES = (1, 2, 3)
 LATEST_FILE = "latest"  # the name of the folder with the shards is in it
 
 
@@ -34,7 +36,9 @@ def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int,
     """
     stage = zero_stage(accelerator)
     if stage not in STAGES:
-        raise ConfigError(f"zero_stage: {stage} in the launch config is not supported by this version; use 1 or 2.")
+        raise ConfigError(
+            f"zero_stage: {stage} in the launch config is not supported; use 1, 2 or 3, or launch_configs/ddp.yaml."
+        )
     config: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config
     values = {
         "train_micro_batch_size_per_gpu": (batch_size, "per_device_train_batch_size"),
@@ -54,6 +58,13 @@ def fill_config(accelerator: Accelerator, *, batch_size: int, accumulation: int,
     # A torch optimizer on the CPU is as good there; DeepSpeed's own would have to be compiled.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     accelerator.gradient_accumulation_steps = accumulation  # else accelerate warns that the two differ
+    if stage == 3:
+        # DeepSpeed calls torch by older names, some of them at each step.
+        warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+        from transformers.integrations import HfDeepSpeedConfig
+
+        # Transformers then knows that ranks have to generate together; it lives as long as the plugin.
+        accelerator.deepspeed_plugin.dschf = HfDeepSpeedConfig(config)
 
 
 def gradient_function(accelerator: Accelerator) -> Callable[[torch.nn.Parameter], torch.Tensor | None] | None:
@@ -69,6 +80,44 @@ def gradient_function(accelerator: Accelerator) -> Callable[[torch.nn.Parameter]
     from deepspeed.utils import safe_get_full_grad
 
     return safe_get_full_grad  # type: ignore[no-any-return]
+
+
+def gathered(parameters: Iterable[torch.Tensor], *, written_by: int | None = None) -> AbstractContextManager[Any]:
+    """
+    Collective: within it parameters that ZeRO-3 has divided are whole; what rank `written_by` makes of them is kept.
+
+    Others are what they are.
+    """
+    divided = [parameter for parameter in parameters if is_divided(parameter)]
+    if not divided:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    context: AbstractContextManager[Any] = GatheredParameters(divided, modifier_rank=written_by)
+    return context
+
+
+def is_divided(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has divided it among the ranks: it looks empty."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Its shape, when it is whole."""
+    shape: torch.Size = parameter.ds_shape if is_divided(parameter) else parameter.shape  # type: ignore[attr-defined]
+    return shape
+
+
+def num_parameters(model: torch.nn.Module, *, exclude_embeddings: bool = False) -> int | None:
+    """What `model.num_parameters()` says, of divided parameters their whole; None where there is no such method."""
+    count: Any = getattr(model, "num_parameters", None)
+    if not callable(count):
+        return None
+    left_out = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] if exclude_embeddings else []
+    ids = {id(parameter) for module in left_out for parameter in module.parameters()}
+    unseen = (p for p in model.parameters() if is_divided(p) and p.numel() == 0 and id(p) not in ids)
+    own = int(count(exclude_embeddings=True)) if exclude_embeddings else int(count())
+    return own + sum(whole_shape(parameter).numel() for parameter in unseen)
 
 
 def save_shards(engine: Any, folder: Path, *, step: int) -> None:

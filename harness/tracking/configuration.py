@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate.tracking import GeneralTracker
 
+from harness import zero
+
 SECRET_SUFFIXES = ("_token", "api_key")
 # Of the environment nothing else is recorded: it holds keys.
 LAUNCH_PREFIXES = ("ACCELERATE_", "SLURM_JOB", "SLURM_RESTART_COUNT")
@@ -88,8 +90,8 @@ def model_config(model: torch.nn.Module) -> Mapping[str, Any] | None:
 
 def num_parameters(model: torch.nn.Module) -> int:
     """What `model.num_parameters()` says, or the elements of its parameters."""
-    count: Any = getattr(model, "num_parameters", None)
-    return int(count()) if callable(count) else sum(parameter.numel() for parameter in model.parameters())
+    count = zero.num_parameters(model)
+    return sum(zero.whole_shape(parameter).numel() for parameter in model.parameters()) if count is None else count
 
 
 def is_secret(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from harness.tracking.watch import unwrapped
+from harness.zero import whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def _store_graph(run: Any, layers: Mapping[torch.nn.Module, str], shapes: Mappin
     graph = Graph("torch")
     try:
         for layer in dict.fromkeys([*shapes, *layers]):
-            parameters = [(name, list(parameter.shape)) for name, parameter in layer.named_parameters()]
+            parameters = [(name, list(whole_shape(parameter))) for name, parameter in layer.named_parameters()]
             node = Node(id(layer), layers[layer], str(layer), parameters=parameters, output_shape=shapes.get(layer))
             node.num_parameters = [math.prod(shape) for _, shape in parameters]
             graph.add_node(node)

@@ -42,11 +42,10 @@ def last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> float | None:
 
 class SampleTables:
     """
-    Rank zero: what the model makes of the first `num_samples` of each evaluation set.
+    Rank zero, or all if the model is sharded: what it makes of the first `num_samples` of each evaluation set.
 
     A single set has the table `sample_predictions`, each set of a mapping its own, `sample_predictions_<name>`; the
-    charts likewise. The samples are read once, at the first table, by iterators of their own. The weights must be
-    whole on this rank.
+    charts likewise. The samples are read once, at the first table, by iterators of their own.
     """
 
     def __init__(self, predict: PredictSamples, eval_dataset: Any, *, num_samples: int) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.config import ConfigError, at_least, choice
+from harness.zero import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +131,9 @@ class Watch:
             if gradient is not None and (self._is_main or isinstance(gradient, DTensor)):
                 yield _source(f"gradients/{name}", gradient, grad_scale)
         for name, parameter in self._parameters if self._log != "gradients" else ():
-            if self._is_main or isinstance(parameter, DTensor):
-                yield _source(f"parameters/{name}", parameter, 1.0)
+            with gathered([parameter]):  # until it is drawn
+                if self._is_main or isinstance(parameter, DTensor):
+                    yield _source(f"parameters/{name}", parameter, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
