@@ -86,7 +86,6 @@ class Checkpoints:
         self.saved_step: int | None = None
         self.num_saves, self.held_seconds, self.longest_seconds = 0, 0.0, 0.0
         self._begun_step: int | None = None
-        self._began_at = 0.0
         self._failure = ""
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
@@ -123,7 +122,6 @@ class Checkpoints:
                 copied, files, rank_states = self._copies.copy((copied, dict(files), rank_states))
                 weights = weights if content.are_copies else copied
             arguments = (replace(content, weights=weights, files=files), rank_states, best, then)
-            self._began_at = began
             self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint-writer")
             self._thread.start()
         self.num_saves += 1
@@ -249,12 +247,13 @@ class Checkpoints:
     def _work(
         self, content: Content, rank_states: list[Any], best: str | None, then: Callable[[Path], None] | None
     ) -> None:
+        began = time.monotonic()
         final = self.path_of(content.step)
         partial = self._partial(content.step)
         try:
             self._write(content, rank_states, partial)
             self._commit(content, partial, final)
-            self.longest_seconds = max(self.longest_seconds, time.monotonic() - self._began_at)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
             if then is not None:
                 then(final)
         except Exception as error:  # told to all ranks at the next save, or at the end

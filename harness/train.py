@@ -124,10 +124,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     if (idle := idle_accelerators(accelerator)) > 0:
         logger.warning("%d more accelerators are idle; to use them: accelerate launch --multi_gpu ...", idle)
     found, output_dir = tell_all(accelerator, lambda: locate(config, lock))
-    record = JobRecord(output_dir, slurm_job() if config.run.trains else None)
-    if tell_all(accelerator, record.says_finished):
-        message = f"The training of this job is complete, there is nothing left to do: {output_dir}."
-        raise StoppedError(message, exit_code=0, was_preempted=False)
+    record = JobRecord(output_dir, slurm_job() if config.run.trains and accelerator.is_main_process else None)
+    stop_if_finished(accelerator, record)
     for reason in found.passed_over:
         logger.warning("Passed over %s.", reason)
     chosen = trackers(config.tracking, dir=str(output_dir), resumes=config.checkpoint.resumes)
@@ -166,9 +164,16 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         # A launcher ends all ranks when one has ended: how the run ended is told before that.
         with run.stop.listening() if run is not None and exit_code != 0 else nullcontext():
             close_trackers(accelerator, exit_code=exit_code)
-            if accelerator.is_main_process and not lock.is_lost():
+            if not lock.is_lost():
                 record.end(how)
         session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
+
+
+def stop_if_finished(accelerator: Accelerator, record: JobRecord) -> None:
+    """Collective: raise StoppedError, with exit code 0, if an earlier life of this SLURM job has done all."""
+    if tell_all(accelerator, record.says_finished):
+        message = f"The training of this job is complete, there is nothing left to do: {record.path.parent}."
+        raise StoppedError(message, exit_code=0, was_preempted=False)
 
 
 def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
