@@ -142,13 +142,17 @@ def submit(
     return Job(done.stdout.strip(), folder)
 
 
-def kill_node(name: str, job: Job, *, ranks_too: bool) -> None:
-    """What a power cut does to the daemons of a node and, unless its network alone was cut, to what runs there."""
+def silence_node(name: str) -> None:
+    """What a cut network does: SLURM hears no more of the node, what runs there goes on."""
     send([int((CLUSTER / f"slurmd-{name}.pid").read_text())], signal.SIGKILL)
+
+
+def kill_node(name: str, job: Job) -> None:
+    """What a power cut does: the daemons of the node are gone, and what ran there."""
+    silence_node(name)
     there = job.processes(SLURMD_NODENAME=name)
     send([step for each in there if (step := _step_daemon_above(each))], signal.SIGKILL)
-    if ranks_too:
-        send(there, signal.SIGKILL)
+    send(there, signal.SIGKILL)
 
 
 def start_node(name: str) -> None:

@@ -18,6 +18,7 @@ from tests.slurm.jobs import (
     Job,
     environment,
     kill_node,
+    silence_node,
     slurm,
     start_node,
     submit,
@@ -158,7 +159,7 @@ class Scenarios:
         """The second of two nodes is gone, with all that ran there; it comes back later."""
         job = self.submit("failed_node", "multi_node", (*TWO_NODES, "--partition=failing"), variables=PACED)
         job.reach(33)
-        kill_node("n4", job, ranks_too=True)
+        kill_node("n4", job)
         job.requeued()
         start_node("n4")
         job.ended("COMPLETED")
@@ -171,7 +172,7 @@ class Scenarios:
         job = self.submit("surviving_rank", "single_node", options, variables=PACED)
         job.reach(33)
         node = job.field("NodeList")
-        kill_node(node, job, ranks_too=False)
+        silence_node(node)
         job.requeued()
         before = job.steps(life=0)
         job.reach(1, life=1)
