@@ -101,8 +101,7 @@ class JobRecord:
 
     def says_finished(self) -> bool:
         """Whether this very job has done all that it was asked for, in an earlier life."""
-        last = self._lives()[-1:]
-        return bool(last and self._is_ours(last[0]) and last[0].get("ended") == FINISHED)
+        return any(self._is_earlier(life) and life.get("ended") == FINISHED for life in self._lives()[-1:])
 
     def begin(self, *, from_step: int) -> None:
         """Note a life that goes on at a step. Raises ConfigError if earlier ones have died there; OSError."""
@@ -111,7 +110,7 @@ class JobRecord:
         lives = self._lives()
         deaths = 0
         for life in reversed(lives):
-            if not self._is_ours(life) or life.get("from_step") != from_step or life.get("ended") == PREEMPTED:
+            if not self._is_earlier(life) or life.get("from_step") != from_step or life.get("ended") == PREEMPTED:
                 break
             deaths += 1
         if deaths >= MOST_DEATHS:
@@ -128,7 +127,7 @@ class JobRecord:
         if self.job is None:
             return
         lives = self._lives()
-        own = [life for life in lives if self._is_ours(life) and life.get("restart_count") == self.job.restart_count]
+        own = [life for life in lives if self._key(life) == (self.job.id, self.job.restart_count)]
         if not own:  # it ends before it began
             return
         own[-1]["ended"] = how
@@ -137,8 +136,14 @@ class JobRecord:
         except OSError as error:
             logger.warning("%s can't be written: %s", self.path, error)
 
-    def _is_ours(self, life: Mapping[str, Any]) -> bool:
-        return self.job is not None and life.get("id") == self.job.id
+    def _is_earlier(self, life: Mapping[str, Any]) -> bool:
+        # Of this job before it was requeued: a second command in the same life is somebody's will.
+        job, count = self._key(life)
+        return self.job is not None and job == self.job.id and count < self.job.restart_count
+
+    @staticmethod
+    def _key(life: Mapping[str, Any]) -> tuple[str, int]:
+        return str(life.get("id")), int(life.get("restart_count", 0))
 
     def _lives(self) -> list[dict[str, Any]]:
         try:

@@ -119,6 +119,13 @@ def test_only_the_job_that_finished_is_complete(tmp_path: Path) -> None:
     assert not record(tmp_path, 0, job="78").says_finished()
 
 
+def test_a_second_command_in_the_same_life_is_run(tmp_path: Path) -> None:
+    for end in (FINISHED, FAILED, FAILED, FAILED):
+        assert not record(tmp_path, 0).says_finished()
+        record(tmp_path, 0).begin(from_step=0)
+        record(tmp_path, 0).end(end)
+
+
 def test_a_record_that_can_not_be_read_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     record(tmp_path, 0).begin(from_step=0)

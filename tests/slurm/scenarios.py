@@ -64,6 +64,7 @@ class Scenarios:
             self.bounded,
             self.cancelled,
             self.unequal,
+            self.at_a_terminal,
         ):
             self._running[act.__name__] = self._pool.submit(act)
 
@@ -214,6 +215,14 @@ class Scenarios:
         job.ended("CANCELLED")
         wait_for(lambda: not job.processes(), "the end of its processes")
         return job
+
+    def at_a_terminal(self) -> subprocess.CompletedProcess[str]:
+        """debug.sbatch in an allocation."""
+        folder = self.folder / "at_a_terminal"
+        folder.mkdir()
+        command = ["salloc", *ONE_CPU, "bash", str(ROOT / "slurm" / "debug.sbatch")]
+        command += as_flags({**TRAINING, **SHORT, "max_steps": 2, "report_to": "none"})
+        return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=200)
 
     def unequal(self) -> Job:
         options = ("--gpus-per-node=0", "--gpus=3", "--nodes=2", "--cpus-per-task=1", "--time=10")

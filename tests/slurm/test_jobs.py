@@ -162,3 +162,12 @@ def test_unequal_nodes_are_refused(scenarios: Scenarios) -> None:
     assert "the nodes are unequal, ask for the same of each" in job.output
     assert "2 GPUs, 1 CPUs" in job.output
     assert not job.output_dir.exists()
+
+
+def test_the_script_for_debugging_works_in_an_allocation(scenarios: Scenarios) -> None:
+    ended = scenarios.result(scenarios.at_a_terminal)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (folder,) = (scenarios.folder / "at_a_terminal" / "runs").iterdir()
+    assert folder.name.startswith("debug-")
+    assert (folder / "model.safetensors").is_file()
+    assert "debug: 'on'" in (folder / "harness_config.yaml").read_text(encoding="utf-8")
