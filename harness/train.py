@@ -163,8 +163,9 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         session.console.close()
         # A launcher ends all ranks when one has ended: how the run ended is told before that.
         with run.stop.listening() if run is not None and exit_code != 0 else nullcontext():
-            close_trackers(accelerator, exit_code=exit_code)
-            if not lock.is_lost():
+            is_shut_out = lock.is_lost()
+            close_trackers(accelerator, exit_code=exit_code, is_shut_out=is_shut_out)
+            if not is_shut_out:
                 record.end(how)
         session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
 

@@ -108,7 +108,6 @@ def test_a_rank_that_survives_its_node_does_no_harm(scenarios: Scenarios) -> Non
     job, steps_beside = scenarios.result(scenarios.surviving_rank)
     assert steps_beside > 0, "the old rank did not outlive its node"
     assert_same_run(scenarios, scenarios.result(scenarios.reference_of_one), job, restarts=1)
-    assert "Another process has taken over" in job.output
     assert ends(job)[-1] == "finished"
 
 
