@@ -92,11 +92,11 @@ class Lock:
         threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
 
     def is_lost(self) -> bool:
-        """Whether another process has taken the lock from this one."""
+        """Whether another process has taken the lock from this one; it may be through already, and its lock gone."""
         if self._path is None:
             return False
         holder = _read(self._path)
-        return holder is not None and holder.token != self.token
+        return holder.token != self.token if holder is not None else not self._path.exists()
 
     def release(self) -> None:
         """Give it back, if it is still ours."""

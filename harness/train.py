@@ -253,6 +253,10 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
 def save_final(session: Session, run: Run, state: TrainState, weights: Mapping[str, torch.Tensor]) -> None:
     """Rank zero: the model and the state that the training ended with."""
     model, output_dir, best = session.task.model, session.output_dir, run.best
+    if run.checkpoints.lock is not None and run.checkpoints.lock.is_lost():
+        raise CheckpointError(
+            f"Another process has taken over {output_dir}: this one ends, its model is not put there."
+        )
     files = save_model(model, session.task.processing_class, output_dir, as_published=True, weights=weights)
     write_json(output_dir / TRAINER_STATE_FILE, state.trainer_state(early_stopping=best.early_stopping))
     write_model_card(output_dir, session.config, state, badge=run.tracker.badge)

@@ -53,7 +53,7 @@ def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_S
 
 
 def abandon_run() -> None:
-    """Leave the open run as it is, its end untold: another life has it. What is not delivered is that life's to send."""
+    """Leave the open run as it is, its end untold: another life has it, and sends what is not delivered yet."""
     import wandb
 
     for pid, _ in describe_processes()["cores"]:
