@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from harness.adapters import AdapterConfig, add_adapter, merged_model
 from harness.arguments import parse
 from harness.config import ConfigError
+from harness.export.__main__ import main as export
 from harness.tasks import TaskConfig, resolve
 from harness.train import main
 from tests.support.inputs import (
@@ -149,7 +150,9 @@ def test_an_adapters_folder_is_a_model_and_merges_into_one(tmp_path: Path) -> No
         adapted = AutoPeftModelForCausalLM.from_pretrained(run).eval()(tokens).logits
         assert (plain - adapted).abs().max() > 0.05, "it has learnt nothing, so nothing is compared"
         whole = AutoModelForCausalLM.from_pretrained(run / "merged")
-        for model in (whole, merged_model(run), AutoModelForCausalLM.from_pretrained(run)):
+        assert export([str(run / "checkpoint-4"), str(tmp_path / "exported"), "--max_shard_size=1KB"]) == 0
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+        for model in (whole, exported, merged_model(run), AutoModelForCausalLM.from_pretrained(run)):
             torch.testing.assert_close(model.eval()(tokens).logits, adapted, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name in load_file(run / "merged" / "model.safetensors"))
     # From its folder it is evaluated to the same loss, and trained on.

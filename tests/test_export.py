@@ -134,6 +134,7 @@ def cut(folder: Path) -> None:
 
 def an_adapter(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
 
 
 def of_fsdp(folder: Path) -> None:
@@ -157,7 +158,7 @@ DAMAGE = {
     "an unknown architecture": (changed_config(architectures=["Gpt9"]), "names the architecture Gpt9"),
     "another size": (changed_config(n_embd=32), "of another shape (the first: "),
     "another depth": (changed_config(n_layer=3), "12 missing"),
-    "an adapter": (an_adapter, "holds an adapter"),
+    "an adapter of no model": (an_adapter, "does not name the model that its adapter belongs to"),
     "FSDP's shards": (of_fsdp, "accelerate merge-weights"),
 }
 

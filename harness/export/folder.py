@@ -19,15 +19,16 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from harness.adapters import merged_model
 from harness.checkpoint import sync, why_damaged
 from harness.config import ConfigError
-from harness.export.sources import Weight, read_weights
+from harness.export.sources import Weight, is_adapter, read_weights
 
 FILES_PATTERN = "model{suffix}.safetensors"
 # A processing class has files of many names; what a training leaves beside them has known ones.
 KEPT = re.compile(r".*\.(json|jinja|txt|model|tiktoken|bpe)")
 OF_THE_TRAINING = re.compile(
-    r"config\.json|.*\.safetensors\.index\.json|(trainer|harness)_state\.json|wandb_run\.json"
+    r"(adapter_|model_)?config\.json|.*\.safetensors\.index\.json|(trainer|harness)_state\.json|wandb_run\.json"
     r"|(all|train|eval|test|predict)\w*_results\.(json|txt)"
 )
 
@@ -45,13 +46,13 @@ def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dty
     """
     Write the model of a checkpoint to `out`, in the names of its architecture on the Hub, as `dtype` or as it is.
 
-    A shard at a time is in memory. Only where the architecture's weights on the Hub are cut otherwise (mixtures of
-    experts) all that is cut is mapped at once. `out` is there as a whole or not at all. Raises ConfigError.
+    A shard at a time is in memory; but an adapter is merged into its model, which is in memory then, and where the
+    architecture's weights on the Hub are cut otherwise (mixtures of experts) all that is cut is mapped at once. `out`
+    is there as a whole or not at all. Raises ConfigError.
     """
     out = out.absolute()
     _check(checkpoint, out)
-    weights = read_weights(checkpoint)
-    model = blank_model(checkpoint)
+    model, weights = model_and_weights(checkpoint)
     weights = published(model, weights, checkpoint)
     if dtype is not None:
         weights = {name: _cast(weight, dtype) for name, weight in weights.items()}
@@ -74,6 +75,25 @@ def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dty
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return exported
+
+
+def model_and_weights(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Weight]]:
+    """
+    A model that is there for its config and names, and its weights, an adapter merged into those of its model.
+
+    Raises ConfigError.
+    """
+    if not is_adapter(checkpoint):
+        weights = read_weights(checkpoint)
+        return blank_model(checkpoint), weights
+    model = merged_model(checkpoint)
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"{checkpoint}: its adapter belongs to a {type(model).__name__}, which is none of Transformers'."
+        )
+    first = {tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())}  # of tied weights
+    kept = {name: tensor for name, tensor in model.state_dict().items() if first[tensor.data_ptr()] == name}
+    return model, {name: _held(tensor) for name, tensor in kept.items()}
 
 
 def blank_model(checkpoint: Path) -> PreTrainedModel:

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from harness.config import ConfigError
 from harness.export.shards import find_shards, read_shards
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 FSDP_FOLDERS = "pytorch_model_fsdp*"
 
 
@@ -26,6 +26,12 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether it holds an adapter of peft's, and no weights of its model."""
+    whole = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    return (folder / ADAPTER_CONFIG_NAME).is_file() and not any((folder / name).is_file() for name in whole)
 
 
 def read_weights(folder: Path) -> dict[str, Weight]:
@@ -44,8 +50,6 @@ def read_weights(folder: Path) -> dict[str, Weight]:
             name: Weight(shape=tuple(shape), dtype=dtype, read=read)
             for name, (shape, dtype, read) in read_shards(shards).items()
         }
-    if any((folder / name).is_file() for name in ADAPTER_FILES):
-        raise ConfigError(f"{folder} holds an adapter, not a whole model; merge it into its model first.")
     if (sharded := next(folder.glob(FSDP_FOLDERS), None)) is not None:
         raise ConfigError(
             f"{folder} holds FSDP's shards ({sharded.name}), whose index is a pickle, which could run code. If you "
