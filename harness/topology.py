@@ -27,6 +27,7 @@ from accelerate.utils import (
 )
 
 import harness
+from harness.compiled_ops import remove_stale_lock
 from harness.config import ConfigError, arg, at_least, choice
 from harness.fsdp import set_up_fsdp
 from harness.launch import Launch, find_launch, where
@@ -116,6 +117,8 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
     check_precision(precision, config.mixed_precision, on_cpu=on_cpu or not torch.accelerator.is_available())
     if precision == "fp8":
         check_fp8(os.environ.get("ACCELERATE_FP8_BACKEND", "NO").upper())
+    if uses_deepspeed and on_cpu and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        remove_stale_lock()
     # accelerate takes a backend as the word that there is a process group.
     backend = (config.ddp_backend or ("gloo" if on_cpu else None)) if _launched_processes() > 1 else None
     ddp: dict[str, Any] = {"find_unused_parameters": not activation_checkpointing}

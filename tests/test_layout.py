@@ -18,7 +18,7 @@ HARNESS = ROOT / "harness"
 # From the bottom up; a package stands for its files.
 LAYERS = (
     ("__init__", "config", "state", "rng", "host_copies", "held_signals"),
-    ("adapters", "console", "launch", "safe_load", "slurm"),
+    ("adapters", "compiled_ops", "console", "launch", "safe_load", "slurm"),
     ("fsdp", "precision"),
     ("topology",),
     ("tasks", "zero", "stepping"),
