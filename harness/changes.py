@@ -15,7 +15,8 @@ UNRELATED = frozenset(
         *("output_dir", "resume_from_checkpoint", "ignore_data_skip", "async_save", "expect_num_processes"),
         "save_merged_model",
         *("allow_changed_arguments", "allow_changed_data_order"),
-        *("cache_dir", "token", "trust_remote_code", "preprocessing_num_workers", "overwrite_cache"),
+        *("cache_dir", "token", "trust_remote_code"),
+        *("preprocessing_num_workers", "preprocess_on_main", "overwrite_cache"),
         *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "peak_flops", "slow_step_seconds"),
         *("report_to", "run_name", "project", "wandb_disabled", "wandb_mode", "wandb_project", "wandb_entity"),
         *(

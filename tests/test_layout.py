@@ -21,7 +21,7 @@ LAYERS = (
     ("adapters", "console", "launch", "safe_load"),
     ("fsdp", "precision"),
     ("topology",),
-    ("tasks", "zero", "stepping"),
+    ("tasks", "turns", "zero", "stepping"),
     (
         "data",
         "data_digest",
