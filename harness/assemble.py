@@ -47,9 +47,10 @@ from harness.stepping import AcceleratedStepper, Stepper, ZeroStepper, check_wra
 from harness.stopping import Stop, TimeLimit
 from harness.tasks import Task, resolve
 from harness.throughput import Throughput
-from harness.topology import agree, local_main_first
+from harness.topology import agree
 from harness.tracking import WandbTracker
 from harness.tracking.tables import SampleTables
+from harness.turns import is_first, main_process_first
 from harness.watchdog import Watchdog
 from harness.zero import fill_config, is_zero, zero_stage
 
@@ -76,13 +77,18 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
 
     Raises ConfigError for all that the flags ask for and the task does not have. Writes nothing.
     """
-    task_config, artifacts = local_main_first(accelerator, lambda: models_from_wandb(config.task, config.tracking))
+    local = not config.task.preprocess_on_main
+    task_config, artifacts = main_process_first(
+        accelerator, lambda: models_from_wandb(config.task, config.tracking), local=local
+    )
     seed, full_determinism = config.topology.seed, config.topology.full_determinism
     # As Transformers' example scripts: a new head is drawn from the seed; then the Trainer seeds again.
     rng.seed_everything(seed, full_determinism=full_determinism)
-    # With zero3_init_flag ranks divide a model while it is made. What they all write, caches, appears whole.
+    # With zero3_init_flag ranks divide a model while it is made; the data one of them prepares (tasks/text.py).
     at_once = is_deepspeed_zero3_enabled()
-    task = local_main_first(accelerator, lambda: resolve(task_config.task)(task_config), at_once=at_once)
+    if not (at_once or is_first(accelerator, local=local)):
+        task_config = replace(task_config, overwrite_cache=False)  # the first has just made it anew
+    task = main_process_first(accelerator, lambda: resolve(task_config.task)(task_config), local=local, at_once=at_once)
     task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
     _check_data(config, task)

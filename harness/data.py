@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -112,6 +113,8 @@ def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Acceler
 
     With group_by_length the set is grouped too, always in the same way (as the Trainer does).
     """
+    if samples.is_stream and accelerator.num_processes > 1:
+        return StreamRounds(samples, config, accelerator)
     options: dict[str, Any] = {}
     if not samples.is_stream:
         options["drop_last"] = config.dataloader_drop_last
@@ -127,6 +130,38 @@ def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Acceler
         **options,
     )
     return accelerator.prepare_data_loader(loader)
+
+
+class StreamRounds:
+    """
+    The evaluation batches of one rank of a stream: each rank reads all of it and takes its share of a round.
+
+    The shares are accelerate's, which would have rank zero join the batches of all ranks, and can't where they differ
+    in length. A last round that can't be shared evenly is filled up from the first; `gather_for_metrics` drops that.
+    """
+
+    def __init__(self, samples: Samples, config: DataConfig, accelerator: Accelerator) -> None:
+        self.dataset, self.collate, self.accelerator = samples.dataset, samples.collate, accelerator
+        # What `gather_for_metrics` asks the loader that is being read.
+        self.end_of_dataloader, self.remainder = False, -1
+        self.a_round = config.per_device_eval_batch_size * accelerator.num_processes
+        self.rounds: DataLoader[Any] = DataLoader(
+            samples.dataset, batch_size=self.a_round, collate_fn=list, **worker_options(config)
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self.accelerator.gradient_state._add_dataloader(self)
+        first: list[Any] = []
+        for samples in self.rounds:  # each worker's last may be short
+            first = first or samples
+            share = -(-len(samples) // ranks)
+            missing = share * ranks - len(samples)
+            filled = samples + [first[i % len(first)] for i in range(missing)]
+            self.end_of_dataloader, self.remainder = len(samples) < self.a_round, len(samples)
+            batch = self.collate(filled[rank * share : (rank + 1) * share])
+            yield send_to_device(batch, self.accelerator.device)
+        self.accelerator.gradient_state._remove_dataloader(self)
 
 
 def worker_options(config: DataConfig) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Evaluator:
                 loss = loss.mean()
                 losses.append(self.accelerator.gather_for_metrics(loss.repeat(data.batch_size)))
                 if num_items is not None and _are_tokens(labels):
-                    totals += torch.stack([loss * num_items, num_items])
+                    totals += self._tokens(model, batch, loss, num_items)
             seen += data.batch_size * self.accelerator.num_processes
             if metrics is not None:
                 predictions = self._update(metrics, self._predicted(model, batch, outputs), labels)
@@ -135,6 +135,23 @@ class Evaluator:
             extras=self._per_token(data.prefix, totals),
             predictions=_joined(kept) if kept else None,
         )
+
+    def _tokens(
+        self, model: torch.nn.Module, batch: Batch, loss: torch.Tensor, num_items: torch.Tensor
+    ) -> torch.Tensor:
+        """Collective: the summed loss of a batch and its tokens; those that fill the last round up do not count."""
+        num_samples, state = len(batch["labels"]), self.accelerator.gradient_state
+        left = state.remainder if state.end_of_dataloader else 0
+        if 0 < left < num_samples * self.accelerator.num_processes:
+            is_real = torch.arange(num_samples) + self.accelerator.process_index * num_samples < left
+            is_real = is_real.to(self.accelerator.device).unsqueeze(1)
+            names = [name for name in ("labels", "shift_labels") if name in batch]
+            batch = {**batch, **{name: torch.where(is_real, batch[name], -100) for name in names}}
+            counted = self.num_items([batch])
+            num_items = num_items if counted is None else counted
+            loss = self.loss(model, batch, num_items)[0].mean()
+        # A rank of which nothing counts has a mean over nothing.
+        return torch.stack([torch.where(num_items > 0, loss * num_items, 0.0), num_items])
 
     def _labels(self, batch: Batch) -> Any:
         labels = tuple(batch.get(name) for name in self.label_names)

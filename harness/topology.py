@@ -306,23 +306,3 @@ def agree(accelerator: Accelerator, error: BaseException | None) -> str | None:
         return message
     messages: list[str | None] = gather_object([message])
     return next((found for found in messages if found is not None), None)
-
-
-def local_main_first(accelerator: Accelerator, build: Callable[[], Answer], *, at_once: bool = False) -> Answer:
-    """
-    Collective: run `build` on the first rank of each node, then on the others, which find its caches filled.
-
-    Or on all `at_once`, where it is collective itself. A ConfigError of one rank is raised on all: nobody waits for a
-    rank that has gone.
-    """
-    results: list[Answer] = []
-    for turn in (True,) if at_once else (True, False):
-        failure: ConfigError | None = None
-        if at_once or accelerator.is_local_main_process == turn:
-            try:
-                results.append(build())
-            except ConfigError as error:
-                failure = error
-        if (message := agree(accelerator, failure)) is not None:
-            raise ConfigError(message) from failure
-    return results[0]

@@ -21,7 +21,7 @@ LAYERS = (
     ("adapters", "compiled_ops", "console", "launch", "safe_load", "slurm"),
     ("fsdp", "precision"),
     ("topology",),
-    ("tasks", "zero", "stepping"),
+    ("tasks", "turns", "zero", "stepping"),
     (
         "data",
         "data_digest",

@@ -48,3 +48,23 @@ def test_a_base_model_on_the_hub_is_linked_and_a_folder_is_not(tmp_path: Path) -
 def test_a_card_that_was_edited_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     assert card(tmp_path) == "mine"
+
+
+def test_a_resumed_history_keeps_each_value_in_its_column(tmp_path: Path) -> None:
+    state = TrainState()
+    losses = [{"loss": 2.0, "epoch": 1.0, "step": 10}, {"loss": 1.0, "epoch": 2.0, "step": 20}]
+    first = {"eval_loss": 0.75, "eval_accuracy": 0.25, "epoch": 1.0, "step": 10}
+    second = {"eval_loss": 0.5, "eval_accuracy": 0.125, "epoch": 2.0, "step": 20}
+    # As trainer_state.json has it, and as the life after it goes on.
+    state.log_history = [losses[0], dict(sorted(first.items())), losses[1], second]
+    state.log_history.append({"train_runtime": 1.0, "train_loss": 1.5, "epoch": 2.0, "step": 20})
+    PartialState(cpu=True)
+    flags = as_flags({"task": TASK, "output_dir": tmp_path, "report_to": "none"})
+    write_model_card(tmp_path, parse([*flags, "--use_cpu"]), state, badge=None)
+    lines = [line for line in (tmp_path / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
+    assert cells == [
+        ["Training Loss", "Epoch", "Step", "Validation Loss", "Accuracy"],
+        ["2.0", "1.0", "10", "0.75", "0.25"],
+        ["1.0", "2.0", "20", "0.5", "0.125"],
+    ]

@@ -82,6 +82,9 @@ class TaskConfig:
     max_eval_samples: int | None = arg(help="Use only the first N validation samples.")
     max_predict_samples: int | None = arg(help="Use only the first N samples to predict on.")
     preprocessing_num_workers: int | None = arg(help="Processes that prepare the data.")
+    preprocess_on_main: bool = arg(
+        False, "Rank zero of all nodes prepares the data first, for a cache they share; default: the first of each."
+    )
     overwrite_cache: bool = arg(False, "Prepare the data again even if the prepared form is cached.")
 
     block_size: int | None = arg(help="causal-lm: tokens a training sample; default: the model's maximum, up to 1024.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from datasets.exceptions import DatasetGenerationError
 
 from harness.config import ConfigError
 from harness.tasks import TaskConfig
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {
     ".csv": "csv",
@@ -172,17 +176,38 @@ def transform(dataset: Any, function: Callable[[Any], Any], config: TaskConfig, 
     Apply a function to batches of rows: cached on disk, or lazily in a stream.
 
     The function should be a closure: `datasets` then hashes its code into the cache's key. Of a function that
-    can be imported it hashes the name only, so a changed one would find old results.
+    can be imported it hashes the name only, so a changed one would find old results. One process at a time
+    prepares, the others find its result.
     """
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.map(function, batched=True, remove_columns=list(remove))
-    return dataset.map(
-        function,
-        batched=True,
-        remove_columns=list(remove),
-        num_proc=config.preprocessing_num_workers,
-        load_from_cache_file=not config.overwrite_cache,
-    )
+    with _one_at_a_time(dataset, function.__name__):
+        return dataset.map(
+            function,
+            batched=True,
+            remove_columns=list(remove),
+            num_proc=config.preprocessing_num_workers,
+            load_from_cache_file=not config.overwrite_cache,
+        )
+
+
+@contextmanager
+def _one_at_a_time(dataset: Any, name: str) -> Iterator[None]:
+    """Wait for processes, of any node that shares the cache, that apply this to the data; one that dies ends it."""
+    try:  # without a cache on disk, or where nothing can be locked, each prepares its own
+        file = (Path(dataset.cache_files[0]["filename"]).parent / f"{dataset._fingerprint}-{name}.lock").open("a")
+    except (IndexError, OSError):
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another process prepares the same data (%s): waiting for it.", file.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            logger.info("%s can't be locked: each process prepares the data.", file.name)
+        yield
 
 
 def grouped(tokens: Mapping[str, Sequence[Sequence[int]]], size: int) -> dict[str, list[list[int]]]:

@@ -49,6 +49,7 @@ class Training:
         pace: float = 0.0,
         command: tuple[str, ...] = (sys.executable, SCRIPT),
         task: Mapping[str, Any] | None = None,
+        builder: str = TASK,
         variables: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         **arguments: Any,
@@ -57,7 +58,7 @@ class Training:
         self.folder, self.server, self.output_dir, self.run_id = folder, server, folder / "out", folder.name
         self.times, self.pace = folder / "times", pace
         wandb = {"wandb_run_id": self.run_id, "wandb_log_model": "checkpoint"}
-        flags = self._flags(task or {}, {**wandb, **arguments})
+        flags = self._flags(task or {}, {"task": builder, **wandb, **arguments})
         self.variables = environment(folder, server, **(variables or {}))
         with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
             self.process = subprocess.Popen(

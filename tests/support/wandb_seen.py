@@ -46,13 +46,17 @@ class Seen:
     card: str
 
 
-def online(server: WandbServer, output_dir: Path, project: str) -> Seen:
-    """The one run of a project, by a process that worked in the folder of `output_dir`."""
+def online(server: WandbServer, output_dir: Path, project: str, *, was_killed: bool = False) -> Seen:
+    """
+    The one run of a project, by a process that worked in the folder of `output_dir`.
+
+    If it `was_killed` the server may hold an artifact that did not arrive whole, which is nobody's version.
+    """
     folder = output_dir.parent
     (run,) = [run for run in server.runs() if run.project == project]
     collections: dict[str, list[Version]] = defaultdict(list)
     for artifact in server.artifacts():
-        if artifact.logged_by == run.id:
+        if artifact.logged_by == run.id and not (was_killed and artifact.state == "PENDING"):
             assert artifact.state == "COMMITTED"
             versions = collections[artifact.collection.replace(run.id, "RUN")]
             assert artifact.version == f"v{len(versions)}"
