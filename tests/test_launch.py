@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -90,9 +92,12 @@ def run(command: Sequence[str], *, cwd: Path = ROOT, **variables: str) -> Ended:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Not one that the system gives to connections: it may do so again before the launcher listens."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 32000)
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 def launcher(config: Path, *options: str) -> list[str]:
