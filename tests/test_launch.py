@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from accelerate import Accelerator
@@ -86,7 +86,9 @@ def run(command: Sequence[str], *, cwd: Path = ROOT, **variables: str) -> Ended:
         out, err = process.communicate(timeout=SECONDS)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:  # ranks have their own groups
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
             process.communicate()
     return Ended(process.returncode, out, err)
 
