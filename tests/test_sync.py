@@ -12,14 +12,10 @@ from typing import Any
 
 import pytest
 
-from harness.commands.sync import main
-from harness.tracking.parcels import encode
-from harness.tracking.transaction_log import HEADER_BYTES, read_records
-from tests.support.faulty_training import ROOT, Training, committed, environment
+from tests.support.faulty_training import Training, committed, environment
 from tests.support.wandb_seen import _untimed
 from tests.support.wandb_server import WandbServer
 
-PACE = 0.15
 ROWS = 30 + 6 + 1  # a log a step, six evaluations, the end
 ARGUMENTS: dict[str, Any] = {
     "wandb_run_id": None,
@@ -29,9 +25,9 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def begun(folder: Path) -> Training:
+def begun(folder: Path, pace: float) -> Training:
     (folder / "times").unlink(missing_ok=True)
-    return Training(folder, None, pace=PACE, variables={"WANDB_MODE": "offline"}, **ARGUMENTS)
+    return Training(folder, None, pace=pace, variables={"WANDB_MODE": "offline"}, **ARGUMENTS)
 
 
 def identity(training: Training) -> dict[str, Any]:
@@ -51,7 +47,7 @@ class Sync:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "harness.sync", *arguments],
                 env=variables,
-                cwd=ROOT,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -78,21 +74,20 @@ def parcels_of(server: WandbServer) -> int:
 def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with WandbServer(tmp_path / "server") as server:
-        trainings = [begun(runs / name) for name in ("a", "b", "c")]
+        # wandb's process writes to its file every 15 s: one of them is longer.
+        trainings = [begun(runs / name, pace) for name, pace in (("a", 1.0), ("b", 0.5), ("c", 0.5))]
         syncs = (tmp_path / "sync", server, str(runs), "--until-finished", "--interval", "1")
         sync = Sync(*syncs)
-        trainings[0].reach(14)
-        trainings[0].process.kill()  # wandb's process ends by itself, with what it had not written
-        trainings[0].process.wait()
         # Killed while `wandb sync` is at work, which outlives it; and while rows are sent.
         sync.wait_for(lambda: parcels_of(server) > 0, "no run was begun")
         sync.kill()
-        trainings[0] = begun(runs / "a")
         sync = Sync(*syncs)
-        sync.wait_for(lambda: any("file_stream" in each["label"] for each in server.requests()), "no rows came")
         sync.wait_for(lambda: any(0 < len(run.rows) < ROWS for run in server.runs()), "rows came only at the end")
         sync.kill()
+        trainings[0].process.kill()  # wandb's process ends by itself, and rows that it has not written are lost
+        trainings[0].process.wait()
         sync = Sync(*syncs)
+        trainings[0] = begun(runs / "a", 1.0)
         for training in trainings:
             training.ended()
         assert sync.process.wait(120) == 0, sync.out.read_text()

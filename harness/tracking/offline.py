@@ -116,10 +116,8 @@ class OfflineRun:
         last = list(self._logs.values())[-1]
         ask, post = connection(api, last)
         server = ask()
-        if server is None and sent.first_row is not None:
-            raise RowsError(
-                f"W&B does not have the run any more; delete {self.output_dir / FILE} to bring it all again"
-            )
+        if server is None and sent.lives:
+            raise RowsError(f"W&B has the run no more; to bring all of it again delete {self.output_dir / FILE}")
         if sent.first_row is None:
             sent.first_row = self._first_row(server)
             sent.write(self.output_dir)
@@ -151,7 +149,7 @@ class OfflineRun:
         raise RowsError(f"W&B has {server.count} rows of a run of this id, and they are not of this folder")
 
     def _joined(self, first_row: int, *, is_over: bool, is_finished: bool) -> TransactionLog:
-        """All lives as one, its rows with their numbers in W&B; of a finished run also those that the journal alone has."""
+        """All lives as one, the rows numbered as in W&B; of a finished run also those that the journal alone has."""
         rows: list[dict[str, Any]] = []
         summary: dict[str, Any] = {}
         logs = list(self._logs.values())

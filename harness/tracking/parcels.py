@@ -83,7 +83,7 @@ def _chosen(data: bytes, *, is_over: bool, resumes: bool) -> Iterator[Any]:
         if kind == "artifact" and _is_staged(record.artifact):
             continue
         if kind == "run":
-            record.run.resume = "allow" if resumes else ""
+            record.run.resume = resumes
         yield record
 
 
@@ -101,6 +101,7 @@ def _wandb_sync(folder: Path, lock: int | None) -> None:
         done = subprocess.run(  # noqa: S603 - ourselves
             command,
             env=variables | {"WANDB_SILENT": "false"},
+            cwd=folder.parent,  # it leaves logs where it is started
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

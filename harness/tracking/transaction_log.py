@@ -66,7 +66,7 @@ def read_log(path: Path) -> TransactionLog | None:
         summary=summary,
         exit_code=exit_code,
         is_preempting=is_preempting,
-        resumes=run.resume not in ("", "never"),
+        resumes=bool(run.resume),
     )
 
 
