@@ -20,6 +20,7 @@ from harness.metrics import MetricsConfig
 from harness.modeling import ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig
 from harness.plan import PlanConfig
+from harness.stopping import StoppingConfig
 from harness.tasks import SHIPPED, TaskConfig
 from harness.throughput import ThroughputConfig
 from harness.topology import TopologyConfig
@@ -124,6 +125,7 @@ class Config:
     topology: TopologyConfig
     tracking: TrackingConfig
     console: ConsoleConfig
+    stopping: StoppingConfig
     watchdog: WatchdogConfig
     debug: DebugConfig
 
@@ -212,6 +214,7 @@ SECTIONS: tuple[type, ...] = (
     TopologyConfig,
     TrackingConfig,
     ConsoleConfig,
+    StoppingConfig,
     WatchdogConfig,
     DebugConfig,
 )

@@ -41,9 +41,10 @@ from harness.modeling import Loss, prepare_model
 from harness.optim import build_optimizer, build_scheduler
 from harness.plan import Plan, resolve_plan
 from harness.saving import Checkpoints
+from harness.slurm import time_limit_at
 from harness.state import TrainState
 from harness.stepping import AcceleratedStepper, Stepper, ZeroStepper, check_wrapped
-from harness.stopping import Stop
+from harness.stopping import Stop, TimeLimit
 from harness.tasks import Task, resolve
 from harness.throughput import Throughput
 from harness.topology import agree, local_main_first
@@ -85,9 +86,9 @@ def assemble(config: Config, accelerator: Accelerator, output_dir: Path, *, weig
     task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
     _check_data(config, task)
-    if config.adapters.save_merged_model and is_sharded(task.model):
+    if config.adapters.save_merged_model and (is_fsdp(accelerator) or zero_stage(accelerator) == 3):
         raise ConfigError(
-            "--save_merged_model needs whole weights in one place, and ZeRO-3 divides them; leave it out."
+            "--save_merged_model needs whole weights in one place, and ZeRO-3 and FSDP divide them; leave it out."
         )
     if config.data.overfit_batches is not None:
         per_batch = config.data.per_device_train_batch_size * accelerator.num_processes
@@ -213,6 +214,14 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     saves = config.plan.save_strategy != "no"
     pad_token_id = getattr(task.processing_class, "pad_token_id", None)
     work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id)
+    checkpoints = Checkpoints(
+        session.output_dir,
+        config.checkpoint,
+        ranks=ranks,
+        agree=lambda error: agree(accelerator, error),
+        gather=lambda value: gather_object([value]),
+        meet=writers_group(accelerator) if is_fsdp(accelerator) else lambda _: None,
+    )
     return Run(
         accelerator=accelerator,
         model=model,
@@ -227,14 +236,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         evaluator=session.evaluator,
         eval_sets=eval_sets(session),
         best=BestModel(config.best, metric=config.best_metric, keeps_checkpoints=saves),
-        checkpoints=Checkpoints(
-            session.output_dir,
-            config.checkpoint,
-            ranks=ranks,
-            agree=lambda error: agree(accelerator, error),
-            gather=lambda value: gather_object([value]),
-            meet=writers_group(accelerator) if is_fsdp(accelerator) else lambda _: None,
-        ),
+        checkpoints=checkpoints,
         window=Window(accelerator, config.metrics),
         work=work,
         throughput=Throughput(task.model, config.throughput, accelerator, flops_per_token=work.flos_per_element),
@@ -242,12 +244,21 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         console=session.console,
         tracker=tracker,
         tables=_sample_tables(session, tracker),
-        stop=Stop(accelerator, requested=lambda: tracker.stop_requested),
+        stop=Stop(accelerator, requested=lambda: tracker.stop_requested, time_limit=_time_limit(session, checkpoints)),
         watchdog=Watchdog(config.watchdog, ranks=ranks, timeout_seconds=config.topology.ddp_timeout),
         modeling=config.modeling,
         optim=config.optim,
         arguments=_arguments(session, plan),
     )
+
+
+def _time_limit(session: Session, checkpoints: Checkpoints) -> TimeLimit | None:
+    """What rank zero looks at; nothing where a stop ahead of the limit would save nothing that can be resumed."""
+    config = session.config
+    resumable = config.plan.save_strategy != "no" and not config.checkpoint.save_only_model
+    if not session.accelerator.is_main_process or not resumable:
+        return None
+    return TimeLimit(config.stopping, ends_at=time_limit_at, to_save=checkpoints.seconds_to_save)
 
 
 def _prepared(session: Session) -> tuple[torch.nn.Module, AcceleratedOptimizer, Stepper]:

@@ -17,6 +17,7 @@ UNRELATED = frozenset(
         *("allow_changed_arguments", "allow_changed_data_order"),
         *("cache_dir", "token", "trust_remote_code", "preprocessing_num_workers", "overwrite_cache"),
         *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "peak_flops", "slow_step_seconds"),
+        "time_limit_margin_seconds",
         *("report_to", "run_name", "project", "wandb_disabled", "wandb_mode", "wandb_project", "wandb_entity"),
         *(
             "wandb_run_id",

@@ -21,6 +21,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from harness.config import ConfigError, arg
 from harness.safe_load import load_safely
+from harness.slurm import SlurmJob, slurm_job
 from harness.state import TRAINER_STATE_FILE
 
 STATE_FILE = "harness_state.json"
@@ -35,7 +36,9 @@ CHUNK_BYTES = 1 << 20
 class CheckpointConfig:
     """Where a run lives and what it keeps."""
 
-    output_dir: str | None = arg(help="Folder of the run; default: a fresh one under runs/.")
+    output_dir: str | None = arg(
+        help="Folder of the run; default: a fresh one under runs/, in a SLURM job runs/job-ID."
+    )
     save_total_limit: int | None = arg(help="Keep so many checkpoints: the newest, and the best one.")
     save_only_model: bool = arg(False, "Save the weights alone: such a checkpoint can't be resumed.")
     async_save: bool = arg(True, "Write checkpoints in the background, from copies in host memory.")
@@ -58,7 +61,8 @@ class CheckpointConfig:
         resume = self.resume_from_checkpoint
         if resume is not None and resume.lower() in ("true", "auto", "false"):
             object.__setattr__(self, "resume_from_checkpoint", resume.lower())
-        if self.resume_from_checkpoint in ("true", "auto") and self.output_dir is None:
+        needs_folder = self.resume_from_checkpoint in ("true", "auto") and not _has_a_folder(slurm_job())
+        if needs_folder and self.output_dir is None:
             raise ConfigError(
                 f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "
                 "give it, or a checkpoint's folder."
@@ -69,11 +73,22 @@ class CheckpointConfig:
         """Whether there is something to go on from, or may be."""
         return self.resume_from_checkpoint not in (None, "false")
 
-    def as_requeued(self) -> CheckpointConfig:
-        """What holds for a job that was started again: without a word it goes on where it was."""
-        if self.resume_from_checkpoint is not None or self.output_dir is None:
+    def in_job(self, job: SlurmJob) -> CheckpointConfig:
+        """What holds in a SLURM job: a folder of its own and, once it was requeued, its newest checkpoint."""
+        if self.output_dir is None and _has_a_folder(job):
+            return replace(self, output_dir=str(job.output_dir)).in_job(job)
+        resume = self.resume_from_checkpoint
+        if job.restart_count == 0 or self.output_dir is None or resume in ("true", "auto", "false"):
+            return self
+        # A checkpoint of another run is where the first life began, not where the next one goes on.
+        if resume is not None and not list_checkpoints(Path(self.output_dir).expanduser()):
             return self
         return replace(self, resume_from_checkpoint="auto")
+
+
+def _has_a_folder(job: SlurmJob | None) -> bool:
+    """Whether the job alone says where its run lives: not where somebody types one command after the other."""
+    return job is not None and job.is_batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 
 from harness.config import ConfigError
-from harness.topology import is_running, slurm_job
+from harness.slurm import SlurmJob, slurm_job
+from harness.topology import is_running
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,9 @@ class Lock:
         if self._path is not None:
             return
         path = output_dir / FILE
-        job, restart_count = slurm_job()
+        job = slurm_job()
         holder = _read(path)
-        if holder is not None and not _may_shut_out(holder, path, job, restart_count):
+        if holder is not None and not _may_shut_out(holder, path, job):
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.taken_at))
             raise ConfigError(
                 f"--output_dir={output_dir} is in use by process {holder.pid} on {holder.host} since {since}: wait for "
@@ -81,8 +82,8 @@ class Lock:
             pid=os.getpid(),
             created_at=psutil.Process().create_time(),
             taken_at=time.time(),
-            job=job,
-            restart_count=restart_count,
+            job="" if job is None else job.id,
+            restart_count=0 if job is None else job.restart_count,
         )
         partial = path.with_name(f"{FILE}.{self.token}")
         partial.write_text(json.dumps(asdict(own)) + "\n", encoding="utf-8")
@@ -91,11 +92,11 @@ class Lock:
         threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
 
     def is_lost(self) -> bool:
-        """Whether another process has taken the lock from this one."""
+        """Whether another process has taken the lock from this one; it may be through already, and its lock gone."""
         if self._path is None:
             return False
         holder = _read(self._path)
-        return holder is not None and holder.token != self.token
+        return holder.token != self.token if holder is not None else not self._path.exists()
 
     def release(self) -> None:
         """Give it back, if it is still ours."""
@@ -117,7 +118,7 @@ def is_held(output_dir: Path) -> bool | None:
     """Whether a life of the training is going in a folder, on any machine; None if no file says so."""
     path = output_dir / FILE
     holder = _read(path)
-    return None if holder is None else not _may_shut_out(holder, path, "", 0)
+    return None if holder is None else not _may_shut_out(holder, path, None)
 
 
 def _read(path: Path) -> Holder | None:
@@ -131,8 +132,8 @@ def _read(path: Path) -> Holder | None:
         return None
 
 
-def _may_shut_out(holder: Holder, path: Path, job: str, restart_count: int) -> bool:
-    if job and job == holder.job and restart_count > holder.restart_count:
+def _may_shut_out(holder: Holder, path: Path, job: SlurmJob | None) -> bool:
+    if job is not None and job.id == holder.job and job.restart_count > holder.restart_count:
         return True
     if holder.host == platform.node():
         return holder.pid == os.getpid() or not is_running(holder.pid, holder.created_at)

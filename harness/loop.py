@@ -30,7 +30,7 @@ from harness.plan import Due, Plan
 from harness.saving import Checkpoints
 from harness.state import TrainState
 from harness.stepping import Stepper, ZeroStepper
-from harness.stopping import NONE, PREEMPTED, PREEMPTED_EXIT_CODE, Stop, StoppedError
+from harness.stopping import NONE, PREEMPTED_EXIT_CODE, REQUESTED, TIME_LIMIT, Stop, StoppedError
 from harness.throughput import Throughput, as_text
 from harness.topology import software
 from harness.tracking import WandbTracker, rewrite
@@ -260,7 +260,7 @@ def heed_stop(run: Run, state: TrainState) -> None:
     reason = run.stop.agreed()
     if reason == NONE:
         return
-    if reason == PREEMPTED:
+    if reason != REQUESTED:
         run.tracker.mark_preempting()
     saves = run.plan.config.save_strategy != "no"
     run.checkpoints.settle()
@@ -269,12 +269,13 @@ def heed_stop(run: Run, state: TrainState) -> None:
         run.checkpoints.check_last()
     where = f"step {state.global_step} of {run.plan.max_steps}"
     done = f"saved; go on with --resume_from_checkpoint true --output_dir {run.checkpoints.output_dir}"
-    if reason == PREEMPTED:
+    if reason != REQUESTED:
         code = PREEMPTED_EXIT_CODE if saves else 1
-        message = f"Preempted at {where}: {done if saves else 'nothing is saved with --save_strategy no'}."
+        why = "The job's time limit is near: stopped" if reason == TIME_LIMIT else "Preempted"
+        message = f"{why} at {where}: {done if saves else 'nothing is saved with --save_strategy no'}."
     else:
         code, message = 0, f"Stopped from the W&B app at {where}: {done if saves else 'nothing was saved'}."
-    raise StoppedError(message, exit_code=code, was_preempted=reason == PREEMPTED)
+    raise StoppedError(message, exit_code=code, was_preempted=reason != REQUESTED)
 
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:

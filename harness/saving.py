@@ -66,7 +66,7 @@ class Checkpoints:
         self.agree, self.gather, self.meet = agree, gather, meet
         self.lock: Lock | None = None
         self.saved_step: int | None = None
-        self.num_saves, self.held_seconds = 0, 0.0
+        self.num_saves, self.held_seconds, self.longest_seconds = 0, 0.0, 0.0
         self._begun_step: int | None = None
         self._failure = ""
         self._copies = HostCopies()
@@ -208,6 +208,11 @@ class Checkpoints:
                 "make room, then go on with --resume_from_checkpoint true."
             ) from failure
 
+    def seconds_to_save(self) -> float:
+        """Rank zero: how long the longest save took till it was on disk, or twice that while one is being written."""
+        is_writing = self._thread is not None and self._thread.is_alive()
+        return self.longest_seconds * (2 if is_writing else 1)
+
     def describe(self) -> str:
         """What the saves cost: how long the training stood still for them, and the memory of the copies."""
         held = self.held_seconds / max(self.num_saves, 1)
@@ -231,12 +236,14 @@ class Checkpoints:
         best: str | None,
         then: Callable[[Path], None] | None,
     ) -> None:
+        began = time.monotonic()
         final = self.path_of(content.step)
         try:
             self._write_together(content, rank_states, partial)
             if not self.is_writer:
                 return
             self._commit(content, partial, final)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
             if then is not None:
                 then(final)
         except Exception as error:  # told to all ranks at the next save, or at the end

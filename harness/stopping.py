@@ -4,17 +4,66 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
 
+from harness.config import arg, at_least
+from harness.held_signals import SIGNALS
+
 PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
 PREEMPTED_FILE = "preempted"
 # The greatest reason wins where ranks have different ones.
-NONE, REQUESTED, PREEMPTED = 0, 1, 2
+NONE, REQUESTED, TIME_LIMIT, PREEMPTED = 0, 1, 2, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingConfig:
+    """When a training ends before its plan."""
+
+    time_limit_margin_seconds: float = arg(
+        60.0,
+        "Under SLURM save and stop so long before the job's time limit, beside the time that a save and the longest "
+        "step take; 0: leave the limit alone.",
+    )
+
+    def __post_init__(self) -> None:
+        at_least(0, time_limit_margin_seconds=self.time_limit_margin_seconds)
+
+
+class TimeLimit:
+    """
+    The end of the job, and whether to stop ahead of it, asked at each step boundary.
+
+    - ends_at: in seconds since 1970, or None for never; asked at the start and once more before the answer is yes, as
+      a limit can be extended.
+    - to_save: seconds that a save is thought to take.
+    """
+
+    def __init__(
+        self, config: StoppingConfig, *, ends_at: Callable[[], float | None], to_save: Callable[[], float]
+    ) -> None:
+        self.config, self._ask, self._to_save = config, ends_at, to_save
+        self._ends_at = ends_at() if config.time_limit_margin_seconds > 0 else None
+        self._last_at: float | None = None
+        self._longest_step = 0.0
+
+    def is_near(self, *, steps_ahead: int) -> bool:
+        """Whether to stop now, if so many more steps are made before the save begins."""
+        now = time.time()
+        if self._last_at is not None:  # evaluations and saves are in it: the next may come right now
+            self._longest_step = max(self._longest_step, now - self._last_at)
+        self._last_at = now
+        needed = self.config.time_limit_margin_seconds + self._to_save() + (steps_ahead + 1) * self._longest_step
+        if self._ends_at is None or now + needed < self._ends_at:
+            return False
+        self._ends_at = self._ask()
+        return self._ends_at is not None and now + needed >= self._ends_at
 
 
 class StoppedError(Exception):
@@ -30,13 +79,16 @@ class Stop:
     Whether to stop, asked at each step boundary.
 
     - requested: whether somebody asks for an end from outside (Stop in the W&B app); read on each rank.
+    - time_limit: of the job; on rank zero, None on the others and where there is none.
 
     With several ranks the answer travels on a gloo group of its own while the next step runs, so that no step waits
     for it: they stop one step after the signal.
     """
 
-    def __init__(self, accelerator: Accelerator, *, requested: Callable[[], bool]) -> None:
-        self.requested = requested
+    def __init__(
+        self, accelerator: Accelerator, *, requested: Callable[[], bool], time_limit: TimeLimit | None = None
+    ) -> None:
+        self.requested, self.time_limit = requested, time_limit
         self._signalled = threading.Event()
         self._is_alone = accelerator.num_processes == 1
         self._group = None if self._is_alone else torch.distributed.new_group(backend="gloo")
@@ -45,24 +97,26 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM as a note meanwhile; launchers repeat it, so that a second one means no more than the first."""
+        """Take SIGNALS as a note meanwhile; launchers repeat them, so a second one means no more than the first."""
         if threading.current_thread() is not threading.main_thread():  # a notebook's worker: Python allows none there
             yield
             return
-        before = signal.getsignal(signal.SIGTERM)
 
         def note(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - Python's signature
             self._signalled.set()
 
-        signal.signal(signal.SIGTERM, note)
-        try:
+        with ExitStack() as stack:
+            for each in SIGNALS:
+                stack.callback(signal.signal, each, signal.signal(each, note))
+            # What was held since the start comes now.
+            stack.callback(
+                signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            )
             yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def agreed(self) -> int:
-        """Collective: NONE, REQUESTED or PREEMPTED, the same on all ranks."""
-        reason = PREEMPTED if self._signalled.is_set() else REQUESTED if self.requested() else NONE
+        """Collective: NONE, REQUESTED, TIME_LIMIT or PREEMPTED, the same on all ranks."""
+        reason = self._reason()
         if self._is_alone:
             return reason
         answer = self.settled()
@@ -71,6 +125,13 @@ class Stop:
             self._flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
         )
         return answer
+
+    def _reason(self) -> int:
+        if self._signalled.is_set():
+            return PREEMPTED
+        if self.time_limit is not None and self.time_limit.is_near(steps_ahead=0 if self._is_alone else 1):
+            return TIME_LIMIT
+        return REQUESTED if self.requested() else NONE
 
     def settled(self) -> int:
         """Collective: wait for the exchange under way, if there is one, and return what it came to."""

@@ -243,14 +243,6 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def slurm_job() -> tuple[str, int]:
-    """The SLURM job, or task of an array, that this process is of, "" for none, and how often it has been requeued."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
-    return job, int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) if job else 0
-
-
 def is_running(pid: int, created_at: float) -> bool:
     """Whether that very process, created so many seconds after 1970, lives on this machine; a zombie does not."""
     try:

@@ -101,6 +101,16 @@ def test_a_requeued_job_shuts_its_earlier_life_out_and_no_other(
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
 
 
+def test_a_life_stays_shut_out_when_the_later_one_is_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with holder(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0") as earlier:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with Lock() as lock:
+            lock.take(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        assert asked(earlier) == "True"
+
+
 def test_a_writer_on_another_machine_is_dead_when_it_is_silent(tmp_path: Path) -> None:
     with holder(tmp_path) as first:
         first.kill()

@@ -137,7 +137,7 @@ def test_each_launch_config_has_the_same_numbers_and_resumes_exactly(
     name: str, divided: Path, ddp: Path, tmp_path: Path
 ) -> None:
     config = divided if name == "divided" else ROOT / "launch_configs" / f"{name}.yaml"
-    more = {"max_steps": 101, "save_steps": 50, "save_total_limit": 2, "logging_steps": 1}
+    more = {"max_steps": 101, "save_steps": 50, "logging_steps": 1}
     found = finished(config, tmp_path / "whole", **more)
     assert torch.allclose(losses(found), losses(ddp), rtol=1e-6, atol=0)
     shutil.rmtree(found / "checkpoint-100")

@@ -10,8 +10,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
+from harness.slurm import slurm_job
 from harness.topology import software, tell_all
 from harness.tracking.configuration import launch_config, store_configuration
+from harness.tracking.cores import abandon_run
 from harness.tracking.lives import Lives
 from harness.tracking.opening import check_credentials
 from harness.tracking.run import WandbTracker
@@ -61,16 +63,24 @@ def open_trackers(
         accelerator.log_with = filter_trackers(list(chosen), accelerator.logging_dir)
         accelerator.init_trackers(project)
         store_configuration(accelerator.trackers, configuration)
-        facts = {"harness": {"launch": launch_config(), "software": software()}}
+        job = slurm_job()
+        of_job = {} if job is None else job.facts()
+        facts = {"harness": {"launch": launch_config(), "software": software()}, **of_job}
         store_configuration([tracker for tracker in accelerator.trackers if tracker.name == "wandb"], facts)
 
     tell_all(accelerator, start)
 
 
-def close_trackers(accelerator: Accelerator, *, exit_code: int) -> None:
-    """End the W&B run as finished (0) or failed, without a collective: it may be an error that brings us here."""
+def close_trackers(accelerator: Accelerator, *, exit_code: int, is_shut_out: bool = False) -> None:
+    """
+    End the W&B run as finished (0) or failed, without a collective: it may be an error that brings us here.
+
+    is_shut_out: a later life has taken over the folder and the run, which is not ended under its hands.
+    """
     for tracker in accelerator.trackers:
-        if isinstance(tracker, WandbTracker):
+        if isinstance(tracker, WandbTracker) and is_shut_out:
+            abandon_run()
+        elif isinstance(tracker, WandbTracker):
             tracker.finish(exit_code)
 
 
