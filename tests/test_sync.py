@@ -25,9 +25,9 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def begun(folder: Path, pace: float) -> Training:
+def begun(folder: Path) -> Training:
     (folder / "times").unlink(missing_ok=True)
-    return Training(folder, None, pace=pace, variables={"WANDB_MODE": "offline"}, **ARGUMENTS)
+    return Training(folder, None, pace=0.1, variables={"WANDB_MODE": "offline"}, **ARGUMENTS)
 
 
 def identity(training: Training) -> dict[str, Any]:
@@ -74,20 +74,28 @@ def parcels_of(server: WandbServer) -> int:
 def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with WandbServer(tmp_path / "server") as server:
-        # wandb's process writes to its file every 15 s: one of them is longer.
-        trainings = [begun(runs / name, pace) for name, pace in (("a", 1.0), ("b", 0.5), ("c", 0.5))]
+        trainings = [begun(runs / name) for name in ("a", "b", "c")]
         syncs = (tmp_path / "sync", server, str(runs), "--until-finished", "--interval", "1")
         sync = Sync(*syncs)
+        for training in trainings:  # held until rows have come: wandb's process writes to its file every 15 s only
+            training.reach(14)
+            training.process.send_signal(signal.SIGSTOP)
         # Killed while `wandb sync` is at work, which outlives it; and while rows are sent.
         sync.wait_for(lambda: parcels_of(server) > 0, "no run was begun")
         sync.kill()
         sync = Sync(*syncs)
-        sync.wait_for(lambda: any(0 < len(run.rows) < ROWS for run in server.runs()), "rows came only at the end")
+        killed = identity(trainings[0])["run_id"]
+        sync.wait_for(lambda: any(run.id == killed and run.rows for run in server.runs()), "no rows came of a live run")
         sync.kill()
-        trainings[0].process.kill()  # wandb's process ends by itself, and rows that it has not written are lost
+        live = server.run(killed)
+        assert 0 < len(live.rows) < ROWS
+        assert live.state == "running"
+        trainings[0].process.kill()
         trainings[0].process.wait()
         sync = Sync(*syncs)
-        trainings[0] = begun(runs / "a", 1.0)
+        trainings[0] = begun(runs / "a")
+        for training in trainings[1:]:
+            training.process.send_signal(signal.SIGCONT)
         for training in trainings:
             training.ended()
         assert sync.process.wait(120) == 0, sync.out.read_text()

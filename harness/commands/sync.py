@@ -21,6 +21,7 @@ from typing import Any
 
 from harness.config import ConfigError
 from harness.lock import SILENCE_SECONDS, is_held
+from harness.stopping import PREEMPTED_EXIT_CODE, PREEMPTED_FILE
 from harness.topology import is_running
 from harness.tracking import identity as identities
 from harness.tracking.api import UnreachableError, open_api
@@ -34,7 +35,6 @@ from harness.tracking.rows import RowsError
 
 SOURCE = "python -m harness.sync"
 LOCK = "wandb_sync.lock"
-MARKER = "preempted"
 # Of a run below a given folder: an output_dir, runs/NAME, sweeps/runs/NAME.
 PLACES = (IDENTITY, f"*/{IDENTITY}", f"*/*/{IDENTITY}")
 LONGEST_PAUSE_SECONDS = 600.0
@@ -128,7 +128,7 @@ class Watch:
             outcome = self._deliver(run, state)
             if outcome is None:
                 continue
-            self._tell(output_dir, _described(outcome, state))
+            self._tell(output_dir, _described(outcome, state, identity.exit_code))
             if outcome.is_whole:
                 self._whole[output_dir] = before
         if not states and not self._said:
@@ -176,7 +176,8 @@ def _state(output_dir: Path, identity: Identity) -> str:
             held = _is_written(output_dir, identity)
     if held:
         return GOING
-    if (output_dir / MARKER).exists():
+    # The script of a job takes the marker away before its next life opens the run.
+    if identity.exit_code == PREEMPTED_EXIT_CODE or (output_dir / PREEMPTED_FILE).exists():
         return PREEMPTED
     return INTERRUPTED if identity.exit_code is None else FINISHED
 
@@ -192,8 +193,9 @@ def _signature(run: OfflineRun, state: str) -> object:
     return state, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
-def _described(outcome: Outcome, state: str) -> str:
-    parts = [state, f"{outcome.rows} rows in W&B"]
+def _described(outcome: Outcome, state: str, exit_code: int | None) -> str:
+    ended = f"ended with exit code {exit_code}" if state == FINISHED and exit_code else state
+    parts = [ended, f"{outcome.rows} rows in W&B"]
     if outcome.unsent_rows:
         reason = "not yet in wandb's file" if state == GOING else "brought when the training goes on"
         parts.append(f"{outcome.unsent_rows} pending ({reason})")
