@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,12 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from wandb.proto import wandb_internal_pb2
 
+from harness.commands.sync import _state, main
+from harness.lock import Lock
+from harness.tracking import identity as identities
+from harness.tracking.identity import Identity
+from harness.tracking.parcels import encode
+from harness.tracking.transaction_log import read_records
 from tests.support.faulty_training import Training, committed, environment
 from tests.support.wandb_seen import _untimed
 from tests.support.wandb_server import WandbServer
 
+NOBODY = "http://127.0.0.1:9"
 ROWS = 30 + 6 + 1  # a log a step, six evaluations, the end
 ARGUMENTS: dict[str, Any] = {
     "wandb_run_id": None,
@@ -38,11 +48,11 @@ def identity(training: Training) -> dict[str, Any]:
 class Sync:
     """The command, in a process that can be killed and started again; all lives of it write to one file."""
 
-    def __init__(self, folder: Path, server: WandbServer, *arguments: str) -> None:
+    def __init__(self, folder: Path, server: WandbServer, *arguments: str, **variables: str) -> None:
         folder.mkdir(exist_ok=True)
         self.out = folder / "out"
         # A login shell may hold what is meant for the trainings.
-        variables = environment(folder, server, WANDB_MODE="offline")
+        variables = environment(folder, server, WANDB_MODE="offline", **variables)
         with self.out.open("a") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "harness.sync", *arguments],
@@ -75,6 +85,7 @@ def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(
     runs = tmp_path / "runs"
     with WandbServer(tmp_path / "server") as server:
         trainings = [begun(runs / name) for name in ("a", "b", "c")]
+        away = Sync(tmp_path / "away", server, str(offline_run(tmp_path / "other")), "--once", WANDB_BASE_URL=NOBODY)
         syncs = (tmp_path / "sync", server, str(runs), "--until-finished", "--interval", "1")
         sync = Sync(*syncs)
         for training in trainings:  # held until rows have come: wandb's process writes to its file every 15 s only
@@ -87,6 +98,8 @@ def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(
         killed = identity(trainings[0])["run_id"]
         sync.wait_for(lambda: any(run.id == killed and run.rows for run in server.runs()), "no rows came of a live run")
         sync.kill()
+        assert away.process.wait(60) == 2
+        assert away.out.read_text() == f"harness.sync: W&B can't be reached at {NOBODY}. Nothing was sent.\n"
         live = server.run(killed)
         assert 0 < len(live.rows) < ROWS
         assert live.state == "running"
@@ -128,3 +141,150 @@ def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(
         again = Sync(tmp_path / "sync", server, str(runs), "--once")
         assert again.process.wait(60) == 0, again.out.read_text()
         assert sum("file_stream" in each["label"] for each in server.requests()) == rows
+
+
+LIVES = """
+import json, shutil, subprocess, sys
+from pathlib import Path
+import wandb
+from harness.commands.sync import main
+from harness.tracking import identity as identities
+from harness.tracking.identity import Identity
+
+output_dir = Path("run")
+(output_dir / "wandb").mkdir(parents=True)
+number = 0
+
+def life(rows, **kwargs):
+    global number
+    run = wandb.init(project="p", id="abc", mode="offline", dir=output_dir, **kwargs)
+    for _ in range(rows - 1):
+        run.log({"number": number})
+        number += 1
+    run.log({"number": number, "table": wandb.Table(columns=["of"], data=[[number]])})
+    number += 1
+    run.finish()
+    identities.write(output_dir, Identity(run_id="abc", project="p", mode="offline", exit_code=0))
+    (folder,) = set((output_dir / "wandb").glob("offline-run-*")) - set(seen)
+    seen.append(folder)
+    return folder
+
+seen = []
+first = life(4)
+subprocess.run([sys.executable, "-m", "wandb", "sync", first], check=True)
+second = life(3, resume="allow", config={"lives": 2})
+assert main(["run", "--once"]) == 0
+for folder in (first, second):
+    assert (folder / "run-abc.wandb.synced").exists()
+    shutil.rmtree(folder)
+life(2, resume="allow", config={"lives": 3})
+assert main(["run", "--once"]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_what_wandb_sync_has_brought_before_and_what_was_deleted_since_does_not_come_again(tmp_path: Path) -> None:
+    with WandbServer(tmp_path / "server") as server:
+        variables = environment(tmp_path, server)
+        done = subprocess.run(
+            [sys.executable, "-c", LIVES], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (run,) = server.runs()
+        assert [row["number"] for row in run.rows] == list(range(4 + 3 + 2))
+        assert [row["_step"] for row in run.rows] == list(range(4 + 3 + 2))
+        tables = [row["table"]["path"] for row in run.rows if "table" in row]
+        assert len(tables) == 3
+        assert set(tables) <= set(run.files)
+        assert (run.state, run.config["lives"], run.summary["number"]) == ("finished", 3, 8)
+        assert server.unknown() == []
+
+
+def record(**fields: Any) -> Any:
+    found = wandb_internal_pb2.Record()
+    for name, value in fields.items():
+        getattr(found, name).MergeFrom(value)
+    return found
+
+
+def test_a_parcel_is_a_whole_file_whatever_the_sizes_of_its_records() -> None:
+    sizes = (0, 1, 32_754, 32_753, 32_760, 7, 100_000, 32_768, 5)
+    records = [record(output_raw=wandb_internal_pb2.OutputRawRecord(line="x" * size)) for size in sizes]
+    data = encode(b":W&B\x00\x00\x00", [each.SerializeToString() for each in records])
+    read = list(read_records(data))
+    assert [len(each.output_raw.line) for each, _ in read] == list(sizes)
+    assert read[-1][1] == len(data)
+
+
+def offline_run(output_dir: Path, *, exit_code: int | None = 0, mode: str = "offline") -> Path:
+    """A folder as a training leaves it, with a file that says whose it is and no more."""
+    folder = output_dir / "wandb" / "offline-run-20260101_000000-abc"
+    folder.mkdir(parents=True)
+    run = wandb_internal_pb2.RunRecord(run_id="abc", project="p")
+    (folder / "run-abc.wandb").write_bytes(encode(b":W&B\x00\x00\x00", [record(run=run).SerializeToString()]))
+    identities.write(output_dir, Identity(run_id="abc", project="p", mode=mode, exit_code=exit_code))
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder."),
+        (["empty", "--once"], "empty: no run with W&B is here or in a folder below"),
+        (["online"], "is an online run; what it could not send is brought by: python -m harness.tracking upload"),
+        (["offline", "--interval", "0"], "--interval=0: give seconds, more than 0."),
+        (["offline", "--once"], "No W&B credentials found: run `wandb login`, or set WANDB_API_KEY. Nothing was sent."),
+    ],
+)
+def test_what_can_not_work_is_said(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    offline_run(tmp_path / "offline")
+    offline_run(tmp_path / "online", mode="online")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "has_marker", "is_held", "state"),
+    [
+        (0, False, False, "finished"),
+        (1, False, False, "finished"),
+        (85, False, False, "preempted"),  # its marker has been taken away by the next life's script
+        (None, True, False, "preempted"),
+        (None, False, True, "running"),
+        (0, False, True, "running"),  # a life that has not opened the run yet
+    ],
+)
+def test_how_a_run_is(exit_code: int | None, has_marker: bool, is_held: bool, state: str, tmp_path: Path) -> None:
+    output_dir = offline_run(tmp_path / "run", exit_code=exit_code)
+    if has_marker:
+        (output_dir / "preempted").touch()
+        wandb_file = next(output_dir.glob("wandb/*/*.wandb"))
+        os.utime(wandb_file, (0, 0))
+    identity = identities.read(output_dir)
+    assert identity is not None
+    with Lock() as lock:
+        if is_held:
+            owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+            lock.take(output_dir)
+            holder = json.loads((output_dir / "harness.lock").read_text())
+            process = psutil.Process(owner.pid)
+            holder |= {"pid": owner.pid, "created_at": process.create_time()}
+            (output_dir / "harness.lock").write_text(json.dumps(holder))
+        try:
+            assert _state(output_dir, identity) == state
+        finally:
+            if is_held:
+                owner.kill()
+                owner.communicate()

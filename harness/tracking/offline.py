@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.tracking import parcels
 from harness.tracking.delivery import DeliveryError, deliver_staged, versions_of
+from harness.tracking.fragments import mark_synced
 from harness.tracking.identity import Identity
 from harness.tracking.journal import FILE as JOURNAL
 from harness.tracking.journal import Journal
@@ -35,7 +36,8 @@ class Sent:
     What was brought to the server, in `wandb_sync.json`.
 
     - first_row: the number in W&B of our first row, None if it is not known yet.
-    - lives: of each folder the number of records and the exit code that went with `wandb sync`; zeros: its beginning.
+    - lives: of each folder the number of records and the exit code that went with `wandb sync`, and the number of its
+      rows; zeros: its beginning alone.
     """
 
     run_id: str
@@ -121,19 +123,25 @@ class OfflineRun:
         if sent.first_row is None:
             sent.first_row = self._first_row(server)
             sent.write(self.output_dir)
-        log = self._joined(sent.first_row, is_over=is_over, is_finished=is_finished)
+        # Folders that were brought may be deleted afterwards (`wandb clean`).
+        names = [path.parent.name for path in self._logs]
+        gone = sum(rows for name, (_, _, rows) in sent.lives.items() if name not in names)
+        log = self._joined(sent.first_row + gone, is_over=is_over, is_finished=is_finished)
         server = self._send_lives(api, sent, server, ask=ask, is_over=is_over, lock=lock)
-        has_more = server.count < sent.first_row + len(log.rows)
+        total = sent.first_row + gone + len(log.rows)
+        has_more = server.count < total
         if server.state in ENDED and (has_more or not is_over):
             entity = log.entity or api.default_entity
             variables = {"entity": entity, "project": log.project, "name": log.run_id}
             api._service_api.execute_graphql(REOPEN, variables)
         deliver_rows(log, ask=ask, post=post)
         after = ask()
-        total = sent.first_row + len(log.rows)
         if after is None or after.count != total:
             self._problems.append(f"W&B has {after.count if after else 0} rows, {total} were brought there")
-        return self._outcome(rows=len(log.rows), num_delivered=self._send_artifacts(api, is_over=is_over))
+        else:  # for `wandb sync`, which would bring them once more
+            over = [path.parent for path in self._logs if sent.lives.get(path.parent.name, [0])[0]]
+            mark_synced(over, self.identity.run_id)
+        return self._outcome(rows=gone + len(log.rows), num_delivered=self._send_artifacts(api, is_over=is_over))
 
     def _first_row(self, server: AtServer | None) -> int:
         """The number in W&B of our first row: what was there before us, and what `wandb sync` has brought of ours."""
@@ -185,11 +193,13 @@ class OfflineRun:
         """What `wandb sync` brings of each life, once when it has begun and once when it is over."""
         last = list(self._logs)[-1]
         for path, log in self._logs.items():
-            if (path.parent / f"{path.name}.synced").exists():
-                continue
-            is_life_over = is_over or path != last
-            content = _content(path) if is_life_over else [0, 0]
             before = sent.lives.get(path.parent.name)
+            is_life_over = is_over or path != last
+            content = [*_content(path), len(log.rows)] if is_life_over else [0, 0, 0]
+            if before is None and path.with_name(f"{path.name}.synced").exists():  # by the user's own `wandb sync`
+                sent.lives[path.parent.name] = content
+                sent.write(self.output_dir)
+                continue
             if server is not None and (before == content or (before is not None and not is_life_over)):
                 continue
             artifacts = parcels.send(path, is_over=is_life_over, resumes=server is not None, lock=lock)
