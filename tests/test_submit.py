@@ -113,10 +113,9 @@ def test_the_exact_line_is_printed(capsys: pytest.CaptureFixture[str], monkeypat
     assert lines(*CPU, "--report_to", "none")[-2] == (
         "sbatch --nodes=1 --gpus-per-node=0 slurm/single_node.sbatch --report_to none"
     )
-    sweep = ["--array", "0-2%1", "--gpus-per-node", "1", "--launch-config", "launch_configs/ddp_bf16.yaml"]
+    sweep = ["--array", "0-2%1", "--launch-config", "launch_configs/ddp_bf16.yaml"]
     assert lines(*sweep)[-2] == (
-        f"LAUNCH_CONFIG={ROOT}/launch_configs/ddp_bf16.yaml sbatch --nodes=1 --gpus-per-node=1 --array=0-2%1 "
-        "slurm/array.sbatch"
+        f"LAUNCH_CONFIG={ROOT}/launch_configs/ddp_bf16.yaml sbatch --nodes=1 --array=0-2%1 slurm/array.sbatch"
     )
 
 
@@ -128,6 +127,27 @@ def test_the_size_of_a_model_is_known_before_it_is_made() -> None:
     config = parse(["--model_type", "gpt2", "--train_file", "a.txt", "--save_total_limit", "2", "--save_only_model"])
     said = checks.check_disk(config, Path("runs/new"))
     assert "124.4 M parameters, about 0.46 GiB a checkpoint, up to 3 of them at once" in said
+
+
+def test_what_is_in_the_caches_is_found_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folders of huggingface_hub and datasets."""
+    model = tmp_path / "cache" / "models--Some--Model"
+    (model / "snapshots" / "0123").mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    (model / "snapshots" / "0123" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    data = tmp_path / "cache" / "Some___my_data" / "english-0a1b" / "0.0.0" / "4567"
+    data.mkdir(parents=True)
+    named = "--model_name_or_path Some/Model --dataset_name Some/MyData --dataset_config_name english"
+    asked = ["--dry-run", *CPU, "--no-internet", *named.split(), "--cache_dir", str(tmp_path / "cache")]
+    assert main(asked) == 2
+    assert f"run `hf download Some/Model --cache-dir {tmp_path}/cache` here first" in capsys.readouterr().err
+    (model / "snapshots" / "0123" / "model.safetensors").touch()
+    assert main(asked) == 2
+    assert "datasets.load_dataset('Some/MyData', 'english')" in capsys.readouterr().err
+    (data / "dataset_info.json").touch()
+    assert main(asked) == 0
+    assert "53.6 M parameters" in capsys.readouterr().out
 
 
 def test_without_a_cluster_it_says_where_to_go(

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import torch
 import yaml
+from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import try_to_load_from_cache
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -105,9 +106,10 @@ def _check_model(flag: str, name: str, task: TaskConfig) -> None:
     folder = next((path.parent for path in map(find, known) if path is not None), None)
     has_weights = folder is not None and any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
     if folder is None or (flag == "model_name_or_path" and not has_weights):
+        command = f"hf download {name}" + (f" --cache-dir {task.cache_dir}" if task.cache_dir else "")
         raise ConfigError(
-            f"--{flag}={name} is not in the cache, and the nodes have no internet: run `hf download {name}` here first"
-            f"{f' --cache-dir {task.cache_dir}' if task.cache_dir else ''}, or give a folder."
+            f"--{flag}={name} is not in the cache, and the nodes have no internet: run `{command}` here first, or give "
+            "a folder."
         )
 
 
@@ -118,7 +120,8 @@ def _check_dataset(name: str, task: TaskConfig) -> None:
         raise ConfigError(f"--streaming of {name} needs the network, and the nodes have none: leave it out.")
     cache = Path(task.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
     variant = task.dataset_config_name or (task.task_name if name == HUB_NAME else None)
-    folder = cache / name.replace("/", "___").lower()
+    *namespace, short = name.split("/")
+    folder = cache / "___".join([*namespace, camelcase_to_snakecase(short)])  # as datasets does it
     if not any(folder.glob(f"{variant or '*'}*/*/*/dataset_info.json")):
         options = f"{name!r}, {variant!r}" if variant else f"{name!r}"
         raise ConfigError(

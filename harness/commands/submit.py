@@ -35,7 +35,7 @@ class Request:
     """What is asked of the cluster, and what train.py is given."""
 
     nodes: int = 1
-    gpus_per_node: int = 8
+    gpus_per_node: int | None = None
     time: str | None = None
     partition: str | None = None
     account: str | None = None
@@ -48,7 +48,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.nodes < 1:
             raise ConfigError(f"--nodes={self.nodes}: use 1 or more.")
-        if self.gpus_per_node < 0:
+        if self.gpus_per_node is not None and self.gpus_per_node < 0:
             raise ConfigError(f"--gpus-per-node={self.gpus_per_node}: use 0 (train on the CPU) or more.")
         if self.time is not None and not TIME.fullmatch(self.time):
             raise ConfigError(
@@ -62,7 +62,15 @@ class Request:
     @property
     def num_processes(self) -> int:
         """Of the whole job, as slurm/cluster.sh starts them: one a GPU, or one a node."""
-        return self.nodes * max(self.gpus_per_node, 1)
+        return self.nodes * max(self.num_gpus, 1)
+
+    @property
+    def num_gpus(self) -> int:
+        """The GPUs of a node: those asked for, or those of the script."""
+        if self.gpus_per_node is not None:
+            return self.gpus_per_node
+        found = re.search(r"^#SBATCH --gpus-per-node=(\d+)", self.script.read_text(encoding="utf-8"), re.MULTILINE)
+        return int(found[1]) if found else 0
 
     @property
     def script(self) -> Path:
@@ -79,10 +87,10 @@ class Request:
 
     def command(self) -> list[str]:
         """The line for sbatch."""
-        options = [f"--nodes={self.nodes}", f"--gpus-per-node={self.gpus_per_node}"]
-        for name in ("time", "partition", "account", "array"):
+        options = [f"--nodes={self.nodes}"]
+        for name in ("gpus_per_node", "time", "partition", "account", "array"):
             if (value := getattr(self, name)) is not None:
-                options.append(f"--{name}={value}")
+                options.append(f"--{name.replace('_', '-')}={value}")
         return ["sbatch", *options, *self.sbatch, str(_from_here(self.script)), *self.arguments]
 
     def variables(self) -> dict[str, str]:
@@ -139,7 +147,7 @@ def check(request: Request, environment: Mapping[str, str]) -> tuple[Config, lis
     config = parse(request.arguments)
     is_offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     notes = [
-        check_launch_config(request.launch, num_processes=request.num_processes, uses_gpus=request.gpus_per_node > 0),
+        check_launch_config(request.launch, num_processes=request.num_processes, uses_gpus=request.num_gpus > 0),
         check_cache(config.task, is_offline=is_offline),
         check_disk(config, _output_dir(request, "JOB")),
         check_tracking(config.tracking, has_internet=not request.no_internet, mode=environment.get("WANDB_MODE")),
@@ -189,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--nodes", type=int, default=1, help="Nodes of the job. Default: 1.")
-    add("--gpus-per-node", type=int, default=8, help="GPUs of each, a process on each; 0: CPU. Default: 8.")
+    add("--gpus-per-node", type=int, help="GPUs of each, a process on each; 0: CPU. Default: the script's.")
     add("--time", help="Time limit of a life, 12:00:00; the job goes on in the next. Default: the script's.")
     add("--partition", help="Partition. Default: SBATCH_PARTITION or the cluster's.")
     add("--account", help="Account. Default: SBATCH_ACCOUNT or the cluster's.")

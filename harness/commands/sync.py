@@ -119,6 +119,7 @@ class Watch:
         for output_dir, identity in self._runs().items():
             if identity.mode == "online":
                 continue
+            identity = identities.read(output_dir) or identity  # bringing the runs before may have taken long
             states[output_dir] = state = _state(output_dir, identity)
             run = OfflineRun(output_dir, identity)
             before = _signature(run, state)

@@ -16,7 +16,7 @@ from harness.tracking.identity import Identity
 from harness.tracking.journal import FILE as JOURNAL
 from harness.tracking.journal import Journal
 from harness.tracking.opening import one_line
-from harness.tracking.rows import ENDED, AtServer, RowsError, connection, deliver_rows, is_plain
+from harness.tracking.rows import AtServer, RowsError, connection, deliver_rows, is_plain
 from harness.tracking.staging import FOLDER, Staged, waiting
 from harness.tracking.transaction_log import TransactionLog, read_log, read_records
 
@@ -112,9 +112,9 @@ class OfflineRun:
 
         Raises RowsError, ParcelError, and what wandb, requests and the disk raise.
         """
-        if not self._logs:
-            return self._outcome(rows=0, num_delivered=0)
         sent = Sent.read(self.output_dir, self.identity.run_id)
+        if not self._logs:
+            return self._outcome(rows=sum(rows for _, _, rows in sent.lives.values()), num_delivered=0)
         last = list(self._logs.values())[-1]
         ask, post = connection(api, last)
         server = ask()
@@ -130,7 +130,7 @@ class OfflineRun:
         server = self._send_lives(api, sent, server, ask=ask, is_over=is_over, lock=lock)
         total = sent.first_row + gone + len(log.rows)
         has_more = server.count < total
-        if server.state in ENDED and (has_more or not is_over):
+        if server.state != "running" and (has_more or not is_over):
             entity = log.entity or api.default_entity
             variables = {"entity": entity, "project": log.project, "name": log.run_id}
             api._service_api.execute_graphql(REOPEN, variables)
