@@ -114,6 +114,13 @@ class Lock:
                     os.utime(path)
 
 
+def is_held(output_dir: Path) -> bool | None:
+    """Whether a life of the training is going in a folder, on any machine; None if no file says so."""
+    path = output_dir / FILE
+    holder = _read(path)
+    return None if holder is None else not _may_shut_out(holder, path, None)
+
+
 def _read(path: Path) -> Holder | None:
     """Who has the lock; None if nobody has, or if what is there can't be read."""
     try:

@@ -15,6 +15,8 @@ import pytest
 
 from harness import loop
 from harness.arguments import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
+from harness.commands.submit import main as submit
+from harness.commands.sync import main as sync
 from harness.export.__main__ import main as export
 from harness.train import main
 from tests.support.wandb_file import read_all
@@ -29,6 +31,8 @@ NOT_TAKEN = {**OWNED_BY_LAUNCH_CONFIG, **REFUSED, **GONE}
 # Flags of `accelerate launch`, of `python -m harness.tracking` and of `python -m harness.export`.
 OF_OTHERS = {"config_file", "num_processes", "cpu", "registry", "max_shard_size"}
 OF_OTHERS |= {"num_machines", "machine_rank", "main_process_ip", "main_process_port"}
+# Of `python -m harness.sync` and `python -m harness.submit`, up to their first hyphen.
+OF_OTHERS |= {"until", "once", "interval", "nodes", "gpus", "time", "dry", "no"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 OURS = re.compile(r"(?:^|\s)(?:harness-train|harness/train\.py|-m harness\.train)(?=\s|$)")
 
@@ -131,6 +135,21 @@ def test_the_command_of_the_export_asks_for_what_it_can_do(capsys: pytest.Captur
     (command,) = [command for command in commands() if "harness.export" in command]
     assert export(shlex.split(command)[3:]) == 2
     assert "CHECKPOINT=runs/cola/checkpoint-500: no such folder" in capsys.readouterr().err
+
+
+def test_the_command_that_submits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = [command for command in commands() if "harness.submit" in command]
+    assert submit(["--dry-run", *shlex.split(command)[3:]]) == 0
+    assert "multi_node.sbatch --config quickstart" in capsys.readouterr().out
+
+
+def test_the_command_that_syncs_asks_for_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = [command for command in commands() if "harness.sync" in command]
+    monkeypatch.chdir(tmp_path)
+    assert sync(shlex.split(command)[3:]) == 2
+    assert "runs: no such folder" in capsys.readouterr().err
 
 
 def test_the_task_of_ones_own_learns(

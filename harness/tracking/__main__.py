@@ -8,7 +8,6 @@ NAME`. Exit codes: 0 done, 1 something is left, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 from collections.abc import Sequence
@@ -16,14 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from harness.config import ConfigError
-from harness.tracking.api import API_TIMEOUT_SECONDS, UnreachableError, open_api
-from harness.tracking.delivery import deliver, link_command, registry_path, save_without_run
+from harness.tracking.api import UnreachableError, open_api
+from harness.tracking.delivery import DeliveryError, deliver_staged, registry_path
 from harness.tracking.opening import one_line, server_answers
-from harness.tracking.rows import QUESTION, RowsError, deliver_rows, online_logs, parse_answer
-from harness.tracking.staging import FOLDER, Staged, discard, waiting
+from harness.tracking.rows import RowsError, connection, deliver_rows, online_logs
+from harness.tracking.staging import FOLDER, Staged, waiting
 from harness.tracking.transaction_log import TransactionLog
 
 SOURCE = "python -m harness.tracking"
@@ -59,19 +56,20 @@ def upload(output_dirs: Sequence[Path]) -> int:
         left += sum(_fail(1, problem) for problem in problems)
         if not (here or staged or problems):
             raise ConfigError(
-                f"{folder} holds no online run and no staged artifacts ({folder / FOLDER}); offline runs: `wandb sync`."
+                f"{folder} holds no online run and no staged artifacts ({folder / FOLDER}); offline runs: "
+                f"`python -m harness.sync {folder}`."
             )
         logs += here
         found += staged
     api = open_api(SOURCE, silent=True)
     jobs = [(f"{log.project}/{log.run_id}", partial(_upload_rows, api, log)) for log in logs]
-    jobs += [(f"{staged.name} ({staged.aliases[-1]})", partial(_upload, api, staged)) for staged in found]
+    jobs += [(f"{staged.name} ({staged.aliases[-1]})", partial(deliver_staged, api, staged)) for staged in found]
     for name, job in jobs:
         try:
             print(job(), flush=True)
         except Exception as error:  # wandb and its transports raise many types; the next one is tried all the same
             left += 1
-            reason = str(error) if isinstance(error, CommandError | RowsError) else one_line(error)
+            reason = str(error) if isinstance(error, DeliveryError | RowsError) else one_line(error)
             _fail(1, f"{name} is not delivered: {reason}")
             _check_server(api)
     return 1 if left else 0
@@ -79,44 +77,10 @@ def upload(output_dirs: Sequence[Path]) -> int:
 
 def _upload_rows(api: Any, log: TransactionLog) -> str:
     """Deliver the rows of a run; returns what to say. Raises RowsError, and what wandb and requests raise."""
-    entity = log.entity or api.default_entity
-    base_url = api.settings["base_url"].rstrip("/")
-    variables = {"entity": entity, "project": log.project, "run": log.run_id}
-
-    def post(body: dict[str, Any]) -> None:
-        address = f"{base_url}/files/{entity}/{log.project}/{log.run_id}/file_stream"
-        requests.post(address, json=body, auth=("api", api.api_key), timeout=API_TIMEOUT_SECONDS).raise_for_status()
-
-    sent = deliver_rows(log, ask=lambda: parse_answer(api._service_api.execute_graphql(QUESTION, variables)), post=post)
-    name = f"{entity}/{log.project}/{log.run_id}"
+    ask, post = connection(api, log)
+    sent = deliver_rows(log, ask=ask, post=post)
+    name = f"{log.entity or api.default_entity}/{log.project}/{log.run_id}"
     return f"{name}: {sent} rows delivered" if sent else f"{name}: W&B has all rows of {log.folder.name}"
-
-
-def _upload(api: Any, staged: Staged) -> str:
-    """Deliver one artifact; returns what to say. Raises CommandError, and what `deliver` raises."""
-    from wandb.errors import CommError
-
-    staged = dataclasses.replace(staged, entity=staged.entity or api.default_entity)
-    run = f"{staged.entity}/{staged.project}/{staged.run_id}"
-    try:
-        api.run(run)
-    except CommError as error:
-        if not server_answers(api.settings["base_url"]):
-            raise
-        sync = staged.sync_dir or "and the folder of the run"
-        raise CommandError(f"W&B has no run {run}; bring it there first: wandb sync {sync}") from error
-    log = partial(save_without_run, api, staged)
-    committed = deliver(staged, api=lambda: api, log=log, may_be_late=True)
-    discard(staged)
-    name = f"{staged.entity}/{staged.project}/{committed.name}"
-    if staged.registry is None:
-        return f"{name} delivered ({', '.join(staged.aliases)})"
-    try:
-        committed.link(registry_path(staged.registry), staged.aliases)
-    except Exception as error:  # as above
-        command = link_command(name, staged.registry, staged.aliases)
-        raise CommandError(f"{name} is, but not linked: {one_line(error)}; link it: {command}") from error
-    return f"{name} delivered and linked to {registry_path(staged.registry)}"
 
 
 def link(name: str, registry: str, aliases: Sequence[str]) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import requests
 
-from harness.tracking.staging import Staged, complete, sync
+from harness.tracking.opening import one_line, server_answers
+from harness.tracking.staging import Staged, complete, discard, sync
 
 TYPE = "model"  # the Trainer's, for all three kinds
 DEFAULT_REGISTRY = "wandb-registry-model"
@@ -54,7 +57,7 @@ mutation CommitArtifact($artifactID: ID!) {
 
 
 class DeliveryError(Exception):
-    """What W&B has is not what was sent."""
+    """What W&B has is not what was sent, or what keeps an artifact from being sent."""
 
 
 def build(staged: Staged) -> Any:
@@ -96,10 +99,45 @@ def deliver(staged: Staged, *, api: Callable[[], Any], log: Callable[[Any, list[
     return committed
 
 
+def deliver_staged(api: Any, staged: Staged) -> str:
+    """
+    Deliver an artifact of a run that is not open here, unstage and link it; returns what to say.
+
+    Raises DeliveryError, and what `deliver` raises.
+    """
+    from wandb.errors import CommError
+
+    staged = dataclasses.replace(staged, entity=staged.entity or api.default_entity)
+    run = f"{staged.entity}/{staged.project}/{staged.run_id}"
+    try:
+        api.run(run)
+    except CommError as error:
+        if not server_answers(api.settings["base_url"]):
+            raise
+        sync = staged.sync_dir or "and the folder of the run"
+        raise DeliveryError(f"W&B has no run {run}; bring it there first: wandb sync {sync}") from error
+    log = partial(save_without_run, api, staged)
+    committed = deliver(staged, api=lambda: api, log=log, may_be_late=True)
+    discard(staged)
+    name = f"{staged.entity}/{staged.project}/{committed.name}"
+    if staged.registry is None:
+        return f"{name} delivered ({', '.join(staged.aliases)})"
+    try:
+        committed.link(registry_path(staged.registry), staged.aliases)
+    except Exception as error:  # wandb and its transports raise many types
+        command = link_command(name, staged.registry, staged.aliases)
+        raise DeliveryError(f"{name} is, but not linked: {one_line(error)}; link it: {command}") from error
+    return f"{name} delivered and linked to {registry_path(staged.registry)}"
+
+
 def versions(api: Any, staged: Staged) -> list[Any]:
     """The committed versions of its collection, none where it doesn't exist yet."""
-    path = f"{staged.entity}/{staged.project}/{staged.name}"
-    return list(api.artifacts(TYPE, path)) if api.artifact_collection_exists(path, TYPE) else []
+    return versions_of(api, f"{staged.entity}/{staged.project}/{staged.name}", TYPE)
+
+
+def versions_of(api: Any, path: str, kind: str) -> list[Any]:
+    """The committed versions of the collection ENTITY/PROJECT/NAME of a type, none where it doesn't exist yet."""
+    return list(api.artifacts(kind, path)) if api.artifact_collection_exists(path, kind) else []
 
 
 def delete_superseded(api: Any, staged: Staged, keep: int) -> list[str]:

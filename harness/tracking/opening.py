@@ -66,10 +66,15 @@ def open_run(
 
 def check_credentials(config: TrackingConfig) -> None:
     """Raise ConfigError if --wandb_mode online has no credentials, before anything is written."""
+    if config.wandb_mode == "online" and not has_credentials():
+        raise ConfigError(NEEDS_CREDENTIALS)
+
+
+def has_credentials() -> bool:
+    """Whether there is a key in the environment or a login."""
     import wandb
 
-    if config.wandb_mode == "online" and not _has_credentials(wandb.setup().settings):
-        raise ConfigError(NEEDS_CREDENTIALS)
+    return _has_credentials(wandb.setup().settings)
 
 
 class NoCredentialsError(Exception):

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from harness.tracking import identity as identities
+from harness.tracking.api import API_TIMEOUT_SECONDS
 from harness.tracking.journal import FILE as JOURNAL
 from harness.tracking.journal import Journal
 from harness.tracking.transaction_log import TransactionLog, read_log
@@ -63,6 +66,22 @@ def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
     if (journaled := _journaled(folder, latest)) is not None:
         latest[journaled.run_id] = journaled
     return sorted(latest.values(), key=lambda log: log.started_at), problems
+
+
+def connection(api: Any, log: TransactionLog) -> tuple[Callable[[], AtServer | None], Callable[[dict[str, Any]], None]]:
+    """What asks the server of a run, and what sends one request of its file stream. They raise what wandb does."""
+    entity = log.entity or api.default_entity
+    base_url = api.settings["base_url"].rstrip("/")
+    variables = {"entity": entity, "project": log.project, "run": log.run_id}
+    address = f"{base_url}/files/{entity}/{log.project}/{log.run_id}/file_stream"
+
+    def ask() -> AtServer | None:
+        return parse_answer(api._service_api.execute_graphql(QUESTION, variables))
+
+    def post(body: dict[str, Any]) -> None:
+        requests.post(address, json=body, auth=("api", api.api_key), timeout=API_TIMEOUT_SECONDS).raise_for_status()
+
+    return ask, post
 
 
 def deliver_rows(
@@ -144,7 +163,7 @@ def _journaled(folder: Path, logs: Mapping[str, TransactionLog]) -> TransactionL
     if identity is None or identity.mode != "online":
         return None
     rows = {
-        line["_step"]: {name: value for name, value in line.items() if name != "_row" and _is_plain(value)}
+        line["_step"]: {name: value for name, value in line.items() if name != "_row" and is_plain(value)}
         for line, _ in Journal(folder / JOURNAL).lines()
         if line["_row"] >= identity.first_row
     }
@@ -170,7 +189,8 @@ def _journaled(folder: Path, logs: Mapping[str, TransactionLog]) -> TransactionL
     )
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value of the journal is one of a row; tables and charts are files beside it."""
     return not isinstance(value, dict) or value.get("_type") not in ("table", "chart")
 
 

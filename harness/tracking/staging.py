@@ -88,7 +88,7 @@ def stage(root: Path, *, links: Mapping[str, Path], texts: Mapping[str, str], **
     root.mkdir(parents=True, exist_ok=True)
     taken = [int(found[1]) for path in root.iterdir() if (found := NUMBERED.fullmatch(path.name))]
     folder = root / f"{max(taken, default=0) + 1:04d}-{fields['name']}"
-    folder.mkdir()
+    folder.mkdir(parents=True)  # `discard` of another process may have taken the common folder away
     try:
         for name, text in texts.items():
             (folder / "files").mkdir(exist_ok=True)

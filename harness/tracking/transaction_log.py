@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MAGIC, HEADER_BYTES, BLOCK_BYTES, CHUNK_HEADER = b":W&B", 7, 32768, struct.Struct("<IHB")
-WHOLE, FIRST, LAST = 1, 2, 4
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class TransactionLog:
     """
     One life of a run: its rows with W&B's own columns, its summary, and its exit code if it has ended.
 
-    `started_at`: seconds since 1970. `entity` is "" where the run went to the user's default one.
+    `started_at`: seconds since 1970. `entity` is "" where the run went to the user's default one. `resumes`: it was
+    opened to go on behind rows that the server may have.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class TransactionLog:
     summary: dict[str, Any]
     exit_code: int | None
     is_preempting: bool
+    resumes: bool = False
 
 
 def read_log(path: Path) -> TransactionLog | None:
@@ -64,6 +66,7 @@ def read_log(path: Path) -> TransactionLog | None:
         summary=summary,
         exit_code=exit_code,
         is_preempting=is_preempting,
+        resumes=bool(run.resume),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from harness.tracking.delivery import build, delete_superseded, deliver, is_checkpoint, link_command, registry_path
 from harness.tracking.opening import one_line, server_answers
 from harness.tracking.outcome import Delivery, Pending
-from harness.tracking.staging import Staged, StagingError, discard, waiting, write_record
+from harness.tracking.staging import Staged, StagingError, complete, discard, waiting, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +198,9 @@ class Uploads:
         with self._changed:
             if self._is_stopped:  # closed meanwhile: the report has said it
                 return
+            if self._is_offline and not staged.is_waiting:  # `harness.sync` has brought it to W&B
+                self._waiting.remove(upload)
+                return
             upload.reason = reason
             upload.is_late |= upload.attempts > len(RETRY_SECONDS)
             if isinstance(error, StagingError):
@@ -292,10 +295,14 @@ class Uploads:
             if self._is_stopped:
                 return
             try:
+                complete(upload.staged)
                 self._run.log_artifact(upload.artifact, aliases=upload.staged.aliases)
                 write_record(dataclasses.replace(upload.staged, sync_dir=str(self._run.settings.sync_dir)))
             except Exception as error:  # as in `_work`
                 upload.reason = one_line(error)
+                if not upload.staged.is_waiting:  # `harness.sync` has brought it to W&B
+                    with self._changed:
+                        self._waiting.remove(upload)
                 continue
             with self._changed:
                 self._waiting.remove(upload)

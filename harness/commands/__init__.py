@@ -1,0 +1,1 @@
+"""What is typed beside a training: `python -m harness.sync`, `python -m harness.submit`."""

@@ -1,0 +1,218 @@
+"""
+From the login node into the queue: `python -m harness.submit [OPTIONS] --config recipe ...`.
+
+What it does not know goes to train.py. It refuses what would fail after hours in the queue, prints the sbatch line,
+runs it, and says how to follow. Exit codes: 0 submitted (or would be), 1 sbatch failed, 2 refused, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.arguments import Config, parse
+from harness.commands.checks import check_cache, check_disk, check_launch_config, check_tracking
+from harness.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = "slurm"
+# MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN, D-H:MIN:SEC, as sbatch has them.
+TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
+ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+OFFLINE = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of the cluster, and what train.py is given."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    array: str | None = None
+    launch_config: Path | None = None
+    sbatch: list[str] = field(default_factory=list)
+    no_internet: bool = False
+    arguments: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise ConfigError(f"--nodes={self.nodes}: use 1 or more.")
+        if self.gpus_per_node is not None and self.gpus_per_node < 0:
+            raise ConfigError(f"--gpus-per-node={self.gpus_per_node}: use 0 (train on the CPU) or more.")
+        if self.time is not None and not TIME.fullmatch(self.time):
+            raise ConfigError(
+                f"--time={self.time}: write it as 12:00:00 (hours), 2-12:00:00 (with days) or 90 (minutes)."
+            )
+        if self.array is not None and not ARRAY.fullmatch(self.array):
+            raise ConfigError(f"--array={self.array}: write it as 0-7, 0,2,5 or 0-7%2 (two at a time).")
+        if self.array is not None and self.nodes > 1:
+            raise ConfigError(f"--array with --nodes={self.nodes}: each task of a sweep is on one node; leave one out.")
+
+    @property
+    def num_processes(self) -> int:
+        """Of the whole job, as slurm/cluster.sh starts them: one a GPU, or one a node."""
+        return self.nodes * max(self.num_gpus, 1)
+
+    @property
+    def num_gpus(self) -> int:
+        """The GPUs of a node: those asked for, or those of the script."""
+        if self.gpus_per_node is not None:
+            return self.gpus_per_node
+        found = re.search(r"^#SBATCH --gpus-per-node=(\d+)", self.script.read_text(encoding="utf-8"), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    @property
+    def script(self) -> Path:
+        """The script that does it."""
+        name = "array" if self.array is not None else "multi_node" if self.nodes > 1 else "single_node"
+        return ROOT / SCRIPTS / f"{name}.sbatch"
+
+    @property
+    def launch(self) -> Path:
+        """The launch config: the one asked for, or the one that the script takes."""
+        if self.launch_config is not None:
+            return self.launch_config.expanduser().absolute()
+        return ROOT / "launch_configs" / ("ddp.yaml" if self.num_processes > 1 else "single.yaml")
+
+    def command(self) -> list[str]:
+        """The line for sbatch."""
+        options = [f"--nodes={self.nodes}"]
+        for name in ("gpus_per_node", "time", "partition", "account", "array"):
+            if (value := getattr(self, name)) is not None:
+                options.append(f"--{name.replace('_', '-')}={value}")
+        return ["sbatch", *options, *self.sbatch, str(_from_here(self.script)), *self.arguments]
+
+    def variables(self) -> dict[str, str]:
+        """What the job finds in its environment, beside that of this shell."""
+        found = {} if Path.cwd() == ROOT else {"HARNESS_DIR": str(ROOT)}
+        if self.launch_config is not None:
+            found["LAUNCH_CONFIG"] = str(self.launch)
+        return found | (OFFLINE if self.no_internet else {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        parser = _parser()
+        given, arguments = parser.parse_known_args(argv)
+        values = {name: value for name, value in vars(given).items() if name != "dry_run"}
+        return submit(Request(**values, arguments=arguments), is_dry=given.dry_run)
+    except ConfigError as error:
+        return _say_error(2, str(error))
+    except KeyboardInterrupt:
+        return _say_error(130, "Interrupted; nothing was submitted.")
+
+
+def submit(request: Request, *, is_dry: bool) -> int:
+    """Check, print, submit; returns the exit code. Raises ConfigError."""
+    environment = {**os.environ, **request.variables()}
+    config, notes = check(request, environment)
+    for note in notes:
+        print(f"checked: {note}")
+    line = [f"{name}={shlex.quote(value)}" for name, value in request.variables().items()]
+    print(" ".join([*line, shlex.join(request.command())]), flush=True)
+    if is_dry:
+        print("Not submitted (--dry-run).")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch is not here: run this on the cluster's login node, or give --dry-run.")
+    done = subprocess.run(  # noqa: S603 - what was printed
+        [*request.command()[:1], "--parsable", *request.command()[1:]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        return _say_error(1, f"sbatch refuses the job: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    _tell(request, config, done.stdout.strip().split(";")[0], environment)
+    return 0
+
+
+def check(request: Request, environment: Mapping[str, str]) -> tuple[Config, list[str]]:
+    """The configuration of the training and what was found out about it. Raises ConfigError for what would fail."""
+    if not request.script.is_file():
+        raise ConfigError(f"{request.script}: no such file. harness.submit needs a checkout: pip install -e . in one.")
+    config = parse(request.arguments)
+    is_offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    notes = [
+        check_launch_config(request.launch, num_processes=request.num_processes, uses_gpus=request.num_gpus > 0),
+        check_cache(config.task, is_offline=is_offline),
+        check_disk(config, _output_dir(request, "JOB")),
+        check_tracking(config.tracking, has_internet=not request.no_internet, mode=environment.get("WANDB_MODE")),
+    ]
+    return config, notes
+
+
+def _output_dir(request: Request, job: str) -> Path:
+    # As slurm/cluster.sh finds it: on the command line, not in a recipe.
+    found = ""
+    for before, argument in zip(["", *request.arguments], request.arguments, strict=False):
+        if before == "--output_dir":
+            found = argument
+        elif argument.startswith("--output_dir="):
+            found = argument.partition("=")[2]
+    return Path(found).expanduser() if found else Path("runs") / f"job-{job}"
+
+
+def _tell(request: Request, config: Config, job: str, environment: Mapping[str, str]) -> None:
+    log = f"slurm-{job}_0.out" if request.array is not None else f"slurm-{job}.out"
+    folder = _output_dir(request, f"{job}_0" if request.array is not None else job)
+    print(f"Submitted job {job}.")
+    print(f"  in the queue:  squeue --me --jobs={job}")
+    print(f"  its output:    tail -F {log}")
+    print(f"  its folder:    {folder}{' (task 0)' if request.array is not None else ''}")
+    if config.tracking.uses_wandb and environment.get("WANDB_MODE", config.tracking.wandb_mode) != "online":
+        parent = shlex.quote(str(folder.parent))
+        print(f"  offline runs to W&B, from here once it has begun:  python -m harness.sync {parent}")
+    print(f"  end it:        scancel {job}", flush=True)
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(message[:1].upper() + message[1:] + ". See --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m harness.submit",
+        usage="%(prog)s [OPTIONS] FLAGS OF train.py, e.g. --config recipe --output_dir runs/first",
+        description="Check a training, put it into SLURM's queue by the scripts in slurm/, say how to follow it.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--nodes", type=int, default=1, help="Nodes of the job. Default: 1.")
+    add("--gpus-per-node", type=int, help="GPUs of each, a process on each; 0: CPU. Default: the script's.")
+    add("--time", help="Time limit of a life, 12:00:00; the job goes on in the next. Default: the script's.")
+    add("--partition", help="Partition. Default: SBATCH_PARTITION or the cluster's.")
+    add("--account", help="Account. Default: SBATCH_ACCOUNT or the cluster's.")
+    add("--array", help="A sweep: 0-7, each task on one node; see slurm/README.md.")
+    add(
+        "--launch-config", type=Path, help="File in launch_configs/. Default: ddp.yaml, or single.yaml for one process."
+    )
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="Further option: --sbatch=--qos=high. Repeats.")
+    add(
+        "--no-internet", action="store_true", help="The nodes have none: W&B and Hub offline, all looked for in caches."
+    )
+    add("--dry-run", action="store_true", help="Check and print, don't submit.")
+    return parser
+
+
+def _say_error(code: int, message: str) -> int:
+    print(f"harness.submit: {message}", file=sys.stderr, flush=True)
+    return code
