@@ -250,11 +250,20 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         console=session.console,
         tracker=tracker,
         tables=_sample_tables(session, tracker),
-        stop=Stop(accelerator, requested=lambda: tracker.stop_requested, time_limit=_time_limit(session, checkpoints)),
+        stop=_stop(session, tracker, checkpoints),
         watchdog=Watchdog(config.watchdog, ranks=ranks, timeout_seconds=config.topology.ddp_timeout),
         modeling=config.modeling,
         optim=config.optim,
         arguments=_arguments(session, plan),
+    )
+
+
+def _stop(session: Session, tracker: WandbTracker, checkpoints: Checkpoints) -> Stop:
+    return Stop(
+        session.accelerator,
+        requested=lambda: tracker.stop_requested,
+        time_limit=_time_limit(session, checkpoints),
+        is_shut_out=lambda: checkpoints.is_shut_out,
     )
 
 

@@ -27,10 +27,10 @@ from harness.metrics import Clock, Window, Work
 from harness.modeling import Loss, ModelingConfig
 from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.plan import Due, Plan
-from harness.saving import Checkpoints
+from harness.saving import CheckpointError, Checkpoints
 from harness.state import TrainState
 from harness.stepping import Stepper, ZeroStepper
-from harness.stopping import NONE, PREEMPTED_EXIT_CODE, REQUESTED, TIME_LIMIT, Stop, StoppedError
+from harness.stopping import NONE, PREEMPTED_EXIT_CODE, REQUESTED, SHUT_OUT, TIME_LIMIT, Stop, StoppedError
 from harness.throughput import Throughput, as_text
 from harness.topology import software
 from harness.tracking import WandbTracker, rewrite
@@ -256,10 +256,17 @@ def save(run: Run, state: TrainState) -> None:
 
 
 def heed_stop(run: Run, state: TrainState) -> None:
-    """Collective: if the ranks have agreed to stop, save and raise StoppedError."""
+    """
+    Collective: if the ranks have agreed to stop, save and raise StoppedError.
+
+    Or CheckpointError, if another process has taken the folder and the W&B run over: nothing more is theirs.
+    """
     reason = run.stop.agreed()
     if reason == NONE:
         return
+    if reason == SHUT_OUT:
+        where = f"step {state.global_step} of {run.plan.max_steps}"
+        raise CheckpointError(f"Another process has taken over {run.checkpoints.output_dir}: this one ends at {where}.")
     if reason != REQUESTED:
         run.tracker.mark_preempting()
     saves = run.plan.config.save_strategy != "no"

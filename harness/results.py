@@ -23,7 +23,7 @@ PREDICTIONS_FILE = "predict_results.txt"  # the name in Transformers' example sc
 def save_final(session: Session, run: Run, state: TrainState, weights: Mapping[str, torch.Tensor]) -> None:
     """Rank zero: the model and the state that the training ended with."""
     model, output_dir, best = session.task.model, session.output_dir, run.best
-    if run.checkpoints.lock is not None and run.checkpoints.lock.is_lost():
+    if run.checkpoints.is_shut_out:
         raise CheckpointError(
             f"Another process has taken over {output_dir}: this one ends, its model is not put there."
         )

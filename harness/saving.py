@@ -78,6 +78,11 @@ class Checkpoints:
         """Whether this rank writes what is not its own alone."""
         return self.process_index == 0
 
+    @property
+    def is_shut_out(self) -> bool:
+        """Whether another process has taken the folder over."""
+        return self.lock is not None and self.lock.is_lost()
+
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self.output_dir / f"checkpoint-{step}"
@@ -304,7 +309,7 @@ class Checkpoints:
         write_json(partial / STATE_FILE, manifest)
         sync(partial / STATE_FILE)
         sync(partial)
-        if self.lock is not None and self.lock.is_lost():
+        if self.is_shut_out:
             raise CheckpointError(
                 f"Another process has taken over {self.output_dir}: this one ends, {final.name} is not put there."
             )

@@ -19,7 +19,8 @@ from harness.held_signals import SIGNALS
 PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
 PREEMPTED_FILE = "preempted"
 # The greatest reason wins where ranks have different ones.
-NONE, REQUESTED, TIME_LIMIT, PREEMPTED = 0, 1, 2, 3
+NONE, REQUESTED, TIME_LIMIT, PREEMPTED, SHUT_OUT = 0, 1, 2, 3, 4
+SECONDS_BETWEEN_LOOKS = 1.0  # at the lock, a file that may be on a network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +81,22 @@ class Stop:
 
     - requested: whether somebody asks for an end from outside (Stop in the W&B app); read on each rank.
     - time_limit: of the job; on rank zero, None on the others and where there is none.
+    - is_shut_out: whether another process has taken the folder over; asked once a second.
 
     With several ranks the answer travels on a gloo group of its own while the next step runs, so that no step waits
     for it: they stop one step after the signal.
     """
 
     def __init__(
-        self, accelerator: Accelerator, *, requested: Callable[[], bool], time_limit: TimeLimit | None = None
+        self,
+        accelerator: Accelerator,
+        *,
+        requested: Callable[[], bool],
+        time_limit: TimeLimit | None = None,
+        is_shut_out: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.requested, self.time_limit = requested, time_limit
+        self.requested, self.time_limit, self.is_shut_out = requested, time_limit, is_shut_out
+        self._looked_at = 0.0
         self._signalled = threading.Event()
         self._is_alone = accelerator.num_processes == 1
         self._group = None if self._is_alone else torch.distributed.new_group(backend="gloo")
@@ -115,7 +123,7 @@ class Stop:
             yield
 
     def agreed(self) -> int:
-        """Collective: NONE, REQUESTED, TIME_LIMIT or PREEMPTED, the same on all ranks."""
+        """Collective: NONE, REQUESTED, TIME_LIMIT, PREEMPTED or SHUT_OUT, the same on all ranks."""
         reason = self._reason()
         if self._is_alone:
             return reason
@@ -127,6 +135,10 @@ class Stop:
         return answer
 
     def _reason(self) -> int:
+        if time.monotonic() - self._looked_at > SECONDS_BETWEEN_LOOKS:
+            self._looked_at = time.monotonic()
+            if self.is_shut_out():
+                return SHUT_OUT
         if self._signalled.is_set():
             return PREEMPTED
         if self.time_limit is not None and self.time_limit.is_near(steps_ahead=0 if self._is_alone else 1):

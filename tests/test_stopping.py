@@ -29,6 +29,19 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_process_whose_folder_is_taken_over_ends_at_once_and_leaves_it_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    task = {"task_args": {"folder": str(folder), "at": 6}, "save_steps": 100}
+    assert main(flags(folder, "tests.support.taking_over_task:build", **task)) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == f"harness-train: Another process has taken over {folder}: this one ends at step 5 of 30."
+    assert not list(folder.glob("checkpoint-*"))
+    assert not (folder / "model.safetensors").exists()
+    assert '"token": "another"' in (folder / "harness.lock").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_sigterm_saves_says_so_and_the_run_goes_on_as_if_nothing_had_been(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
