@@ -120,7 +120,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     stop_if_finished(accelerator, record)
     for reason in found.passed_over:
         logger.warning("Passed over %s.", reason)
-    chosen = trackers(config.tracking, dir=str(output_dir), resumes=config.checkpoint.resumes)
+    # Absolute: a wandb-core that an earlier run of this process has started may have another working directory.
+    chosen = trackers(config.tracking, dir=str(output_dir.absolute()), resumes=config.checkpoint.resumes)
     session = assemble(config, accelerator, output_dir, weights=found.path)
     state = TrainState()
     tracker = wandb_tracker(chosen)
