@@ -10,12 +10,14 @@ import math
 from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+SECRET_SUFFIXES = ("_token", "api_key")
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
@@ -177,3 +179,48 @@ def _as_argv(values: Mapping[str, Any]) -> list[str]:
         else:
             argv.append(f"--{name}={value}")
     return argv
+
+
+def is_secret(name: str) -> bool:
+    """Whether a value of this name must not be recorded."""
+    return name == "token" or name.endswith(SECRET_SUFFIXES)
+
+
+def masked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without secrets. A text like <image> is a model's special token, or masked already."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            result[name] = masked(value)
+        elif isinstance(value, str) and is_secret(str(name)) and not (value[:1] == "<" and value[-1:] == ">"):
+            result[name] = f"<{name.upper()}>"
+        else:
+            result[name] = value
+    return result
+
+
+def masked_arguments(argv: Sequence[str]) -> list[str]:
+    """A command line without the values of secret flags: wandb records it."""
+    result: list[str] = []
+    hides_next = False
+    for token in argv:
+        flag, equals, _ = token.partition("=")
+        secret = flag.startswith("--") and is_secret(flag[2:].replace("-", "_").lower())
+        result.append("<SECRET>" if hides_next else f"{flag}=<SECRET>" if secret and equals else token)
+        hides_next = secret and not equals
+    return result
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON types."""
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    return str(value)

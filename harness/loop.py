@@ -15,28 +15,28 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.memory import clear_device_cache
 
-from harness import rng
-from harness.best import BestModel
-from harness.console import Console
-from harness.content import Content
-from harness.evaluation import EvalSet, Evaluator
-from harness.export import is_sharded, load_weights, save_model, whole_weights
-from harness.fsdp import is_fsdp, optimizer_file, optimizer_shard
-from harness.loader import Batch, TrainLoader, step_groups
-from harness.metrics import Clock, Window, Work
-from harness.modeling import Loss, ModelingConfig
-from harness.optim import BY_METRIC, OptimConfig, current_learning_rate
-from harness.plan import Due, Plan
-from harness.saving import CheckpointError, Checkpoints
-from harness.state import TrainState
-from harness.stepping import Stepper, ZeroStepper
-from harness.stopping import NONE, PREEMPTED_EXIT_CODE, REQUESTED, SHUT_OUT, TIME_LIMIT, Stop, StoppedError
-from harness.throughput import Throughput, as_text
-from harness.topology import software
+from harness.checkpoint.content import Content
+from harness.checkpoint.writer import CheckpointError, Checkpoints
+from harness.data.loader import Batch, TrainLoader, step_groups
+from harness.distributed.accelerator import software
+from harness.distributed.backend import Stepper, ZeroStepper
+from harness.distributed.fsdp2 import is_fsdp, optimizer_file, optimizer_shard
+from harness.distributed.zero import save_shards, zero_stage
+from harness.model.optim import BY_METRIC, OptimConfig, current_learning_rate
+from harness.model.weights import is_sharded, load_weights, save_model, whole_weights
 from harness.tracking import WandbTracker, rewrite
-from harness.tracking.tables import SampleTables, is_due, last_evaluation
-from harness.watchdog import END, EVALUATION, REPORT, SAVE, Watchdog
-from harness.zero import save_shards, zero_stage
+from harness.tracking.media.tables import SampleTables, is_due, last_evaluation
+from harness.training import rng
+from harness.training.best import BestModel
+from harness.training.console import Console
+from harness.training.evaluation import EvalSet, Evaluator
+from harness.training.loss import Loss, ModelingConfig
+from harness.training.metrics import Clock, Window, Work
+from harness.training.schedule import Due, Plan
+from harness.training.state import TrainState
+from harness.training.stopping import NONE, PREEMPTED_EXIT_CODE, REQUESTED, SHUT_OUT, TIME_LIMIT, Stop, StoppedError
+from harness.training.throughput import Throughput, as_text
+from harness.training.watchdog import END, EVALUATION, REPORT, SAVE, Watchdog
 
 logger = logging.getLogger(__name__)
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from harness.adapters import complete_card, is_adapted, merged
-from harness.assemble import Session, eval_set, eval_sets, prepare_for_evaluation, weights_dtype
+from harness.build import Session, eval_set, eval_sets, prepare_for_evaluation, weights_dtype
+from harness.checkpoint.writer import CheckpointError
 from harness.config import ConfigError
-from harness.export import is_sharded, save_model
 from harness.loop import Run
+from harness.model.adapters import complete_card, is_adapted, merged
+from harness.model.weights import is_sharded, save_model
 from harness.model_card import CARD_FILE, write_model_card
-from harness.saving import CheckpointError
-from harness.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
 from harness.tracking import rewrite
+from harness.training.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
 
 MERGED_DIR = "merged"
 PREDICTIONS_FILE = "predict_results.txt"  # the name in Transformers' example scripts

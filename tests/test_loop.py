@@ -51,7 +51,7 @@ def test_another_number_of_threads_is_told_on_resume(tmp_path: Path, caplog: pyt
     assert content["software"]["num_threads"] == torch.get_num_threads()
     content["software"]["num_threads"] = 64
     manifest.write_text(json.dumps(content))
-    logger = logging.getLogger("harness.restoring")
+    logger = logging.getLogger("harness.snapshot")
     logger.addHandler(caplog.handler)
     try:
         run_harness(tmp_path / "on", {**arguments, "resume_from_checkpoint": tmp_path / "run" / "checkpoint-5"})

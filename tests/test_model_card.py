@@ -11,9 +11,9 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from harness.arguments import parse
+from harness.flags import parse
 from harness.model_card import write_model_card
-from harness.state import TrainState
+from harness.training.state import TrainState
 from tests.support.parity import TASK, TRAINING, as_flags
 from tests.test_parity import CASES
 

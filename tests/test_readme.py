@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from harness import loop
-from harness.arguments import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
 from harness.commands.submit import main as submit
 from harness.commands.sync import main as sync
 from harness.export.__main__ import main as export
+from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
 from harness.train import main
-from tests.support.wandb_file import read_all
-from tests.test_wandb_parity import DIFFERENCES
+from tests.support.wandb.file import read_all
+from tests.tracking.test_wandb_parity import DIFFERENCES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -195,7 +195,7 @@ def test_two_processes_that_would_be_one_are_refused(tmp_path: Path) -> None:
 def test_the_ddp_command_starts_two_processes(tmp_path: Path) -> None:
     command = next(command for command in commands() if "--expect_num_processes" in command)
     given = shlex.split(command.removeprefix("accelerate launch "))
-    small = ["--task", "tests.support.parity_task:build", "--max_steps", "2", "--report_to", "none", "--use_cpu"]
+    small = ["--task", "tests.support.tasks.parity_task:build", "--max_steps", "2", "--report_to", "none", "--use_cpu"]
     done = run([*LAUNCH, *given, *small, "--save_steps", "2", "--output_dir", str(tmp_path / "run")], ROOT)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "run/checkpoint-2/harness_state.json").read_text(encoding="utf-8"))

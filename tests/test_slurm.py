@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint import CheckpointConfig
+from harness.checkpoint.find import CheckpointConfig
 from harness.config import ConfigError
 from harness.slurm import FAILED, FILE, FINISHED, PREEMPTED, JobRecord, SlurmJob, slurm_job, time_limit_at
-from harness.stopping import StoppingConfig, TimeLimit
 from harness.train import main
+from harness.training.stopping import StoppingConfig, TimeLimit
 from tests.support.parity import TRAINING, as_flags
-from tests.support.wandb_file import read_all
+from tests.support.wandb.file import read_all
 
 ROOT = Path(__file__).parent.parent
-TASK = "tests.support.parity_task:build"
+TASK = "tests.support.tasks.parity_task:build"
 FLAGS = {"task": TASK, "report_to": "none", **TRAINING, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 
 

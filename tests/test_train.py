@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from harness.checkpoint import list_checkpoints
+from harness.checkpoint.find import list_checkpoints
 from harness.train import main
 from tests.support.inputs import (
     label_flags,
@@ -25,7 +25,7 @@ from tests.support.inputs import (
 from tests.support.parity import TRAINING, assert_equal_runs, assert_equal_weights, history, reset, run_harness
 
 FAST = ["--report_to=none", "--use_cpu", "--max_steps=3", "--logging_steps=1", "--save_strategy=no"]
-PARITY = ["--task=tests.support.parity_task:build", *FAST]
+PARITY = ["--task=tests.support.tasks.parity_task:build", *FAST]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_a_resume_of_a_finished_run_trains_no_step(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_with_130(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--task=tests.support.odd_tasks:interrupted", *FAST, f"--output_dir={tmp_path / 'out'}"]
+    flags = ["--task=tests.support.tasks.odd_tasks:interrupted", *FAST, f"--output_dir={tmp_path / 'out'}"]
     # A job in the background of a script ignores the signal from birth; so would this test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -198,7 +198,7 @@ def test_an_interrupt_ends_with_130(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_out_of_memory_says_what_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--task=tests.support.odd_tasks:out_of_memory", *FAST, f"--output_dir={tmp_path / 'out'}"]
+    flags = ["--task=tests.support.tasks.odd_tasks:out_of_memory", *FAST, f"--output_dir={tmp_path / 'out'}"]
     assert main(flags) == 1
     shown = capsys.readouterr().err
     assert shown.count("harness-train: ") == 1

@@ -15,13 +15,13 @@ from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import try_to_load_from_cache
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-from harness.arguments import Config
 from harness.config import ConfigError
+from harness.flags import Config
 from harness.tasks import TaskConfig
-from harness.tasks.glue import HUB_NAME
+from harness.tasks.text.glue import HUB_NAME
 from harness.tracking import TrackingConfig
-from harness.tracking.api import UnreachableError, open_api
-from harness.tracking.opening import NEEDS_CREDENTIALS, has_credentials
+from harness.tracking.client import UnreachableError, open_api
+from harness.tracking.run.open import NEEDS_CREDENTIALS, has_credentials
 
 SUPPORTED = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
 GIB = 2**30

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.arguments import Config, parse
 from harness.commands.checks import check_cache, check_disk, check_launch_config, check_tracking
 from harness.config import ConfigError
+from harness.flags import Config, parse
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = "slurm"

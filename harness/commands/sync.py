@@ -19,19 +19,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint.lock import SILENCE_SECONDS, is_held
 from harness.config import ConfigError
-from harness.lock import SILENCE_SECONDS, is_held
-from harness.stopping import PREEMPTED_EXIT_CODE, PREEMPTED_FILE
-from harness.topology import is_running
-from harness.tracking import identity as identities
-from harness.tracking.api import UnreachableError, open_api
-from harness.tracking.delivery import DeliveryError
-from harness.tracking.identity import FILE as IDENTITY
-from harness.tracking.identity import Identity
-from harness.tracking.offline import OfflineRun, Outcome
-from harness.tracking.opening import one_line, server_answers
-from harness.tracking.parcels import ParcelError
-from harness.tracking.rows import RowsError
+from harness.distributed.accelerator import is_running
+from harness.tracking.artifacts.upload import DeliveryError
+from harness.tracking.client import UnreachableError, open_api
+from harness.tracking.rows.parcels import ParcelError
+from harness.tracking.rows.server import RowsError
+from harness.tracking.run import identity as identities
+from harness.tracking.run.identity import FILE as IDENTITY
+from harness.tracking.run.identity import Identity
+from harness.tracking.run.open import one_line, server_answers
+from harness.tracking.sync import OfflineRun, Outcome
+from harness.training.stopping import PREEMPTED_EXIT_CODE, PREEMPTED_FILE
 
 SOURCE = "python -m harness.sync"
 LOCK = "wandb_sync.lock"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from harness.config import ConfigError
-from harness.zero import LATEST_FILE, load_shard
+from harness.distributed.zero import LATEST_FILE, load_shard
 
 # Shape, type and what reads a weight.
 Read = tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]

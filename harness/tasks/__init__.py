@@ -13,12 +13,12 @@ import torch
 from harness.config import ConfigError, Json, arg, at_least, choice
 
 SHIPPED = {
-    "causal-lm": "harness.tasks.causal_lm:build",
-    "image-classification": "harness.tasks.image_classification:build",
-    "masked-lm": "harness.tasks.masked_lm:build",
-    "seq2seq": "harness.tasks.seq2seq:build",
-    "sequence-classification": "harness.tasks.sequence_classification:build",
-    "token-classification": "harness.tasks.token_classification:build",
+    "causal-lm": "harness.tasks.text.causal_lm:build",
+    "image-classification": "harness.tasks.image.classification:build",
+    "masked-lm": "harness.tasks.text.masked_lm:build",
+    "seq2seq": "harness.tasks.text.seq2seq:build",
+    "sequence-classification": "harness.tasks.text.sequence_classification:build",
+    "token-classification": "harness.tasks.text.token_classification:build",
 }
 # Flags that one shipped task reads and that are off unless they are given.
 OWNERS = {

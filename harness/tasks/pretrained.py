@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from harness.adapters import MODEL_CONFIG_FILE, adapter_config, load_adapter
 from harness.config import ConfigError
+from harness.model.adapters import MODEL_CONFIG_FILE, adapter_config, load_adapter
 from harness.tasks import TaskConfig
 
 

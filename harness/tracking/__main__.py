@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import ConfigError
-from harness.tracking.api import UnreachableError, open_api
-from harness.tracking.delivery import DeliveryError, deliver_staged, registry_path
-from harness.tracking.opening import one_line, server_answers
-from harness.tracking.rows import RowsError, connection, deliver_rows, online_logs
-from harness.tracking.staging import FOLDER, Staged, waiting
-from harness.tracking.transaction_log import TransactionLog
+from harness.tracking.artifacts.staging import FOLDER, Staged, waiting
+from harness.tracking.artifacts.upload import DeliveryError, deliver_staged, registry_path
+from harness.tracking.client import UnreachableError, open_api
+from harness.tracking.rows.server import RowsError, connection, deliver_rows, online_logs
+from harness.tracking.rows.wandb_file import TransactionLog
+from harness.tracking.run.open import one_line, server_answers
 
 SOURCE = "python -m harness.tracking"
 FULL_NAME = re.compile(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+")

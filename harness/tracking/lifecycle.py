@@ -10,14 +10,14 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
+from harness.distributed.accelerator import software, tell_all
 from harness.slurm import slurm_job
-from harness.topology import software, tell_all
-from harness.tracking.configuration import launch_config, store_configuration
-from harness.tracking.cores import abandon_run
-from harness.tracking.lives import Lives
-from harness.tracking.opening import check_credentials
-from harness.tracking.run import WandbTracker
-from harness.tracking.settings import TrackingConfig, check_environment
+from harness.tracking.flags import TrackingConfig, check_environment
+from harness.tracking.recorded import launch_config, store_configuration
+from harness.tracking.run.attempts import Lives
+from harness.tracking.run.open import check_credentials
+from harness.tracking.run.wandb_core import abandon_run
+from harness.tracking.tracker import WandbTracker
 
 
 def trackers(

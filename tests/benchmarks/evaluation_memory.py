@@ -24,7 +24,7 @@ import torch
 from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 from harness.tasks import Task, TaskConfig
-from harness.tasks.scores import TokenAccuracy
+from harness.tasks.scores.classification import TokenAccuracy
 from harness.train import main as harness
 
 WORDS, LENGTH, BATCH = 50_000, 8, 25

@@ -21,13 +21,13 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from transformers import Trainer, TrainingArguments, set_seed
 
-from harness.arguments import parse
-from harness.assemble import assemble, build_run
-from harness.loader import step_groups
+from harness.build import assemble, build_run
+from harness.data.loader import step_groups
+from harness.distributed.accelerator import build_accelerator
+from harness.flags import parse
 from harness.loop import Run, save, train_step
-from harness.state import TrainState
-from harness.topology import build_accelerator
 from harness.tracking.lifecycle import wandb_tracker
+from harness.training.state import TrainState
 from tests.benchmarks.log_model_time import build, collate
 
 STEPS_BESIDE, KEPT = 5, 2

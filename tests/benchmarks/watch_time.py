@@ -19,7 +19,7 @@ import torch
 import wandb
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from harness.tracking.watch import Watch
+from harness.tracking.media.histograms import Watch
 
 SHAPE = {"n_layer": 5, "n_head": 4, "n_embd": 256, "vocab_size": 9600, "n_positions": 128}
 # wandb.watch counts for itself: it observes every third step.

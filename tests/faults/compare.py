@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.checkpoint import list_checkpoints, read, why_invalid
-from harness.fsdp import has_optimizer_shards, optimizer_file, read_optimizer
-from harness.zero import load_shard
+from harness.checkpoint.find import list_checkpoints, read, why_invalid
+from harness.distributed.fsdp2 import has_optimizer_shards, optimizer_file, read_optimizer
+from harness.distributed.zero import load_shard
 from tests.faults.plan import STEPS
 from tests.support.parity import TIMING, history
 

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.test_launch import DDP, SCRIPT, launcher
 from tests.faults import deaths, moments
 from tests.faults.compare import Verdict, compare_rows, compare_runs
 from tests.faults.life import HungError, Life, committed_steps, end_processes_of
 from tests.faults.plan import SMALL_DISK, Case, Configuration, Kill
-from tests.support.artifact_processes import environment
 from tests.support.parity import as_flags
+from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb_server import WandbServer
-from tests.test_launch import DDP, SCRIPT, launcher
 
 MOST_LIVES = 15
 # While it trains, it listens.

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from harness.tasks import Task, TaskConfig
 from tests.faults.plan import EVALUATION_SECONDS, FOLDER_VARIABLE, STEP_SECONDS
-from tests.support import parity_task
+from tests.support.tasks import parity_task
 
 
 class Paced(Dataset):  # type: ignore[type-arg]

@@ -11,10 +11,10 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from harness.distributed.accelerator import settle
 from harness.tasks import TaskConfig
-from harness.topology import settle
 from tests.faults.task import build
-from tests.support.parity_task import TokenAccuracy
+from tests.support.tasks.parity_task import TokenAccuracy
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

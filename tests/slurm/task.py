@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from harness.tasks import Task, TaskConfig
 from tests.faults.plan import FOLDER_VARIABLE
-from tests.support import parity_task
+from tests.support.tasks import parity_task
 
 PACE_VARIABLE = "HARNESS_TEST_PACE"
 

@@ -16,13 +16,13 @@ import datasets
 import torch
 from accelerate import Accelerator
 
-from harness.data import DataConfig, LengthGroups, Samples, build_eval_loader, usable_samples
-from harness.evaluation import EvalSet, Evaluator
-from harness.loader import TrainLoader
-from harness.modeling import Loss, ModelingConfig
+from harness.data.loader import TrainLoader
+from harness.data.samples import DataConfig, LengthGroups, Samples, build_eval_loader, usable_samples
+from harness.distributed.accelerator import settle
 from harness.tasks import TaskConfig
-from harness.topology import settle
-from tests.support import parity_task, recording_task
+from harness.training.evaluation import EvalSet, Evaluator
+from harness.training.loss import Loss, ModelingConfig
+from tests.support.tasks import parity_task, recording_task
 
 SIZES, BATCH_SIZES, KINDS = (7, 8, 13), (1, 2, 4), ("map", "stream", "grouped")
 CASES = [

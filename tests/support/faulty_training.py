@@ -19,7 +19,7 @@ from tests.support.wandb_server import ArtifactRecord, WandbServer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "harness" / "train.py")
-TASK = "tests.support.faulty_task:build"
+TASK = "tests.support.tasks.faulty_task:build"
 STEPS = 30
 SAVES = 10
 WAIT_SECONDS = 150.0

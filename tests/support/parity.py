@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, Trainin
 from harness.tasks import TaskConfig, resolve
 from harness.train import main
 
-TASK = "tests.support.parity_task:build"
+TASK = "tests.support.tasks.parity_task:build"
 # Values of the clock and of the machine, which no two runs share.
 TIMING = re.compile(r"runtime|per_second|model_preparation_time|^train/(throughput|memory)/")
 TRAINING: dict[str, Any] = {

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.tasks import TaskConfig
-from harness.tasks.text import load_splits, transform
+from harness.tasks.rows import load_splits, transform
 
 SECONDS = 0.5
 

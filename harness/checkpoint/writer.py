@@ -1,0 +1,344 @@
+"""Writing checkpoints: in the background, whole or absent. Copy, write, commit, prune."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from harness.checkpoint.content import Content, fresh
+from harness.checkpoint.find import (
+    FORMAT_VERSION,
+    STATE_FILE,
+    CheckpointConfig,
+    digest_of,
+    list_checkpoints,
+    put_in_place,
+    sync,
+)
+from harness.checkpoint.host_copies import HostCopies
+from harness.checkpoint.lock import Lock
+from harness.training.state import write_json
+
+logger = logging.getLogger(__name__)
+
+LONG_WAIT_SECONDS = 1.0
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the older ones are as they were."""
+
+
+class Checkpoints:
+    """
+    The checkpoints of one run on disk. Rank zero writes them all, one at a time, in a thread of its own.
+
+    Where the optimizer is sharded (FSDP2) each rank writes its shard in such a thread.
+
+    - ranks: this one, and how many there are.
+    - agree: collective; it takes this rank's error or None and returns the first error of any rank; a barrier too.
+    - gather: collective; a value of each rank, in their order.
+    - meet: as `agree`, among the writers' threads.
+
+    With a `lock` on the folder nothing is put in place once another process has it.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        config: CheckpointConfig,
+        *,
+        ranks: tuple[int, int],
+        agree: Callable[[BaseException | None], str | None],
+        gather: Callable[[Any], list[Any]],
+        meet: Callable[[BaseException | None], str | None],
+    ) -> None:
+        self.output_dir, self.config = output_dir, config
+        self.process_index, self.num_processes = ranks
+        self.agree, self.gather, self.meet = agree, gather, meet
+        self.lock: Lock | None = None
+        self.saved_step: int | None = None
+        self.num_saves, self.held_seconds, self.longest_seconds = 0, 0.0, 0.0
+        self._begun_step: int | None = None
+        self._failure = ""
+        self._copies = HostCopies()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes what is not its own alone."""
+        return self.process_index == 0
+
+    @property
+    def is_shut_out(self) -> bool:
+        """Whether another process has taken the folder over."""
+        return self.lock is not None and self.lock.is_lost()
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.output_dir / f"checkpoint-{step}"
+
+    def save(self, content: Content, *, best: str | None = None, then: Callable[[Path], None] | None = None) -> None:
+        """
+        Collective: begin to write `checkpoint-N`; with `--async_save` the training goes on when its state is copied.
+
+        A save still under way is waited for. When the new one is on disk and whole, the writer calls `then` with its
+        folder and deletes what `save_total_limit` does not keep, never the `best`. A save that fails is said at once
+        and costs nothing but itself: the next one tries anew, `settle` and `check_last` tell all ranks.
+        """
+        self.settle()
+        began = time.monotonic()
+        rank_states = self.gather(content.rank_state)
+        self._begun_step = content.step
+        if self.config.save_only_model:
+            content = replace(content, write_shards=None, rank_files={})
+        partial: Path | None = self._partial(content.step)
+        if content.is_shared and (partial := self._begin_together(content)) is None:
+            return
+        if self.is_writer or content.rank_files:
+            if self.config.async_save:
+                own = {} if content.are_copies else dict(content.weights)
+                own, *copies = self._copies.copy((own, dict(content.files), dict(content.rank_files), rank_states))
+                files, rank_files, rank_states = copies
+                content = replace(content, weights=own or content.weights, files=files, rank_files=rank_files)
+            arguments = (content, rank_states, partial, best, then)
+            self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint-writer")
+            self._thread.start()
+        self.num_saves += 1
+        self.held_seconds += time.monotonic() - began
+        if not self.config.async_save:
+            self.settle()
+
+    def _begin_together(self, content: Content) -> Path | None:
+        """Collective: make the folder, and write the shards; None if not all could, which is like the writer's."""
+        partial = Path(self.gather(str(self._partial(content.step)))[0])  # rank zero's: it has the lock
+        acts = [fresh if self.is_writer else lambda _: None, content.write_shards or (lambda _: None)]
+        message: str | None = None
+        for act in acts:
+            error: Exception | None = None
+            try:
+                act(partial)
+            except Exception as raised:  # told to the other ranks
+                error = _of_disk(raised)
+            message = self._agreed(error)
+            if message is not None:
+                break
+        if message is None:
+            return partial
+        self._failure = f"checkpoint-{content.step} could not be written to {self.output_dir}: {message}"
+        self._begun_step = None
+        if self.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+            logger.error("%s, the training goes on. The older checkpoints are untouched.", self._failure)
+        return None
+
+    def settle(self) -> None:
+        """
+        Collective: wait until the save under way is on disk, or has failed; `saved_step` says which.
+
+        An error that is not the disk's raises on rank zero, where it happened, and CheckpointError on the others.
+        """
+        if self._begun_step is None:
+            return
+        self.wait()
+        error, self._error = self._error, None
+        self._failure = self._agreed(error) or ""
+        if not self._failure:
+            self.saved_step = self._begun_step
+        else:
+            self._failure = f"checkpoint-{self._begun_step} could not be written to {self.output_dir}: {self._failure}"
+        self._begun_step = None
+
+    def _agreed(self, error: BaseException | None) -> str | None:
+        """
+        Collective: the first error of a disk that any rank met.
+
+        Another one raises where it happened, and CheckpointError on the other ranks.
+        """
+        disk, other = (error, None) if isinstance(error, OSError) else (None, error)
+        bug, message = self.agree(other), self.agree(disk)
+        if error is not None and other is not None:
+            raise error
+        if bug is not None:
+            raise CheckpointError(f"checkpoint-{self._begun_step} could not be made: {bug}.")
+        return message
+
+    def wait(self) -> None:
+        """Local: wait for the writer. For an end by an error, when other ranks may be gone."""
+        if self._thread is None:
+            return
+        began = time.monotonic()
+        self._thread.join()
+        self._thread = None
+        waited = time.monotonic() - began
+        self.held_seconds += waited
+        if waited > LONG_WAIT_SECONDS and self.config.async_save:
+            logger.warning("The training waited %.1f s until checkpoint-%d was written.", waited, self._begun_step)
+
+    def check_last(self) -> None:
+        """Collective: raise CheckpointError on all ranks if the last save has failed."""
+        self.settle()
+        if self._failure:
+            raise CheckpointError(
+                f"{self._failure}. The older ones are untouched; "
+                "make room, then go on with --resume_from_checkpoint true."
+            )
+
+    def together(self, act: Callable[[], None]) -> None:
+        """
+        Collective: each rank acts; all go on when all are done, or none does.
+
+        Raises CheckpointError on all ranks if one could not write; any other error where it happened.
+        """
+        failure: BaseException | None = None
+        try:
+            act()
+        except Exception as error:  # told to the other ranks, then raised
+            failure = _of_disk(error)
+        message = self.agree(failure)
+        if failure is not None and not isinstance(failure, OSError):
+            raise failure
+        if message is not None:
+            raise CheckpointError(
+                f"The model could not be written to {self.output_dir}: {message}. The checkpoints are untouched; "
+                "make room, then go on with --resume_from_checkpoint true."
+            ) from failure
+
+    def seconds_to_save(self) -> float:
+        """Rank zero: how long the longest save took till it was on disk, or twice that while one is being written."""
+        is_writing = self._thread is not None and self._thread.is_alive()
+        return self.longest_seconds * (2 if is_writing else 1)
+
+    def describe(self) -> str:
+        """What the saves cost: how long the training stood still for them, and the memory of the copies."""
+        held = self.held_seconds / max(self.num_saves, 1)
+        copies = f", copies take {self._copies.num_bytes / 2**20:.0f} MiB" if self._copies.num_bytes else ""
+        return f"{self.num_saves} saved, the training held for {held:.2f} s each{copies}"
+
+    def keep_only(self, best: str) -> None:
+        """Rank zero: delete all but the best, as the Trainer does at the end with save_total_limit 1."""
+        if self.is_writer:
+            for path in list_checkpoints(self.output_dir):
+                if path.name != Path(best).name:
+                    shutil.rmtree(path)
+
+    # The writer's thread
+
+    def _work(
+        self,
+        content: Content,
+        rank_states: list[Any],
+        partial: Path,
+        best: str | None,
+        then: Callable[[Path], None] | None,
+    ) -> None:
+        began = time.monotonic()
+        final = self.path_of(content.step)
+        try:
+            self._write_together(content, rank_states, partial)
+            if not self.is_writer:
+                return
+            self._commit(content, partial, final)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+            if then is not None:
+                then(final)
+        except Exception as error:  # told to all ranks at the next save, or at the end
+            self._error = _of_disk(error)
+            if not self.is_writer:
+                return
+            shutil.rmtree(partial, ignore_errors=True)  # whatever fills the disk, it is not this
+            if isinstance(self._error, OSError):
+                logger.error(
+                    "%s could not be written, the training goes on: %s. The older checkpoints are untouched; "
+                    "the next save tries anew.",
+                    *(final.name, self._error),
+                )
+            return
+        try:
+            self._prune(final, best)
+        except OSError as error:
+            logger.warning("Older checkpoints could not be deleted: %s", error)
+
+    def _partial(self, step: int) -> Path:
+        # A writer that was shut out may still be at the same step.
+        token = "" if self.lock is None else f".{self.lock.token}"
+        return self.path_of(step).with_name(f"checkpoint-{step}{token}.partial")
+
+    def _write_together(self, content: Content, rank_states: list[Any], folder: Path) -> None:
+        """Collective if there are `rank_files`: all ranks are done, or each raises."""
+        failure: Exception | None = None
+        try:
+            if self.is_writer:
+                content.write(folder, rank_states, only_model=self.config.save_only_model)
+            for name, state in content.rank_files.items():
+                torch.save(state, folder / name)
+                sync(folder / name)
+        except Exception as error:  # told to the other writers, then raised
+            failure = _of_disk(error)
+        message = self.meet(failure) if content.rank_files else None
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise OSError(message)
+
+    def _commit(self, content: Content, partial: Path, final: Path) -> None:
+        """Sync all files, write the manifest last, rename: from then on it is there, and whole."""
+        files = {}
+        for path in sorted(partial.rglob("*")):
+            sync(path)
+            if path.is_file():
+                name = path.relative_to(partial).as_posix()
+                files[name] = {"size": path.stat().st_size, "sha256": digest_of(path)}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": content.step,
+            "world_size": self.num_processes,
+            "only_model": self.config.save_only_model,
+            "files": files,
+            **content.shared,
+        }
+        write_json(partial / STATE_FILE, manifest)
+        sync(partial / STATE_FILE)
+        sync(partial)
+        if self.is_shut_out:
+            raise CheckpointError(
+                f"Another process has taken over {self.output_dir}: this one ends, {final.name} is not put there."
+            )
+        put_in_place(partial, final)
+
+    def _prune(self, saved: Path, best: str | None) -> None:
+        """
+        Delete the oldest checkpoints beyond `save_total_limit`; never the one just saved, never the best.
+
+        Those of later steps go first: the run was resumed before them and will write them again.
+        """
+        limit = self.config.save_total_limit
+        if limit is None:
+            return
+        checkpoints = list_checkpoints(self.output_dir)
+        superseded = checkpoints[checkpoints.index(saved) + 1 :]
+        checkpoints = [*superseded, *(path for path in checkpoints if path not in superseded)]
+        protected = {saved.name}
+        if best is not None:
+            protected.add(Path(best).name)
+        excess = len(checkpoints) - max(limit, len(protected))
+        for path in [path for path in checkpoints if path.name not in protected][: max(excess, 0)]:
+            shutil.rmtree(path)
+
+
+def _of_disk(error: Exception) -> Exception:
+    """The error, as OSError where it is the disk's: safetensors and torch speak of a full one in types of their own."""
+    if not isinstance(error, (SafetensorError, RuntimeError)):
+        return error
+    words = ("I/O error", "iostream error", "PytorchStreamWriter", "inline_container", "file write failed")
+    is_of_disk = any(each in str(error) for each in words)
+    return OSError(str(error)) if is_of_disk else error

@@ -1,0 +1,1 @@
+"""Samples to batches, their order, and the place in them."""

@@ -1,0 +1,83 @@
+"""How a batch is made of samples: fetched, collated, and from which state of the random generators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from harness.data.samples import Collator
+from harness.training import rng
+
+
+class BatchMaker:
+    """
+    Fetches samples and collates them, and keeps the generators' state from before the last batch.
+
+    The loader is one batch ahead of the step that is saved, so a collator or a data set that draws random numbers has
+    used the generators once more than the saved state shows. After a resume that one batch is made again from the
+    state it had, and the generators go on from the saved one. Workers have generators of their own: there
+    nothing is kept. With a `seed` each batch is made from (seed, its number) instead, wherever it is made, and the
+    generators are left as they were.
+    """
+
+    def __init__(self, collate: Collator, *, seed: int | None) -> None:
+        self.collate, self.seed = collate, seed
+        self.before: rng.RngState | None = None
+        self._replay: tuple[rng.RngState, rng.RngState] | None = None
+        self._skip = 0
+
+    def replay(self, before: rng.RngState, after: rng.RngState, *, skip: int) -> None:
+        """Let `skip` batches pass, make the next one from `before`, then go on from `after`."""
+        self._replay, self._skip = (before, after), skip
+
+    def cancel_replay(self) -> None:
+        """Forget a replay that still waits for its batch."""
+        self._replay, self._skip = None, 0
+
+    def __call__(self, fetch: Callable[[], list[Any]], *number: int) -> Mapping[str, Any] | None:
+        """Make the batch of a number, or of several that name it together; None if there are no samples."""
+        if get_worker_info() is not None:
+            return self._make(fetch, number)
+        if self._skip > 0:
+            self._skip -= 1
+            return self._make(fetch, number)
+        if self._replay is None:
+            self.before = rng.capture_host()
+            return self._make(fetch, number)
+        (self.before, after), self._replay = self._replay, None
+        rng.restore(self.before)
+        batch = self._make(fetch, number)
+        rng.restore(after)
+        return batch
+
+    def _make(self, fetch: Callable[[], list[Any]], number: tuple[int, ...]) -> Mapping[str, Any] | None:
+        with nullcontext() if self.seed is None else rng.seeded(self.seed, *number):
+            samples = fetch()
+            return self.collate(samples) if samples else None
+
+
+class IndexedBatches:
+    """A data set with an index, whose items are batches: (epoch, number in it, indices of the samples) -> batch."""
+
+    def __init__(self, dataset: Any, make: BatchMaker) -> None:
+        self.dataset, self.make = dataset, make
+
+    def __getitem__(self, place: tuple[int, int, list[int]]) -> tuple[Mapping[str, Any] | None, None]:
+        epoch, number, indices = place
+        return self.make(partial(_fetched, self.dataset, indices), epoch, number), None
+
+
+def _fetched(dataset: Any, indices: list[int]) -> list[Any]:
+    # As torch's own loader: all at once where the data set can do that.
+    if getattr(dataset, "__getitems__", None):
+        return list(dataset.__getitems__(indices))
+    return [dataset[i] for i in indices]
+
+
+def as_it_is(batch: Any) -> Any:
+    """A collator for batches that are made already."""
+    return batch

@@ -1,0 +1,280 @@
+"""The training batches: their order, their number, and the exact position in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, send_to_device
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import seed_worker
+
+from harness.data.batches import BatchMaker, IndexedBatches, as_it_is
+from harness.data.digest import digest_of_samples
+from harness.data.samples import DataConfig, Samples, worker_options
+from harness.data.streams import StreamBatches
+from harness.training import rng
+
+Batch = dict[str, Any]
+Order = npt.NDArray[np.int64]
+# What a rank keeps beside the position.
+NOTHING_KEPT = {"epoch_start": None, "ahead": None, "stream": None}
+
+
+class RankBatches:
+    """
+    The index batches of one rank in one epoch, from any position in O(1).
+
+    Batch i of a rank is batch i * num_processes + process_index of the epoch. The last round is filled up with
+    samples from the epoch's beginning, so that all ranks get as many full batches (accelerate's `even_batches`).
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, ranks: tuple[int, int], drop_last: bool) -> None:
+        self.batch_size = batch_size
+        self.process_index, self.num_processes = ranks
+        a_round = batch_size * self.num_processes
+        self.num_batches = num_samples // a_round if drop_last else -(-num_samples // a_round)
+        self.order: Callable[[], Order] = lambda: np.arange(num_samples)
+        self.start = 0
+
+    def begin(self, order: Callable[[], Order], start: int) -> None:
+        """
+        Take the epoch's order of samples and the position to start from.
+
+        The order is asked for with the first batch: the loader draws its own random number before that, as torch's
+        samplers have it.
+        """
+        self.order, self.start = order, start
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        missing = self.num_batches * self.batch_size * self.num_processes - len(order)
+        if self.num_processes > 1 and missing > 0:
+            order = np.concatenate([order, np.resize(order[: self.batch_size * self.num_processes], missing)])
+        for i in range(self.start, self.num_batches):
+            begin = (i * self.num_processes + self.process_index) * self.batch_size
+            yield order[begin : begin + self.batch_size].tolist()
+
+
+class NumberedBatches:
+    """The index batches of a rank as (epoch, number among those of all ranks, indices)."""
+
+    def __init__(self, batches: RankBatches) -> None:
+        self.batches, self.epoch = batches, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int, list[int]]]:
+        for i, indices in enumerate(self.batches, start=self.batches.start):
+            yield self.epoch, i * self.batches.num_processes + self.batches.process_index, indices
+
+
+class TrainLoader:
+    """
+    The training batches of one rank, on its device, one batch ahead as accelerate's loader is.
+
+    `num_batches` counts the micro-batches of a rank in an epoch; None for a stream.
+    """
+
+    def __init__(self, samples: Samples, config: DataConfig, accelerator: Accelerator, *, seed: int) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.seed = seed if config.data_seed is None else config.data_seed
+        self.epoch_index, self.batches_drawn = 0, 0
+        self._exhausted = False
+        self._resume: dict[str, Any] | None = None
+        self._epoch_start: rng.RngState | None = None
+        self.make = BatchMaker(samples.collate, seed=seed if config.dataloader_seed_batches else None)
+        self.dataset, self.lengths = samples.dataset, samples.lengths
+        self.num_samples: int | None = None
+        self.num_batches: int | None = None
+        self.stream: StreamBatches | None = None
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        batch_size, drop_last = config.per_device_train_batch_size, config.dataloader_drop_last
+        options: dict[str, Any] = {
+            "batch_size": None,  # the samples of a batch are put together by what makes it
+            "collate_fn": as_it_is,
+            **worker_options(config),
+            "worker_init_fn": partial(
+                seed_worker, num_workers=config.dataloader_num_workers, rank=accelerator.process_index
+            ),
+        }
+        if samples.is_stream:
+            self.stream = StreamBatches(
+                samples.dataset,
+                self.make,
+                batch_size=batch_size,
+                drop_last=drop_last,
+                ranks=ranks,
+                num_workers=config.dataloader_num_workers,
+            )
+            self.loader: DataLoader[Any] = DataLoader(self.stream, **options)
+            return
+        self.num_samples = len(samples.dataset)
+        self.batches = RankBatches(self.num_samples, batch_size, ranks=ranks, drop_last=drop_last)
+        self.num_batches = len(self.batches)
+        self.numbered = NumberedBatches(self.batches)
+        dataset: Any = IndexedBatches(samples.dataset, self.make)
+        self.loader = DataLoader(dataset, sampler=self.numbered, **options)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """
+        The rest of an epoch: all of it, or what a restored position leaves.
+
+        Draws one number from torch's global generator at its beginning, as any DataLoader does.
+        """
+        resume, self._resume = self._resume, None
+        start = self.batches_drawn if resume is not None else 0
+        if resume is not None:
+            # At an epoch's beginning nothing was drawn yet: the saved state is the one to begin with.
+            rng.restore(resume["epoch_start"] if start > 0 and resume["epoch_start"] else resume["saved"])
+        self.epoch_index, self.batches_drawn, self._exhausted = epoch, start, False
+        self._epoch_start = rng.capture_host()
+        place = resume["stream"] if resume is not None and start > 0 else None
+        if self.stream is not None:
+            self.stream.begin(epoch, place)
+        else:
+            self.batches.begin(partial(self._order, epoch), start)
+            self.numbered.epoch = epoch
+        batches = self._one_ahead(iter(self.loader)) if self.remaining != 0 else iter(())
+        if resume is not None and start > 0:
+            self._go_on(batches, resume, skip=start if self.stream is not None and place is None else 0)
+        for batch, mark in batches:
+            self._consume(mark)
+            self.batches_drawn += 1
+            yield batch
+        self._exhausted = True
+
+    def _go_on(self, batches: Iterator[tuple[Batch, Any]], resume: dict[str, Any], *, skip: int) -> None:
+        """Put the generators back to where they were at the save; a stream without state is read up to the position."""
+        replays = resume["ahead"] is not None and self.remaining != 0
+        if replays:
+            self.make.replay(before=resume["ahead"], after=resume["saved"], skip=skip)
+        for _, mark in islice(batches, skip):
+            self._consume(mark)
+        if skip > 0:
+            self.make.cancel_replay()  # if the stream has ended before
+        if skip > 0 or not replays:
+            rng.restore(resume["saved"])
+
+    def _consume(self, mark: Any) -> None:
+        if self.stream is not None:
+            self.stream.consumed(mark)
+
+    def _one_ahead(self, made: Iterator[tuple[Mapping[str, Any] | None, Any]]) -> Iterator[tuple[Batch, Any]]:
+        batches = (pair for pair in made if pair[0] is not None)
+        current = next(batches, None)
+        while current is not None:
+            # From pinned memory the copy need not be waited for: waiting would be a host sync at every step.
+            pinned = self.config.dataloader_pin_memory
+            batch = send_to_device(current[0], self.accelerator.device, non_blocking=pinned)
+            following = next(batches, None)
+            yield batch, current[1]
+            current = following
+
+    def _order(self, epoch: int) -> Order:
+        # What RandomSampler does once accelerate has made it a SeedableRandomSampler.
+        if self.config.train_sampling_strategy == "random":
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            return torch.randperm(self.num_samples or 0, generator=generator).numpy()
+        if self.lengths is None:
+            return np.arange(self.num_samples or 0)
+        # It draws from the global generator, which ranks need not have in common after dropout.
+        order = [list(self.lengths)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(order)
+        return np.asarray(order[0])
+
+    def finish_epoch(self) -> None:
+        """Say that all that belongs to an epoch's end is done: a resume begins with the next one."""
+        if self._exhausted or self.remaining == 0:
+            self.epoch_index, self.batches_drawn = self.epoch_index + 1, 0
+
+    @property
+    def remaining(self) -> int | None:
+        """Batches that this epoch still holds."""
+        return None if self.num_batches is None else self.num_batches - self.batches_drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it counts: plain values, the same on all ranks."""
+        return {
+            "epoch": self.epoch_index,
+            "batches": self.batches_drawn,
+            "num_samples": self.num_samples,
+            "num_processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.config.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
+            "train_sampling_strategy": self.config.train_sampling_strategy,
+            "dataloader_drop_last": self.config.dataloader_drop_last,
+            # Workers share a stream out among themselves; elsewhere they change no order.
+            "dataloader_num_workers": self.config.dataloader_num_workers if self.stream is not None else None,
+            "seed": self.seed,
+            "data_digest": self.data_digest,
+        }
+
+    @cached_property
+    def data_digest(self) -> str | None:
+        """
+        Of some training samples; None for a stream.
+
+        None too where workers read the samples, except from a table of `datasets`: a file that is opened here before
+        they start would be theirs too.
+        """
+        has_workers = self.config.dataloader_num_workers > 0
+        if self.stream is not None or (has_workers and not isinstance(self.dataset, Dataset)):
+            return None
+        return digest_of_samples(self.dataset)
+
+    def rng_state_dict(self) -> dict[str, Any]:
+        """
+        What is this rank's alone: plain values.
+
+        Its generators at the epoch's beginning and before the batch drawn ahead, and where its stream stands.
+        """
+        ahead = self.make.before if self.config.dataloader_num_workers == 0 else None
+        stream = None if self.stream is None else self.stream.state_dict()
+        return {"epoch_start": self._epoch_start, "ahead": ahead, "stream": stream}
+
+    def load_state_dict(self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState) -> None:
+        """Continue from a position; `saved` is the generators' state at the save, put back when the data is there."""
+        self.load_position(position)
+        self._resume = {name: generators.get(name) for name in NOTHING_KEPT} | {"saved": saved}
+
+    def load_position(self, position: Mapping[str, int]) -> None:
+        """Continue from a position without generators: the order is right, what is drawn at random is not."""
+        self.epoch_index, self.batches_drawn = position["epoch"], position["batches"]
+        if self.config.ignore_data_skip:
+            self.epoch_index += self.remaining == 0  # that epoch was over, but for what belongs to its end
+            self.batches_drawn = 0
+        self._resume = {**NOTHING_KEPT, "saved": rng.capture_host()}
+
+    @property
+    def why_read_again(self) -> str:
+        """Why a resumed stream has to be read from the epoch's beginning; empty if it has not."""
+        if self.stream is None or self._resume is None or self.batches_drawn == 0 or self._resume["stream"]:
+            return ""
+        return self.stream.fault or "the checkpoint has no state of it for these processes and batches"
+
+    def peek(self) -> Batch:
+        """The first micro-batch of the order, collated without moving a generator or the position."""
+        before = rng.capture_host()
+        if self.stream is not None:
+            batch = next(iter(self.loader))[0]
+        else:
+            indices = self._order(0)[: self.config.per_device_train_batch_size].tolist()
+            batch = IndexedBatches(self.dataset, self.make)[0, 0, indices][0]
+        rng.restore(before)
+        return dict(send_to_device(batch, self.accelerator.device))
+
+
+def step_groups(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step, all drawn before the first forward, as the Trainer draws them."""
+    while window := list(islice(batches, accumulation)):
+        yield window

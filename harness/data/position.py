@@ -1,0 +1,96 @@
+"""The place in the data where a run goes on: in batches of as many processes, and of as many samples, as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from harness.checkpoint.find import describe_change
+from harness.data.loader import RankBatches
+
+Position = Mapping[str, Any]
+# Their product is the global batch: the samples of an optimizer step.
+LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+WHERE = ("epoch", "batches")
+
+
+def has_other_layout(saved: Position, now: Position) -> bool:
+    """Whether the same steps come in micro-batches of another size, or on another number of processes."""
+    return any(saved[name] != now[name] for name in LAYOUT)
+
+
+def why_other_order(saved: Position, now: Position) -> str:
+    """What makes the samples come in other steps than in the run that was saved; empty if nothing does."""
+    if not saved:  # a Trainer's
+        return ""
+    reasons = []
+    if _global_batch(saved) != _global_batch(now):
+        reasons.append(f"a global batch of {_describe_batch(saved)} (now {_describe_batch(now)})")
+    compared = {
+        name: value
+        for name, value in now.items()
+        if name not in (*LAYOUT, *WHERE) and value is not None and saved.get(name) is not None
+    }
+    if change := describe_change(saved, compared):
+        reasons.append(change)
+    if not reasons and has_other_layout(saved, now):
+        reasons += _why_layout_matters(saved, now)
+    return ", ".join(reasons)
+
+
+def _why_layout_matters(saved: Position, now: Position) -> list[str]:
+    change = describe_change(saved, {name: now[name] for name in LAYOUT})
+    if now["train_sampling_strategy"] == "group_by_length":
+        # Groups are of a device's samples, and drawn from a generator that dropout moves.
+        return [f"train_sampling_strategy group_by_length and {change}"]
+    if now["num_samples"] is None and now["dataloader_num_workers"]:
+        return [f"a stream read by {now['dataloader_num_workers']} workers and {change}"]
+    if _steps_of_epoch(saved) != _steps_of_epoch(now):
+        return [
+            f"dataloader_drop_last and {change}: {_steps_of_epoch(saved)} steps an epoch (now {_steps_of_epoch(now)})"
+        ]
+    return []
+
+
+def converted(saved: Position, now: Position) -> dict[str, int]:
+    """The place of a saved run, whose steps have the same samples, in batches of a rank of this one."""
+    epoch, batches = saved["epoch"], saved["batches"]
+    if not has_other_layout(saved, now):
+        return {"epoch": epoch, "batches": batches}
+    if batches == _batches_of_epoch(saved):  # its last step may have been a short one
+        return {"epoch": epoch, "batches": _batches_of_epoch(now) or 0}
+    steps = -(-batches // saved["gradient_accumulation_steps"])
+    return {"epoch": epoch, "batches": steps * now["gradient_accumulation_steps"]}
+
+
+def at_step(global_step: int, *, updates_per_epoch: int, accumulation: int) -> dict[str, int]:
+    """Where a run of these values is after so many optimizer steps: how the Trainer finds its place."""
+    epoch, steps = divmod(global_step, updates_per_epoch)
+    return {"epoch": epoch, "batches": steps * accumulation}
+
+
+def _global_batch(position: Position) -> int:
+    size, accumulation, processes = (int(position[name]) for name in LAYOUT)
+    return size * accumulation * processes
+
+
+def _describe_batch(position: Position) -> str:
+    size, accumulation, processes = (position[name] for name in LAYOUT)
+    return (
+        f"{_global_batch(position)} samples: --per_device_train_batch_size {size} x "
+        f"--gradient_accumulation_steps {accumulation} x {processes} processes"
+    )
+
+
+def _batches_of_epoch(position: Position) -> int | None:
+    """Batches of a rank; None for a stream."""
+    if position["num_samples"] is None:
+        return None
+    size, _, processes = (int(position[name]) for name in LAYOUT)
+    drop_last = bool(position.get("dataloader_drop_last"))
+    return len(RankBatches(position["num_samples"], size, ranks=(0, processes), drop_last=drop_last))
+
+
+def _steps_of_epoch(position: Position) -> int | None:
+    batches = _batches_of_epoch(position)
+    return None if batches is None else -(-batches // int(position["gradient_accumulation_steps"]))

@@ -1,0 +1,308 @@
+"""Processes and devices: build the Accelerator, check that the launch is what it seems, agree among ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+    is_deepspeed_available,
+)
+
+import harness
+from harness.config import ConfigError, arg, at_least, choice
+from harness.distributed.compiled_ops import remove_stale_lock
+from harness.distributed.fsdp2 import set_up_fsdp
+from harness.distributed.launch import Launch, find_launch, where
+from harness.distributed.precision import check_fp8, check_precision, check_result, set_tf32
+
+Answer = TypeVar("Answer")
+
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyConfig:
+    """Devices, precision, DDP. How many processes there are belongs to the launch config."""
+
+    use_cpu: bool = arg(False, "Train on the CPU even if there is an accelerator.")
+    expect_num_processes: int | None = arg(help="Refuse to start unless the launcher started so many processes.")
+    bf16: bool = arg(False, "Mixed precision with bfloat16.")
+    fp16: bool = arg(False, "Mixed precision with float16 and loss scaling.")
+    tf32: bool | None = arg(help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True)
+    seed: int = arg(42, "Seed of all random generators.")
+    full_determinism: bool = arg(False, "Deterministic kernels where there are any; slower.")
+    torch_compile: bool = arg(False, "Compile the model with torch.compile.")
+    torch_compile_backend: str | None = arg(help="Backend of torch.compile; turns it on. Default: inductor.")
+    torch_compile_mode: str | None = arg(help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}.")
+    ddp_backend: str | None = arg(help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl.")
+    ddp_timeout: int = arg(1800, "Seconds until a collective that hangs raises.")
+    ddp_find_unused_parameters: bool | None = arg(
+        help="Default: true unless activations are checkpointed.", nargs="?", const=True
+    )
+    ddp_bucket_cap_mb: int | None = arg(help="Size of DDP's gradient buckets in MB.")
+    ddp_broadcast_buffers: bool | None = arg(help="Broadcast buffers before each forward.", nargs="?", const=True)
+    ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", nargs="?", const=True)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # numpy's limits
+            raise ConfigError(f"--seed={self.seed}: use 0 or more, up to {2**32 - 1}.")
+        at_least(
+            1,
+            expect_num_processes=self.expect_num_processes,
+            ddp_timeout=self.ddp_timeout,
+            ddp_bucket_cap_mb=self.ddp_bucket_cap_mb,
+        )
+        if self.bf16 and self.fp16:
+            raise ConfigError("--bf16 and --fp16 exclude each other; give one of them.")
+        if self.torch_compile_mode is not None:
+            choice("torch_compile_mode", self.torch_compile_mode, COMPILE_MODES)
+        if self.torch_compile_backend is not None:
+            choice(
+                "torch_compile_backend",
+                self.torch_compile_backend,
+                torch.compiler.list_backends(exclude_tags=()),
+            )
+        if self.ddp_backend is not None:
+            choice("ddp_backend", self.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
+
+    @property
+    def compiles(self) -> bool:
+        """Whether to compile: asked for, or a backend or a mode was given."""
+        return self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """What the flags ask for; None leaves it to the launch config."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else None
+
+
+def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool) -> Accelerator:
+    """
+    Collective: make the Accelerator as the Trainer makes its own and check the launch.
+
+    Raises ConfigError for a launch that would do something else than it says.
+    """
+    uses_deepspeed, uses_fsdp = _is_on("ACCELERATE_USE_DEEPSPEED"), _is_on("ACCELERATE_USE_FSDP")
+    launch = find_launch() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+    if launch is not None and launch.uses_cpu:  # with several processes accelerate passes it on to nobody
+        config = replace(config, use_cpu=True)
+    on_cpu = config.use_cpu or _launched_without_accelerator(or_sharded=uses_fsdp)
+    _check_launch_config(config, launch)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    check_precision(precision, config.mixed_precision, on_cpu=on_cpu or not torch.accelerator.is_available())
+    if precision == "fp8":
+        check_fp8(os.environ.get("ACCELERATE_FP8_BACKEND", "NO").upper())
+    if uses_deepspeed and on_cpu and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        remove_stale_lock()
+    # accelerate takes a backend as the word that there is a process group.
+    backend = (config.ddp_backend or ("gloo" if on_cpu else None)) if _launched_processes() > 1 else None
+    ddp: dict[str, Any] = {"find_unused_parameters": not activation_checkpointing}
+    for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph"):
+        if (value := getattr(config, f"ddp_{name}")) is not None:
+            ddp[name] = value
+    accelerator = Accelerator(
+        cpu=on_cpu and not uses_deepspeed,  # which it would turn off
+        mixed_precision=config.mixed_precision,
+        # The loop draws and counts the micro-batches itself; accelerate must not divide by their number again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(
+            backend=(config.torch_compile_backend or "inductor") if config.compiles else None,
+            mode=config.torch_compile_mode,
+        ),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(**ddp),
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.ddp_timeout)),
+        ],
+    )
+    if uses_fsdp:
+        set_up_fsdp(accelerator)
+    _check_processes(accelerator)
+    check_result(accelerator, precision, config.mixed_precision)
+    set_tf32(config.tf32, compiles=config.compiles, device=accelerator.device)
+    return accelerator
+
+
+def _launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _launched_without_accelerator(*, or_sharded: bool) -> bool:
+    # Without this a MULTI_GPU launch config on a machine without accelerator starts processes that know nothing of
+    # each other: each trains its own copy.
+    return (_launched_processes() > 1 or or_sharded) and not torch.accelerator.is_available()
+
+
+def _check_launch_config(config: TopologyConfig, launch: Launch | None) -> None:
+    if _is_on("ACCELERATE_USE_FSDP"):
+        _check_fsdp(config)
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        _check_deepspeed(config)
+    expected, started = config.expect_num_processes, _launched_processes()
+    if expected is not None and expected != started:
+        raise ConfigError(
+            f"--expect_num_processes={expected}, but the launcher started {started}: "
+            "check num_processes and distributed_type of the launch config (MULTI_CPU starts one process; "
+            "use MULTI_GPU, it falls back to CPU processes by itself)."
+        )
+    asked = launch.num_processes if launch is not None and not launch.uses_mpi else None
+    if launch is not None and asked not in (None, started):
+        kind = (
+            "MULTI_CPU, NO and --cpu start one. Use MULTI_GPU, which takes CPU processes where there is no accelerator "
+            f"(launch_configs/cpu_2.yaml): change {launch.where('distributed_type')}."
+            if started == 1
+            else f"it is the number on all machines, a multiple of theirs: change {launch.where('num_processes')}."
+        )
+        raise ConfigError(f"accelerate launch was asked for {asked} processes and started {started}: {kind}")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def _check_deepspeed(config: TopologyConfig) -> None:
+    if not is_deepspeed_available():
+        raise ConfigError(
+            "The launch config says distributed_type: DEEPSPEED, and deepspeed is not installed: "
+            "pip install 'accelerate-harness[deepspeed]', or use launch_configs/ddp.yaml, or change "
+            f"{where('distributed_type')}."
+        )
+    if config.use_cpu and torch.accelerator.is_available():
+        raise ConfigError(
+            "--use_cpu (or use_cpu: true) turns DeepSpeed off; leave it out, or use launch_configs/ddp.yaml."
+        )
+
+
+def _check_fsdp(config: TopologyConfig) -> None:
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "The launch config says distributed_type: FSDP without fsdp_version: 2, and FSDP1 is not supported: "
+            f"use launch_configs/fsdp2.yaml, or change {where('fsdp_version')}."
+        )
+    if _is_on("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ConfigError(
+            "fsdp_activation_checkpointing: true in the launch config is not supported; "
+            f"give --activation_checkpointing in its place: change {where('fsdp_activation_checkpointing')}."
+        )
+    if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ConfigError("parallelism_config in the launch config is not supported with FSDP; leave it out.")
+    if config.compiles:
+        raise ConfigError("--torch_compile is not supported with FSDP by this version; leave it out.")
+    if config.use_cpu and torch.accelerator.is_available():
+        raise ConfigError("--use_cpu turns FSDP off; leave it out, or use launch_configs/ddp.yaml.")
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    launched = _launched_processes()
+    in_group = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    separate = launched > 1 and accelerator.distributed_type == DistributedType.NO
+    if separate or not launched == in_group == accelerator.num_processes:
+        raise ConfigError(
+            f"The launcher started {launched} processes, the process group has {in_group} and accelerate "
+            f"{accelerator.num_processes} ({accelerator.distributed_type}): each would train a copy of its own. "
+            "Use distributed_type: MULTI_GPU in the launch config (launch_configs/ddp.yaml), or start one process "
+            f"(accelerate launch --num_processes 1): change {where('distributed_type')}."
+        )
+    for asked in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if _is_on(f"ACCELERATE_USE_{asked.value}") and accelerator.distributed_type != asked:
+            raise ConfigError(
+                f"The launch config says distributed_type: {asked.value}, but accelerate made it "
+                f"{accelerator.distributed_type.value}: nothing would be sharded. Start it with accelerate launch, "
+                f"or change {where('distributed_type')}."
+            )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"distributed_type: {accelerator.distributed_type.value} is not supported by this version; "
+            f"use launch_configs/ddp.yaml or single.yaml, or change {where('distributed_type')}."
+        )
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all, also before there is an Accelerator."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_running(pid: int, created_at: float) -> bool:
+    """Whether that very process, created so many seconds after 1970, lives on this machine; a zombie does not."""
+    try:
+        process = psutil.Process(pid)
+        return bool(abs(process.create_time() - created_at) < 1 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def idle_accelerators(accelerator: Accelerator) -> int:
+    """How many devices of this machine a single process leaves unused."""
+    if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
+        return 0
+    return int(torch.accelerator.device_count()) - 1
+
+
+def software() -> dict[str, str | int]:
+    """What the last bits of a number hang on beside the data: versions and, on the CPU, the number of threads."""
+    versions: dict[str, str | int] = {name: version(name) for name in ("accelerate", "torch", "transformers")}
+    return versions | {"accelerate-harness": harness.__version__, "num_threads": torch.get_num_threads()}
+
+
+def settle() -> None:
+    """
+    Local: let gloo's threads free the tensors of the last collective; call it before a process may end.
+
+    They need the interpreter's lock for that, and torch's destructor of the process group waits for them while it
+    holds the lock: a rank that ends right after a collective then hangs for ever (seen with torch 2.13).
+    """
+    if torch.distributed.is_initialized():
+        time.sleep(0.1)
+
+
+def tell_all(accelerator: Accelerator, answer: Callable[[], Answer]) -> Answer:
+    """
+    Collective: rank zero alone runs `answer`; every rank gets its result, or its ConfigError.
+
+    The result must be picklable: it goes through torch.distributed's object broadcast among our own ranks.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = answer()
+        except ConfigError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ConfigError(outcome[1])
+    result: Answer = outcome[0]
+    return result
+
+
+def agree(accelerator: Accelerator, error: BaseException | None) -> str | None:
+    """Collective: the first error message of any rank, the same on all; None if no rank has one."""
+    message = None if error is None else f"{error}" or type(error).__name__
+    if accelerator.num_processes == 1:
+        return message
+    messages: list[str | None] = gather_object([message])
+    return next((found for found in messages if found is not None), None)

@@ -1,0 +1,144 @@
+"""What a run begins with that lies in W&B: a checkpoint to go on from, a model, config or tokenizer to start from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint.find import STATE_FILE, WEIGHTS, Found, find, list_checkpoints, put_in_place, sync, why_invalid
+from harness.config import ConfigError
+from harness.flags import Config
+from harness.tasks import TaskConfig
+from harness.tracking.artifacts.download import (
+    PREFIX,
+    bring,
+    download,
+    find_artifact,
+    is_artifact,
+    is_there,
+    place_of,
+    sibling,
+)
+from harness.tracking.artifacts.download import step_of as alias_of_step
+from harness.tracking.flags import TrackingConfig
+from harness.tracking.run import identity
+from harness.training.state import TRAINER_STATE_FILE
+
+logger = logging.getLogger(__name__)
+
+RESUME = "resume_from_checkpoint"
+FROM_PRETRAINED = ("model_name_or_path", "config_name", "tokenizer_name", "image_processor_name")
+# What from_pretrained reads without running anything: no pickles, no code.
+OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".bpe", ".spm", ".tiktoken", ".vocab")
+
+
+def find_checkpoint(config: Config, output_dir: Path) -> Any:
+    """Rank zero: the artifact that --resume_from_checkpoint names, None if it is another path. Raises ConfigError."""
+    path = config.checkpoint.resume_from_checkpoint
+    if path is None or not is_artifact(path):
+        return None
+    return find_artifact(RESUME, path, config.tracking, run=identity.read(output_dir))
+
+
+def bring_checkpoint(config: Config, artifact: Any, output_dir: Path, *, token: str) -> Found:
+    """
+    Rank zero: the artifact as a folder of output_dir, which exists and is ours; whole, or not at all.
+
+    What is there already is not downloaded again, and where the path means the newest, a newer one of the same run in
+    output_dir is it. With --load_best_model_at_end the best checkpoint comes too. `token` is of this process alone.
+    Raises ConfigError.
+    """
+    path = str(config.checkpoint.resume_from_checkpoint).removeprefix(PREFIX)
+    if path.partition(":")[2] in ("", "latest") and (newer := _newer_here(config, artifact, output_dir)) is not None:
+        logger.info("%s is of the same run as %s, and newer.", newer.path, artifact.qualified_name)
+        return newer
+    folder = _bring(artifact, output_dir, token)
+    best = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8")).get("best_global_step")
+    if config.best.load_best_model_at_end and best and not (output_dir / f"checkpoint-{best}").is_dir():
+        version = sibling(artifact, f"checkpoint_global_step_{best}")
+        if version is not None:
+            _bring(version, output_dir, token)
+    return Found(path=folder, artifact=artifact.qualified_name)
+
+
+def _newer_here(config: Config, artifact: Any, output_dir: Path) -> Found | None:
+    """The newest whole checkpoint in output_dir, if it is of the artifact's run and of a later step."""
+    checkpoint = replace(config.checkpoint, resume_from_checkpoint="auto", output_dir=str(output_dir))
+    try:
+        here = find(checkpoint, output_dir)
+    except ConfigError:  # there are some, and none is whole
+        return None
+    if here.path is None or not _is_same_run(artifact, here.path):
+        return None
+    return here if _step(here.path) > (alias_of_step(artifact) or 0) else None
+
+
+def _bring(artifact: Any, output_dir: Path, token: str) -> Path:
+    """The folder checkpoint-N with the very files of the artifact: as it was there, or downloaded and verified."""
+    name = artifact.qualified_name
+    for path in list_checkpoints(output_dir):
+        if alias_of_step(artifact) in (None, _step(path)) and is_there(artifact, path) and why_invalid(path) is None:
+            return path
+    partial = output_dir / f"download.{token}.partial"
+    logger.info("Downloading %s (%.1f MB) to %s.", name, artifact.size / 1e6, output_dir)
+    try:
+        partial.mkdir()
+        download(RESUME, artifact, partial)
+        if (fault := why_invalid(partial)) is not None:
+            raise ConfigError(f"--{RESUME}: {name} is no checkpoint that can be resumed: {fault}.")
+        step = json.loads((partial / TRAINER_STATE_FILE).read_text(encoding="utf-8"))["global_step"]
+        final = output_dir / f"checkpoint-{int(step)}"
+        if final.is_dir() and why_invalid(final) is None and not _is_same_run(artifact, final):
+            raise ConfigError(
+                f"--{RESUME}: {final} is there and of another run than {name}; take another --output_dir."
+            )
+        for file in (*(path for path in partial.rglob("*") if path.is_file()), partial):
+            sync(file)
+        put_in_place(partial, final)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--{RESUME}: {name} could not be put into {output_dir}: {error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _is_same_run(artifact: Any, checkpoint: Path) -> bool:
+    manifest = checkpoint / STATE_FILE
+    content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    run_id = (content.get("tracking", {}).get("run") or {}).get("run_id")
+    return run_id is not None and run_id == artifact.metadata.get("run_id")
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removesuffix(".replaced").rpartition("-")[2])
+
+
+def models_from_wandb(config: TaskConfig, tracking: TrackingConfig) -> tuple[TaskConfig, tuple[str, ...]]:
+    """
+    Local, once a node at a time: the flags with folders in place of `wandb:` paths, and the versions they stand for.
+
+    Files that are there already are not downloaded again; pickles and code stay in W&B. Raises ConfigError.
+    """
+    folders: dict[str, Any] = {}
+    used: list[str] = []
+    for flag in FROM_PRETRAINED:
+        path = getattr(config, flag)
+        if not is_artifact(path):
+            continue
+        artifact = find_artifact(flag, path, tracking)
+        names = [name for name in artifact.manifest.entries if name.endswith(OF_A_MODEL)]
+        if flag == "model_name_or_path" and not any(name in WEIGHTS for name in names):
+            raise ConfigError(
+                f"--{flag}={path}: {artifact.qualified_name} holds no safetensors weights but "
+                f"{', '.join(sorted(artifact.manifest.entries)) or 'nothing'}; pickled ones are not loaded."
+            )
+        folder = place_of(artifact)
+        bring(flag, artifact, folder, names)
+        used.append(artifact.qualified_name)
+        folders[flag] = os.fspath(folder)
+    return replace(config, **folders), tuple(dict.fromkeys(used))

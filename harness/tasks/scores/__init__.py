@@ -1,0 +1,1 @@
+"""Scores computed batch by batch."""

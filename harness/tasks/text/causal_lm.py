@@ -1,0 +1,117 @@
+"""Causal language modelling: predict the next token of running text, as Transformers' run_clm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, default_data_collator
+
+from harness.tasks import Task, TaskConfig
+from harness.tasks.predictions import continued
+from harness.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, longest_sequence
+from harness.tasks.rows import (
+    SPLITS,
+    columns_of,
+    cut,
+    grouped,
+    hold_out,
+    joined,
+    load_splits,
+    require_samples,
+    source,
+    text_columns,
+    transform,
+)
+from harness.tasks.scores.classification import TokenAccuracy
+
+PROMPT_TOKENS = 16
+SAMPLE_TOKENS = 60
+
+
+def build(config: TaskConfig) -> Task:
+    """
+    Read text, cut it into blocks of --block_size tokens and load or make the model.
+
+    A sample holds input_ids, attention_mask and labels, (block_size,) each; the model shifts the labels.
+    Raises ConfigError for input that the user can put right.
+    """
+    tokenizer = load_tokenizer(config)
+    model_config = load_config(config, tokenizer)
+    size = _block_size(config, tokenizer, model_config)
+    splits = hold_out(load_splits(config, keep_linebreaks=config.keep_linebreaks), config)
+    columns = text_columns(config, splits)
+    blocks = {
+        split: _blocks(splits[split], config, source(config, split), columns, tokenizer, size)
+        for split in SPLITS
+        if split in splits
+    }
+    model = load_model(config, AutoModelForCausalLM, model_config, tokenizer)
+    train_dataset = cut(blocks.get("train"), config.max_train_samples)
+    eval_dataset = cut(blocks.get("validation"), config.max_eval_samples)
+    shown = train_dataset if eval_dataset is None else eval_dataset
+    return Task(
+        model=model,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        test_dataset=cut(blocks.get("test"), config.max_predict_samples),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        metrics=lambda: TokenAccuracy(shift=1),
+        sample=lambda model: _continued(model, tokenizer, next(iter(shown))["input_ids"]),
+        predict_samples=partial(continued, tokenizer=tokenizer) if hasattr(model, "generate") else None,
+    )
+
+
+def _block_size(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
+    if config.block_size is None:
+        return min(longest_sequence(tokenizer, model_config), 1024)
+    check_length("block_size", config.block_size, tokenizer, model_config)
+    return config.block_size
+
+
+def _blocks(dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int) -> Any:
+    def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        # Longer than the model takes is no concern here: the blocks are cut afterwards.
+        return dict(tokenizer(joined(batch, columns, config.text_column_delimiter), verbose=False))
+
+    def cut_to_blocks(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+        blocks = grouped(batch, size)
+        return {**blocks, "labels": [list(ids) for ids in blocks["input_ids"]]}
+
+    tokens = transform(dataset, tokenised, config, remove=columns_of(dataset, given))
+    blocks = transform(tokens, cut_to_blocks, config)
+    require_samples(blocks, given, f"fewer tokens than one block of {size}; lower --block_size or give more text.")
+    return blocks
+
+
+def _continued(model: torch.nn.Module, tokenizer: Any, block: Sequence[int]) -> str:
+    """Let the model continue the start of a block; the global random state is as before afterwards."""
+    limit = longest_sequence(tokenizer, model.config)
+    prompt = list(block)[: max(1, min(PROMPT_TOKENS, limit // 2))]
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([prompt], device=device)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(
+            devices=[] if device.type == "cpu" else [device],
+            device_type="cuda" if device.type == "cpu" else device.type,
+        ):
+            torch.manual_seed(0)
+            output = model.generate(  # type: ignore[operator]
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=min(SAMPLE_TOKENS, limit - len(prompt)),
+                do_sample=True,
+                temperature=0.8,
+                top_k=50,
+                pad_token_id=padding,
+            )[0]
+    finally:
+        model.train(was_training)
+    continuation = tokenizer.decode(output[len(prompt) :], skip_special_tokens=True)
+    return f"{tokenizer.decode(prompt, skip_special_tokens=True)} -> {continuation}"

@@ -1,0 +1,124 @@
+"""Masked language modelling: restore hidden tokens, as Transformers' run_mlm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
+
+from harness.config import ConfigError
+from harness.tasks import Task, TaskConfig
+from harness.tasks.predictions import restored
+from harness.tasks.pretrained import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    require_padding,
+    sequence_length,
+)
+from harness.tasks.rows import (
+    SPLITS,
+    columns_of,
+    cut,
+    grouped,
+    hold_out,
+    joined,
+    load_splits,
+    require_samples,
+    source,
+    text_columns,
+    transform,
+)
+from harness.tasks.scores.classification import TokenAccuracy
+
+
+def build(config: TaskConfig) -> Task:
+    """
+    Read text as lines or as pieces of --max_seq_length tokens and load or make the model.
+
+    The collator masks anew in each epoch; labels are -100 where nothing is to be restored. Raises
+    ConfigError for input that the user can put right.
+    """
+    tokenizer = load_tokenizer(config)
+    if tokenizer.mask_token is None:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.name_or_path} has no mask token, which masked-lm needs; give one "
+            "of a masked model (BERT, RoBERTa ...) by --tokenizer_name, or use --task causal-lm."
+        )
+    require_padding(tokenizer)
+    model_config = load_config(config, tokenizer)
+    size = sequence_length(config, tokenizer, model_config, default=1024)
+    splits = hold_out(load_splits(config), config)
+    columns = text_columns(config, splits)
+    samples = {
+        split: _samples(splits[split], config, source(config, split), columns, tokenizer, size)
+        for split in SPLITS
+        if split in splits
+    }
+    model = load_model(config, AutoModelForMaskedLM, model_config, tokenizer)
+    train_dataset = cut(samples.get("train"), config.max_train_samples)
+    eval_dataset = cut(samples.get("validation"), config.max_eval_samples)
+    shown = train_dataset if eval_dataset is None else eval_dataset
+    return Task(
+        model=model,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        test_dataset=cut(samples.get("test"), config.max_predict_samples),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.mlm_probability),
+        processing_class=tokenizer,
+        metrics=lambda: TokenAccuracy(shift=0),
+        sample=lambda model: _restored(model, tokenizer, next(iter(shown))["input_ids"]),
+        predict_samples=partial(restored, tokenizer=tokenizer, mlm_probability=config.mlm_probability),
+    )
+
+
+def _samples(dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int) -> Any:
+    padding = "max_length" if config.pad_to_max_length else False
+
+    def lines(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        texts = [text for text in joined(batch, columns, config.text_column_delimiter) if text.strip()]
+        if not texts:
+            return {name: [] for name in (*tokenizer.model_input_names, "special_tokens_mask")}
+        return dict(
+            tokenizer(texts, padding=padding, truncation=True, max_length=size, return_special_tokens_mask=True)
+        )
+
+    def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        texts = joined(batch, columns, config.text_column_delimiter)
+        return dict(tokenizer(texts, return_special_tokens_mask=True, verbose=False))
+
+    def cut_to_size(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+        return dict(grouped(batch, size))
+
+    remove = columns_of(dataset, given)
+    if config.line_by_line:
+        samples = transform(dataset, lines, config, remove=remove)
+        reason = "no line with text; give text, or leave --line_by_line out."
+    else:
+        samples = transform(transform(dataset, tokenised, config, remove=remove), cut_to_size, config)
+        reason = f"fewer tokens than one sequence of {size}; lower --max_seq_length or give --line_by_line."
+    require_samples(samples, given, reason)
+    return samples
+
+
+def _restored(model: torch.nn.Module, tokenizer: Any, ids: Sequence[int]) -> str:
+    """Hide every eighth token of a sample's start and let the model restore it; draws no random numbers."""
+    special = set(tokenizer.all_special_ids)
+    device = next(model.parameters()).device
+    original = torch.tensor([list(ids)[:48]], device=device)
+    hidden = [at for at, token in enumerate(original[0].tolist()) if token not in special and at % 8 == 4]
+    masked = original.clone()
+    masked[0, hidden] = tokenizer.mask_token_id
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=masked, attention_mask=torch.ones_like(masked)).logits
+    finally:
+        model.train(was_training)
+    restored = masked.clone()
+    restored[0, hidden] = logits[0, hidden].argmax(dim=-1)
+    return f"{tokenizer.decode(masked[0])} -> {tokenizer.decode(restored[0], skip_special_tokens=True)}"

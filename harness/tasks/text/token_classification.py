@@ -1,0 +1,216 @@
+"""Labels for the words of a text (named entities, parts of speech), as Transformers' run_ner."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy.typing as npt
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+from harness.config import ConfigError
+from harness.tasks import Task, TaskConfig
+from harness.tasks.labels import MULTI, SINGLE, Labels, coded_names, read_labels, use_labels
+from harness.tasks.predictions import tagged
+from harness.tasks.pretrained import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    require_padding,
+    sequence_length,
+)
+from harness.tasks.rows import (
+    SPLITS,
+    column_names,
+    columns_of,
+    cut,
+    first_row,
+    hold_out,
+    load_splits,
+    require_columns,
+    source,
+    transform,
+)
+from harness.tasks.scores.entities import IGNORED, EntityScores
+
+DEFAULT_LENGTH = 512
+# Their tokenizers take a word for the start of a text, unless they are told to put a space before it.
+NEED_PREFIX_SPACE = ("bloom", "deberta", "gpt2", "roberta")
+Tokenise = Callable[[Sequence[Sequence[str]]], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The columns of the words and of their labels, lists of the same length."""
+
+    words: str
+    labels: str
+
+
+def build(config: TaskConfig) -> Task:
+    """
+    Read words with a label each, learn the labels from the training data and load or make the model.
+
+    A sample holds the tokenizer's keys and "labels", (tokens,): an id at the first token of a word, -100 elsewhere,
+    or with --label_all_tokens an id at each token of a word. Test data may lack labels. Raises ConfigError for input
+    that the user can put right.
+    """
+    splits = load_splits(config)
+    if "train" not in splits:
+        raise ConfigError("No training data to learn the labels from; give --train_file or --dataset_name.")
+    columns = _columns(config, splits)
+    tokenizer, model_config = _tokenizer_and_config(config)
+    labels = _labels(config, splits["train"], columns, model_config)
+    tokenise = _tokeniser(config, tokenizer, sequence_length(config, tokenizer, model_config, default=DEFAULT_LENGTH))
+    limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
+    limits["test"] = config.max_predict_samples
+    rows = {name: cut(part, limits[name]) for name, part in hold_out(splits, config).items() if name in SPLITS}
+    samples = {name: _samples(part, columns, labels, tokenise, config, name) for name, part in rows.items()}
+    return Task(
+        model=load_model(config, AutoModelForTokenClassification, model_config, tokenizer),
+        train_dataset=samples["train"],
+        eval_dataset=samples.get("validation"),
+        test_dataset=samples.get("test"),
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        processing_class=tokenizer,
+        metrics=lambda: EntityScores(labels.names),
+        describe_predictions=partial(
+            _described, rows=rows.get("test", ()), column=columns.words, labels=labels, tokenise=tokenise
+        ),
+        predict_samples=partial(
+            tagged, tokenizer=tokenizer, collate=DataCollatorForTokenClassification(tokenizer), names=labels.names
+        ),
+    )
+
+
+def _tokenizer_and_config(config: TaskConfig) -> tuple[Any, Any]:
+    tokenizer = load_tokenizer(config)
+    model_config = load_config(config, tokenizer)
+    if model_config.model_type in NEED_PREFIX_SPACE:
+        tokenizer = load_tokenizer(config, add_prefix_space=True)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.name_or_path} can't tell which word a token is of, which token-classification "
+            "needs; give one that is fast (a tokenizer.json) by --tokenizer_name."
+        )
+    require_padding(tokenizer)
+    tokenizer.padding_side = "right"  # a prediction then stands where its token does, however long the batch
+    if model_config.pad_token_id is None:
+        model_config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model_config
+
+
+def _columns(config: TaskConfig, splits: Mapping[str, Any]) -> Columns:
+    words = column_names(config) or ["tokens"]
+    if len(words) > 1:
+        raise ConfigError(
+            f"--text_column_names={config.text_column_names}: token-classification reads one column, of lists of "
+            "words; name one."
+        )
+    columns = Columns(words=words[0], labels=config.label_column_name or "ner_tags")
+    for split in SPLITS:
+        if split not in splits:
+            continue
+        given = source(config, split)
+        require_columns("text_column_names", [columns.words], splits[split], given)
+        if split != "test":
+            require_columns("label_column_name", [columns.labels], splits[split], given)
+        value = first_row(splits[split], given)[columns.words]
+        if not isinstance(value, list):
+            raise ConfigError(
+                f"{given}: column {columns.words!r} holds no lists of words but {value!r}; name another column by "
+                "--text_column_names, and use json, jsonl or parquet: other files have no lists."
+            )
+    return columns
+
+
+def _labels(config: TaskConfig, train: Any, columns: Columns, model_config: Any) -> Labels:
+    given = source(config, "train")
+    labels = read_labels(train, columns.labels, given, False)
+    if labels.kind != MULTI:
+        raise ConfigError(
+            f"{given}: column {columns.labels!r} holds no lists of labels, one a word; name another column by "
+            "--label_column_name."
+        )
+    labels = dataclasses.replace(labels, kind=SINGLE)  # one label a word
+    problem_type = model_config.problem_type
+    labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
+    model_config.problem_type = problem_type  # it is of classifiers of whole texts
+    return labels
+
+
+def _tokeniser(config: TaskConfig, tokenizer: Any, length: int) -> Tokenise:
+    padding = "max_length" if config.pad_to_max_length else False
+
+    def tokenise(words: Sequence[Sequence[str]]) -> Any:
+        return tokenizer(list(words), padding=padding, truncation=True, max_length=length, is_split_into_words=True)
+
+    return tokenise
+
+
+def _samples(rows: Any, columns: Columns, labels: Labels, tokenise: Tokenise, config: TaskConfig, split: str) -> Any:
+    """Tokenise a split, with the labels of its words if it has them."""
+    given = source(config, split)
+    present = columns_of(rows, given)
+    coded, inside = coded_names(rows, columns.labels), _inside(labels.names)
+    is_labelled, label_all = columns.labels in present, config.label_all_tokens
+
+    def labelled(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        _check_words(batch[columns.words], given)
+        tokens = tokenise(batch[columns.words])
+        samples = dict(tokens)
+        if is_labelled:
+            ids = []
+            for words, tags in zip(batch[columns.words], batch[columns.labels], strict=True):
+                if tags is None or len(tags) != len(words):
+                    raise ConfigError(
+                        f"{given} has {len(words)} words and {len(tags or ())} labels in a row ({' '.join(words)!r}); "
+                        "give each word a label."
+                    )
+                ids.append(labels.encode(tags, coded, given))
+            samples["labels"] = [
+                _of_tokens(row, tokens.word_ids(index), inside if label_all else None) for index, row in enumerate(ids)
+            ]
+        return samples
+
+    return transform(rows, labelled, config, remove=present)
+
+
+def _check_words(rows: Sequence[Any], given: str) -> None:
+    for words in rows:
+        if words is None or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"{given} has a row whose words are no texts ({words!r}); correct or remove it.")
+
+
+def _inside(names: Sequence[str]) -> list[int]:
+    """For each label that of a word's further tokens: I-X for B-X where there is such a one, else itself."""
+    ids = {name: index for index, name in enumerate(names)}
+    return [ids.get(f"I-{name[2:]}", index) if name.startswith("B-") else index for index, name in enumerate(names)]
+
+
+def _of_tokens(labels: Sequence[int], words: Sequence[int | None], inside: Sequence[int] | None) -> list[int]:
+    """The label of each token; `words` is the word that it is of, None for a special token."""
+    before = [None, *words]
+    found = []
+    for word, last in zip(words, before, strict=False):
+        if word is None:
+            found.append(IGNORED)
+        elif word != last:
+            found.append(labels[word])
+        else:
+            found.append(IGNORED if inside is None else inside[labels[word]])
+    return found
+
+
+def _described(
+    predictions: npt.NDArray[Any], *, rows: Any, column: str, labels: Labels, tokenise: Tokenise
+) -> list[str]:
+    """A line a text: the label of each of its words, as the model has it at the word's first token."""
+    lines = []
+    for row, predicted in zip(rows, predictions, strict=True):
+        numbers = range(len(row[column]))
+        words = _of_tokens(numbers, tokenise([row[column]]).word_ids(0), None)
+        lines.append(" ".join(labels.names[predicted[place]] for place, word in enumerate(words) if word != IGNORED))
+    return lines

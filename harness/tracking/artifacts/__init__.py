@@ -1,0 +1,1 @@
+"""Artifacts: staged, uploaded, found again."""

@@ -1,0 +1,215 @@
+"""Artifacts as inputs: found in W&B by a `wandb:` path, brought to this disk, verified. Nothing in them is trusted."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from harness.config import ConfigError
+from harness.tracking.artifacts.upload import CHECKPOINT_ALIAS
+from harness.tracking.client import UnreachableError, open_api
+from harness.tracking.flags import TrackingConfig
+from harness.tracking.run.identity import Identity
+from harness.tracking.run.open import failures, one_line
+from harness.tracking.run.randomness import separate_randomness
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "wandb:"
+PATH = re.compile(r"(?:(?:(?P<entity>[^/:]+)/)?(?P<project>[^/:]+)/)?(?P<name>[^/:]+)(?::(?P<alias>[^/:]+))?")
+ATTEMPTS = 5
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def is_artifact(path: str | None) -> bool:
+    """Whether a path is one in W&B."""
+    return path is not None and path.startswith(PREFIX)
+
+
+def find_artifact(flag: str, path: str, config: TrackingConfig, *, run: Identity | None = None) -> Any:
+    """
+    The version that `wandb:ENTITY/PROJECT/NAME:ALIAS` names; what is left out is the user's, the run's, `latest`.
+
+    A bare `wandb:` is the newest checkpoint of the run, as known from `run` or --wandb_run_id. Raises ConfigError.
+    """
+    given = path.removeprefix(PREFIX)
+    parts = PATH.fullmatch(given)
+    if given and parts is None:
+        raise ConfigError(f"--{flag}={path} is no artifact: write wandb:ENTITY/PROJECT/NAME:ALIAS.")
+    separate_randomness()
+    try:
+        api = open_api("harness-train")
+    except UnreachableError as error:
+        raise ConfigError(
+            f"--{flag}={path}: {error} Where there is no network, download it elsewhere "
+            f"(wandb artifact get {given or 'ENTITY/PROJECT/NAME:latest'} --root FOLDER) and give the folder."
+        ) from error
+    project = (run.project if run else None) or config.wandb_project or config.project
+    entity = (run.entity if run else None) or config.wandb_entity or api.default_entity
+    if parts is None:
+        run_id = config.wandb_run_id or (run.run_id if run else None)
+        return _newest_checkpoint(flag, path, api, f"{entity}/{project}", run_id)
+    name = f"{parts['entity'] or entity}/{parts['project'] or project}/{parts['name']}:{parts['alias'] or 'latest'}"
+    found = _asked(flag, path, lambda: api.artifact(name))
+    check_manifest(flag, path, found)
+    return found
+
+
+def sibling(artifact: Any, alias: str) -> Any:
+    """Another version of the same collection, None if there is none."""
+    try:
+        return open_api("harness-train").artifact(f"{artifact.qualified_name.rpartition(':')[0]}:{alias}")
+    except _refusals() as error:
+        logger.debug("%s: %s", alias, error)
+        return None
+
+
+def step_of(artifact: Any) -> int | None:
+    """The optimizer step of a checkpoint's version, from its alias."""
+    steps = [int(alias.rpartition("_")[2]) for alias in artifact.aliases if CHECKPOINT_ALIAS.fullmatch(alias)]
+    return max(steps, default=None)
+
+
+def is_there(artifact: Any, folder: Path) -> bool:
+    """Whether the folder holds all files of the version as W&B has them. Reads them."""
+    return folder.is_dir() and not _wrong(artifact, folder, list(artifact.manifest.entries))
+
+
+def place_of(artifact: Any) -> Path:
+    """Where wandb itself downloads the version to: `artifacts/NAME:v3`, or below WANDB_ARTIFACT_DIR."""
+    from wandb.env import get_artifact_dir
+
+    return Path(get_artifact_dir()) / str(artifact.name)
+
+
+def download(flag: str, artifact: Any, folder: Path, names: Sequence[str] | None = None) -> None:
+    """
+    Bring the version into the folder, or only the files `names`: whole, each with the digest that W&B has of it.
+
+    A file that was cut or changed on its way is tried again. Raises ConfigError.
+    """
+    wanted = list(artifact.manifest.entries) if names is None else list(names)
+    reason = ""
+    for attempt in range(ATTEMPTS):
+        wrong = _wrong(artifact, folder, wanted)
+        if not wrong:
+            return
+        if attempt:
+            logger.warning("Downloading %s: %s; tried again.", artifact.qualified_name, reason)
+            time.sleep(2**attempt / 2)
+        for name in wrong:
+            (folder / name).unlink(missing_ok=True)
+        reason = _attempt(flag, artifact, folder, wrong if names else [None])
+    if wrong := _wrong(artifact, folder, wanted):
+        raise ConfigError(
+            f"--{flag}: {artifact.qualified_name} could not be downloaded whole, {', '.join(wrong[:3])} is missing or "
+            f"damaged after {ATTEMPTS} attempts ({reason}); try again, or take another version."
+        )
+
+
+def bring(flag: str, artifact: Any, folder: Path, names: Sequence[str]) -> None:
+    """
+    See to it that these files of the version are in the folder: what is there as W&B has it is not downloaded again.
+
+    Others may read the folder, or bring the same files at the same time. Raises ConfigError.
+    """
+    if not (missing := _wrong(artifact, folder, names)):
+        return
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        download(flag, artifact, partial, missing)
+        for name in missing:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).replace(folder / name)
+    except OSError as error:
+        raise ConfigError(f"--{flag}: {artifact.qualified_name} can't be written to {folder}: {error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def record_use(run: Any, names: Sequence[str]) -> None:
+    """Rank zero: tell W&B that the open run goes back to these versions, ENTITY/PROJECT/NAME:v3; run: None without."""
+    if not names or run is None or run.disabled:
+        return
+    if run.offline:
+        logger.warning("The run is offline: W&B does not learn that it goes back to %s.", ", ".join(names))
+        return
+    for name in names:
+        try:
+            run.use_artifact(name)
+        except _refusals() as error:
+            logger.warning("W&B did not take down that the run goes back to %s: %s", name, one_line(error))
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    return (UnreachableError, ValueError, *failures())
+
+
+def _attempt(flag: str, artifact: Any, folder: Path, prefixes: Sequence[str | None]) -> str:
+    """Download once; returns why it failed. Raises ConfigError where another attempt is of no use."""
+    try:
+        for prefix in prefixes:
+            artifact.download(root=str(folder), skip_cache=True, path_prefix=prefix)
+    except OSError as error:  # also what requests raises
+        if error.errno in OF_THE_DISK:
+            raise ConfigError(f"--{flag}: {artifact.qualified_name} can't be written to {folder}: {error}.") from error
+        return one_line(error)
+    except _refusals() as error:
+        return one_line(error)
+    return "what arrived has another digest"
+
+
+def _wrong(artifact: Any, folder: Path, names: Sequence[str]) -> list[str]:
+    """The files that are not as W&B has them."""
+    return [name for name in names if not _is_same(folder / name, artifact.manifest.entries[name])]
+
+
+def _is_same(file: Path, entry: Any) -> bool:
+    from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactDigestAlgorithm
+    from wandb.sdk.lib.hashutil import md5_file_b64, xxh128_file_b64
+
+    if not file.is_file() or (entry.size is not None and file.stat().st_size != entry.size):
+        return False
+    is_xxh128 = entry.digest_algorithm() is ArtifactDigestAlgorithm.MANIFEST_XXH128
+    return bool((xxh128_file_b64 if is_xxh128 else md5_file_b64)(file) == entry.digest)
+
+
+def _newest_checkpoint(flag: str, path: str, api: Any, project: str, run_id: str | None) -> Any:
+    if run_id is None:
+        raise ConfigError(
+            f"--{flag}={path}: which run? Give --wandb_run_id (WANDB_RUN_ID), or wandb:ENTITY/PROJECT/NAME:latest."
+        )
+    logged = _asked(flag, path, lambda: list(api.run(f"{project}/{run_id}").logged_artifacts()))
+    checkpoints = [each for each in logged if step_of(each) is not None]
+    if not checkpoints:
+        raise ConfigError(
+            f"--{flag}={path}: the run {project}/{run_id} has no checkpoint in W&B; "
+            "it has them with --wandb_log_model checkpoint."
+        )
+    newest = max(checkpoints, key=lambda each: (step_of(each) or 0, int(each.version.removeprefix("v"))))
+    check_manifest(flag, path, newest)
+    return newest
+
+
+def _asked(flag: str, path: str, ask: Callable[[], Any]) -> Any:
+    try:
+        return ask()
+    except _refusals() as error:
+        raise ConfigError(f"--{flag}={path}: W&B does not have it, or not for you: {one_line(error)}") from error
+
+
+def check_manifest(flag: str, path: str, artifact: Any) -> None:
+    """Refuse what names files outside the artifact, on this disk or elsewhere. Raises ConfigError."""
+    for name, entry in artifact.manifest.entries.items():
+        parts = PurePosixPath(name).parts
+        if entry.ref is not None:
+            raise ConfigError(f"--{flag}={path}: {name} in it is a reference to {entry.ref}: it is not followed.")
+        if not parts or ".." in parts or "\\" in name or PurePosixPath(name).is_absolute():
+            raise ConfigError(f"--{flag}={path}: it names a file outside its folder, {name}: it is not downloaded.")

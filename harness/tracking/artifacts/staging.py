@@ -1,0 +1,197 @@
+"""Artifacts on the disk before W&B has them: hard links beside the checkpoints, and a record that outlives a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.tracking.run.open import one_line
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "wandb-artifacts"
+RECORD_FILE = "artifact.json"
+FORMAT_VERSION = 1
+NUMBERED = re.compile(r"(\d+)-.+")
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
+CLOCK_NS = 10_000_000  # a copy keeps the time only as finely as its file system does
+
+
+class StagingError(Exception):
+    """What is staged is not what was to be delivered, and never will be."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Staged:
+    """
+    An artifact on its way, as `artifact.json` describes it.
+
+    `files` maps a name in the artifact to its size, its time and, unless it was written here, where it is linked
+    from. `saved_at` (seconds since 1970) orders the versions of a collection; 0 gives way to every other one.
+    `sync_dir` is the folder of the offline run that has it recorded.
+    """
+
+    folder: Path
+    name: str
+    aliases: list[str]
+    metadata: dict[str, Any]
+    description: str
+    entity: str
+    project: str
+    run_id: str
+    saved_at: float
+    files: dict[str, dict[str, Any]]
+    registry: str | None = None
+    sync_dir: str | None = None
+
+    @property
+    def number(self) -> int:
+        """Its place among those staged in the same folder."""
+        return int(self.folder.name.partition("-")[0])
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether nobody has discarded it meanwhile: its record goes first."""
+        return (self.folder / RECORD_FILE).exists()
+
+    def path_of(self, name: str) -> Path:
+        """Where a file of the artifact waits."""
+        return self.folder / "files" / name
+
+    def pinned_bytes(self) -> int:
+        """What the disk holds only for this artifact: files whose other link is gone, and copies."""
+        stats = [path.stat() for path in map(self.path_of, self.files) if path.exists()]
+        return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+
+    def is_copied(self) -> bool:
+        """Whether the file system had no hard links to offer."""
+        linked = [self.path_of(name) for name, facts in self.files.items() if facts["source"]]
+        return any(path.stat().st_nlink == 1 for path in linked)
+
+
+def stage(root: Path, *, links: Mapping[str, Path], texts: Mapping[str, str], **fields: Any) -> Staged:
+    """
+    Stage files under `root`: the record first, then a hard link for each file of `links`.
+
+    After a kill in between, `complete` makes the missing links. Raises OSError, and leaves nothing then.
+    """
+    if not links and not texts:
+        raise FileNotFoundError("there are no files")
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(found[1]) for path in root.iterdir() if (found := NUMBERED.fullmatch(path.name))]
+    folder = root / f"{max(taken, default=0) + 1:04d}-{fields['name']}"
+    folder.mkdir(parents=True)  # `discard` of another process may have taken the common folder away
+    try:
+        for name, text in texts.items():
+            (folder / "files").mkdir(exist_ok=True)
+            (folder / "files" / name).write_text(text, encoding="utf-8")
+        files = {name: _facts(folder / "files" / name, None) for name in texts}
+        files |= {name: _facts(path, path) for name, path in links.items()}
+        staged = Staged(folder=folder, files=files, **fields)
+        write_record(staged)
+        complete(staged)
+    except (OSError, StagingError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    return staged
+
+
+def write_record(staged: Staged) -> None:
+    """Write `artifact.json` so that after a kill it is whole, or as it was; `sync` makes it outlive a crash too."""
+    content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(staged)}
+    del content["folder"]
+    temporary = staged.folder / f"{RECORD_FILE}.partial"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+    temporary.replace(staged.folder / RECORD_FILE)
+
+
+def sync(staged: Staged) -> None:
+    """Bring the record and the links to the disk itself: milliseconds, or seconds after much was written."""
+    for path in (staged.folder / RECORD_FILE, staged.folder / "files", staged.folder, staged.folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def complete(staged: Staged) -> None:
+    """
+    Make the links that a kill left out, and see that every file is as it was when it was staged.
+
+    Raises StagingError if one has changed or is gone, OSError if it can't be linked.
+    """
+    for name, facts in staged.files.items():
+        path, source = staged.path_of(name), facts["source"]
+        if not path.exists() and source is not None:
+            if not Path(source).exists():
+                raise StagingError(f"{name} was never staged and {source} is gone")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _link(Path(source), path)
+        if not path.exists():
+            raise StagingError(f"{name} is gone from {staged.folder}")
+        stat = path.stat()
+        if stat.st_size != facts["size"] or abs(stat.st_mtime_ns - facts["mtime_ns"]) > CLOCK_NS:
+            raise StagingError(f"{name} was changed after it was staged")
+
+
+def waiting(root: Path) -> list[Staged]:
+    """What is staged under `root`, in its order. A record that can't be read is passed over with a warning."""
+    if not root.is_dir():
+        return []
+    found = []
+    for record in root.glob(f"*/{RECORD_FILE}"):
+        if not NUMBERED.fullmatch(record.parent.name):
+            continue
+        try:
+            content = json.loads(record.read_text(encoding="utf-8"))
+            if content.pop("format_version") > FORMAT_VERSION:
+                raise ValueError("written by a newer version")
+            found.append(Staged(folder=record.parent, **content))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.warning("Passed over %s: %s", record, one_line(error))
+    return sorted(found, key=lambda staged: staged.number)
+
+
+def sweep(root: Path) -> None:
+    """Remove what has no record: begun or already discarded when the process was killed. For the writer alone."""
+    for folder in root.iterdir() if root.is_dir() else ():
+        if NUMBERED.fullmatch(folder.name) and not (folder / RECORD_FILE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard(staged: Staged) -> None:
+    """Remove the staged links, the record first; the last one takes the common folder with it."""
+    (staged.folder / RECORD_FILE).unlink(missing_ok=True)
+    shutil.rmtree(staged.folder, ignore_errors=True)
+    try:
+        staged.folder.parent.rmdir()
+    except OSError:  # not empty
+        return
+
+
+def _facts(path: Path, source: Path | None) -> dict[str, Any]:
+    stat = path.stat()
+    where = None if source is None else str(source.absolute())
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "source": where}
+
+
+def _link(source: Path, target: Path) -> None:
+    source = source.resolve()  # a link to a symbolic link would outlive nothing
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.copy2(source, partial)
+        partial.replace(target)

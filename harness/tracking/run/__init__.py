@@ -1,0 +1,1 @@
+"""The W&B run: which, how it is opened and closed, over all attempts."""

@@ -1,0 +1,235 @@
+"""One W&B run over all lives of a training: opened again where it was left, with each row once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from harness.config import ConfigError
+from harness.distributed.accelerator import is_running
+from harness.tracking.flags import TrackingConfig
+from harness.tracking.rows.fragments import TORN, collect, mark_synced
+from harness.tracking.rows.history import History
+from harness.tracking.rows.journal import FILE, Journal
+from harness.tracking.run import identity as identities
+from harness.tracking.run.identity import Identity
+from harness.tracking.run.open import failures, one_line, open_run
+from harness.tracking.run.wandb_core import describe_processes, wait_for_cores
+
+logger = logging.getLogger(__name__)
+
+
+class Lives:
+    """
+    What the lives of a training have in common. Rank zero's.
+
+    - output_dir: its folder, where the journal and the run's identity are.
+    - resumes: whether this life was asked to go on with an earlier one, if there is one.
+    """
+
+    def __init__(self, output_dir: Path, *, resumes: bool) -> None:
+        self.output_dir = output_dir
+        self.identity: Identity | None = None
+        self._resumes = resumes
+        self._saved: Identity | None = None
+        self._rows = 0
+        self._changes = ""
+        self._checkpoint: Path | None = None
+
+    @property
+    def journal_path(self) -> Path:
+        """Where the rows are, whatever becomes of W&B."""
+        return self.output_dir / FILE
+
+    def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str) -> None:
+        """Take what a checkpoint says of the run; `changes` is what makes its numbers others from there on, or ""."""
+        self._rows, self._changes, self._checkpoint = int(saved.get("rows", 0)), changes, folder
+        self._saved = identities.parse(saved.get("run") or {})
+
+    def open(
+        self, config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Callable[[], None]
+    ) -> tuple[Any, History]:
+        """
+        The open run, None if W&B can't have it now, and its rows. Raises ConfigError for what can't go on.
+
+        The identity is on the disk before wandb knows it: a kill in between does not make two runs of one.
+        """
+        found = identities.read(self.output_dir)
+        identity = identities.choose(config, found=found, saved=self._saved, rows=self._rows, resumes=self._resumes)
+        is_known = self._resumes and identity.run_id in [each.run_id for each in (found, self._saved) if each]
+        goes_on = is_known and (found is None or found.run_id == identity.run_id)
+        journal = self._journal(identity, before=None if goes_on else found, goes_on=goes_on)
+        if found is not None:
+            wait_for_cores(found.processes)
+        wandb_dir = Path(str(init_kwargs.get("dir") or self.output_dir)) / "wandb"
+        folders = self._folders(identity, wandb_dir) if goes_on else []
+        fragments = collect(folders, identity.run_id)
+        counts = {fragment.path.parent: fragment.rows for fragment in fragments}
+        mode = identity.mode if config.wandb_mode == "auto" else config.wandb_mode
+        was_online = identity.mode == "online"
+        identity = replace(
+            identity,
+            project=identity.project or str(init_kwargs.get("project") or ""),
+            entity=identity.entity or init_kwargs.get("entity"),
+            fragments=self._counted(identity, counts),
+            exit_code=None,
+        )
+        self._keep(identity)
+        if was_online and mode == "offline":
+            logger.warning(
+                "The run is online: what W&B has of it is not known offline. Its rows are kept in %s.", journal.path
+            )
+            run = None
+        else:
+            run = open_run(
+                replace(config, wandb_mode=mode or "auto"),
+                self._kwargs(init_kwargs, identity, config, is_new=not is_known),
+                stop=stop,
+                must_be_online=was_online,
+            )
+        have, offset = self._have(run, identity, journal, is_elsewhere=found is None)
+        first_step = identity.first_step if identity.first_step is not None else have or 0
+        history = History(journal, rows=self._rows, first_row=identity.first_row, first_step=first_step, have=have)
+        if run is not None:
+            self._opened(identity, run, first_step)
+            history.begin(run, offset=offset)
+            if not run.offline:
+                mark_synced(folders, identity.run_id)
+            if identity.forked_from is not None:
+                run.config.update({"forked_from": identity.forked_from}, allow_val_change=True)
+        return run, history
+
+    def has_lost_its_cores(self, *, patience: float) -> bool:
+        """Whether wandb's processes of the open run are gone, or go within `patience` seconds."""
+        processes = self.identity.processes if self.identity is not None else {}
+        cores = processes.get("cores", [])
+        deadline = time.monotonic() + patience
+        while any(is_running(*core) for core in cores) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return bool(cores) and not any(is_running(*core) for core in cores)
+
+    def reopen(
+        self, config: TrackingConfig, init_kwargs: Mapping[str, Any], *, rows: int, stop: Callable[[], None]
+    ) -> tuple[Any, History] | None:
+        """After the death of wandb's processes: what `open` does in a next life, with all `rows` made; None: failed."""
+        import wandb
+
+        with suppress(*failures()):
+            wandb.teardown()
+        self._resumes, self._saved, self._rows, self._changes = True, self.identity, rows, ""
+        try:
+            return self.open(replace(config, wandb_fork=False), init_kwargs, stop=stop)
+        except ConfigError as error:
+            reason = str(error)
+        except failures() as error:
+            reason = one_line(error)
+        logger.warning("The run can't be opened again, its rows are kept in %s: %s", self.journal_path, reason)
+        return None
+
+    def ended(self, exit_code: int) -> None:
+        """Keep how this life ended."""
+        if self.identity is not None:
+            self._keep(replace(self.identity, exit_code=exit_code))
+
+    def _journal(self, identity: Identity, *, before: Identity | None, goes_on: bool) -> Journal:
+        """The journal of the run; that of another run in this folder is set aside, a fork's has its beginning."""
+        journal = Journal(self.journal_path)
+        if goes_on and self._checkpoint is not None and not journal.path.exists():
+            with suppress(OSError):  # an empty machine; where there is none, History says what is missing
+                shutil.copyfile(self._checkpoint / FILE, journal.path)
+        if not goes_on and journal.path.is_file():
+            is_own = before is not None and before.run_id == identity.forked_from
+            aside = journal.path.with_name(f"metrics.{before.run_id if before else 'before'}.jsonl")
+            kept = [end for line, end in journal.lines() if is_own and line["_row"] < self._rows]
+            with journal.path.open("rb") as file:
+                beginning = file.read(kept[-1] if kept else 0)
+            journal.path.replace(aside)
+            journal.path.write_bytes(beginning)
+        elif goes_on and self._changes:
+            beyond = sum(line["_row"] >= self._rows for line, _ in journal.lines())
+            if beyond:
+                raise ConfigError(
+                    f"{self._changes}, but the run in W&B has {beyond} rows beyond the checkpoint, made as before: "
+                    "give --wandb_fork to go on as a new run beside it."
+                )
+        return journal
+
+    def _folders(self, identity: Identity, wandb_dir: Path) -> list[Path]:
+        """The folders of the lives before that are still there."""
+        listed = {(self.output_dir / name).resolve() for name in identity.fragments}
+        present = {path.resolve() for path in wandb_dir.glob(f"offline-run-*-{identity.run_id}*")}
+        return sorted(path for path in listed | present if path.is_dir())
+
+    def _counted(self, identity: Identity, counts: Mapping[Path, int]) -> dict[str, int | None]:
+        """The offline lives with their rows: those that are there, and those that were counted before they went."""
+        places = {name: self.output_dir / name for name in identity.fragments}
+        gone = {
+            name: identity.fragments[name]
+            for name, place in places.items()
+            # Where the folder of folders is gone too it is another machine, whose disk nobody has synced.
+            if place.parent.is_dir() and not (place.is_dir() or place.with_name(f"{TORN}{place.name}").is_dir())
+        }
+        return {**gone, **{self._relative(folder): rows for folder, rows in counts.items()}}
+
+    def _have(self, run: Any, identity: Identity, journal: Journal, *, is_elsewhere: bool) -> tuple[int | None, int]:
+        """
+        How many steps W&B has of the run, None if unknown, and which of them is the open run's step 0.
+
+        is_elsewhere: a checkpoint alone named the run, what its earlier lives have left is on another machine.
+        """
+        if run is None:
+            return None, 0
+        if not run.offline:
+            return int(run.starting_step), 0
+        if None in identity.fragments.values():
+            # Synced and deleted, `wandb sync --clean`: all of it has arrived.
+            last = max((line["_step"] for line, _ in journal.lines()), default=-1)
+            return last + 1, last + 1
+        have = sum(rows or 0 for rows in identity.fragments.values())
+        if is_elsewhere:
+            have = (identity.first_step or 0) + self._rows - identity.first_row
+        return have, have
+
+    def _opened(self, identity: Identity, run: Any, first_step: int) -> None:
+        fragments = dict(identity.fragments)
+        if run.offline:
+            fragments[self._relative(Path(run.settings.sync_dir).resolve())] = None
+        self._keep(
+            replace(
+                identity,
+                project=run.project or identity.project,
+                entity=run.entity or identity.entity,
+                group=run.group or identity.group,
+                mode="offline" if run.offline else "online",
+                first_step=first_step,
+                fragments=fragments,
+                processes=describe_processes(),
+            )
+        )
+
+    def _keep(self, identity: Identity) -> None:
+        self.identity = identity
+        identities.write(self.output_dir, identity)
+
+    def _kwargs(
+        self, init_kwargs: Mapping[str, Any], identity: Identity, config: TrackingConfig, *, is_new: bool
+    ) -> dict[str, Any]:
+        kwargs = dict(init_kwargs) | {"id": identity.run_id}
+        if not is_new or config.wandb_run_id:
+            asked = config.wandb_resume
+            kwargs["resume"] = "allow" if asked in (None, "auto") else asked
+        for name in ("project", "entity", "group"):
+            if getattr(identity, name):
+                kwargs[name] = getattr(identity, name)
+        return kwargs
+
+    def _relative(self, folder: Path) -> str:
+        root = self.output_dir.resolve()
+        return os.path.relpath(folder, root) if folder.is_relative_to(root) else str(folder)

@@ -1,0 +1,136 @@
+"""Which W&B run a training is, kept in its folder and in each checkpoint: a later life goes on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.config import ConfigError
+from harness.tracking.flags import TrackingConfig
+
+logger = logging.getLogger(__name__)
+
+FILE = "wandb_run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """
+    A W&B run: `first_row` of the training is its first, and has there the step `first_step` (None: not known yet).
+
+    - mode: online or offline; "" before it was opened. What a run is it stays.
+    - forked_from: the id of the run whose checkpoint this one went on from.
+    - fragments: the folders of its offline lives, relative to the file where they can be, and the rows in each.
+    - processes: of the last life; exit_code: how it ended, None if it did not.
+    """
+
+    run_id: str
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    first_row: int = 0
+    first_step: int | None = None
+    mode: str = ""
+    forked_from: str | None = None
+    fragments: dict[str, int | None] = field(default_factory=dict)
+    processes: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+
+    def of_checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: all that is true on another machine too."""
+        own = dataclasses.asdict(self)
+        return {name: own[name] for name in ("run_id", "project", "entity", "group", "first_row", "first_step", "mode")}
+
+
+def parse(values: Mapping[str, Any]) -> Identity | None:
+    """An identity from JSON; None for none. Names of a newer version are left alone."""
+    known = {each.name for each in dataclasses.fields(Identity)}
+    given = {name: value for name, value in values.items() if name in known}
+    return Identity(**given) if isinstance(given.get("run_id"), str) else None
+
+
+def read(output_dir: Path) -> Identity | None:
+    """The identity in the folder of a training; None if there is none, or none that can be read."""
+    path = output_dir / FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return parse(values) if isinstance(values, dict) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s can't be read, the checkpoint says which run it is: %s", path, error)
+        return None
+
+
+def write(output_dir: Path, identity: Identity) -> None:
+    """Write it, whole or not at all; a failure is a warning."""
+    path = output_dir / FILE
+    partial = path.with_name(f"{FILE}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(identity), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        logger.warning("%s can't be written, a restart may become a run of its own: %s", path, error)
+
+
+def choose(
+    config: TrackingConfig, *, found: Identity | None, saved: Identity | None, rows: int, resumes: bool
+) -> Identity:
+    """
+    The run that this life belongs to: `found` in the folder, `saved` in the checkpoint, as asked for, or a new one.
+
+    rows: those that the checkpoint has counted; a run that begins there has none of them. Raises ConfigError.
+    """
+    known = _known(found, saved, rows) if resumes else None
+    if config.wandb_fork and known is None:
+        raise ConfigError("--wandb_fork: there is no run to fork; it goes with --resume_from_checkpoint of one in W&B.")
+    asked = config.wandb_run_id
+    if known is None:
+        return Identity(run_id=asked or _new_id(), first_row=rows, first_step=None if asked else 0)
+    is_fork_begun = known is found and known.forked_from is not None
+    if config.wandb_fork and not is_fork_begun:
+        group = config.wandb_run_group or known.group or known.run_id
+        new_id = asked if asked not in (None, known.run_id) else None
+        return Identity(
+            run_id=new_id or _new_id(),
+            group=group,
+            first_row=rows,
+            first_step=None if new_id else 0,
+            forked_from=known.run_id,
+        )
+    if asked not in (None, known.run_id):
+        return Identity(run_id=str(asked), first_row=rows, forked_from=known.run_id)
+    for flag, given, own in (
+        ("wandb_project", config.wandb_project, known.project),
+        ("wandb_entity", config.wandb_entity, known.entity),
+    ):
+        if given and own and given != own:
+            raise ConfigError(
+                f"--{flag}={given}, but the run that goes on, {known.run_id}, is in {own}: leave the flag out, or give "
+                "--wandb_fork for a new run."
+            )
+    return known
+
+
+def _known(found: Identity | None, saved: Identity | None, rows: int) -> Identity | None:
+    """The folder's is newer than the checkpoint's, unless the checkpoint came from another training."""
+    if found is None or saved is None:
+        return found or saved
+    is_same = found.run_id == saved.run_id or (found.forked_from == saved.run_id and found.first_row <= rows)
+    return found if is_same else saved
+
+
+def _new_id() -> str:
+    from wandb.sdk.lib.runid import generate_id
+
+    return str(generate_id())

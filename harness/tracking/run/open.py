@@ -1,0 +1,227 @@
+"""Opening the W&B run: online if that is possible, else offline and said in one line. Never a prompt."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from harness.config import ConfigError, masked_arguments
+from harness.tracking.flags import TrackingConfig, check_environment
+
+logger = logging.getLogger(__name__)
+
+INIT_TIMEOUT_SECONDS = 30
+PROBE_TIMEOUT_SECONDS = 4
+NEEDS_CREDENTIALS = (
+    "--wandb_mode=online (WANDB_MODE) needs credentials, and there are none: run `wandb login`, set WANDB_API_KEY, "
+    "or use auto or offline."
+)
+
+
+def open_run(
+    config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Callable[[], None], must_be_online: bool = False
+) -> Any:
+    """
+    Make the run; `stop` is called from another thread when the user presses Stop in the app.
+
+    None if wandb itself does not work, or if it can't be online and `must_be_online`. Raises ConfigError for what wandb
+    refuses, and if --wandb_mode online has no credentials.
+    """
+    from wandb.errors import UsageError
+
+    check_environment()
+    kwargs = dict(init_kwargs)
+    kwargs["settings"] = _settings(config, kwargs.get("settings"), stop)
+    if kwargs.get("dir"):
+        Path(kwargs["dir"]).mkdir(parents=True, exist_ok=True)  # wandb would go to /tmp instead
+    mode = kwargs.pop("mode", None) or config.wandb_mode
+    if mode in ("offline", "disabled"):
+        return _offline(kwargs, mode=mode, reason="")
+    try:
+        if (reason := _why_offline(kwargs["settings"])) is None:
+            return _online(kwargs)
+        is_login = False
+    except NoCredentialsError:
+        if mode == "online":
+            raise ConfigError(NEEDS_CREDENTIALS) from None
+        reason, is_login = "No W&B credentials found", True
+    except UsageError as error:  # --wandb_resume must without such a run, a name that can't be
+        raise ConfigError(f"W&B refuses the run: {error}") from error
+    except failures() as error:
+        reason, is_login = f"W&B could not be reached ({one_line(error)})", False
+    if must_be_online:
+        logger.warning("%s: the run is online and stays so; its rows wait on this disk until it is resumed.", reason)
+        return None
+    return _offline(kwargs, mode="offline", reason=reason, needs_login=is_login)
+
+
+def check_credentials(config: TrackingConfig) -> None:
+    """Raise ConfigError if --wandb_mode online has no credentials, before anything is written."""
+    if config.wandb_mode == "online" and not has_credentials():
+        raise ConfigError(NEEDS_CREDENTIALS)
+
+
+def has_credentials() -> bool:
+    """Whether there is a key in the environment or a login."""
+    import wandb
+
+    return _has_credentials(wandb.setup().settings)
+
+
+class NoCredentialsError(Exception):
+    """Neither a key in the environment nor a login."""
+
+
+def server_answers(base_url: str, *, timeout: float = PROBE_TIMEOUT_SECONDS) -> bool:
+    """Whether the server takes requests now: anything but silence, a refused connection or an error of its own."""
+    return _why_silent(base_url, timeout) is None
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What wandb raises when its server, its service process or the disk fails."""
+    import wandb
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+    from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
+
+    return (wandb.Error, OSError, HandleAbandonedError, MailboxClosedError, ServerResponseError)
+
+
+def one_line(error: Exception) -> str:
+    """An error as a short line."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
+
+
+def where(run: Any) -> str:
+    """Where to find a run: its address, or its folder and how to upload it."""
+    if run.disabled:
+        return ""
+    if not run.offline:
+        return str(run.url)
+    folder = Path(run.settings.sync_dir)
+    lives = sorted(folder.parent.glob(f"offline-run-*-{run.id}*"))
+    # In the order of their names, which is that of their beginnings; all of them are the run.
+    folders = shlex.join(map(str, lives if len(lives) > 1 else [folder]))
+    return f"offline in {folder}; upload it with `wandb sync {folders}`"
+
+
+def is_notebook() -> bool:
+    """Whether this is a Jupyter kernel: the test that IPython's own documentation gives."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> Any:
+    """The settings of `wandb.init`; what the caller or the environment has set stays."""
+    import wandb
+
+    settings = wandb.Settings(**given) if isinstance(given, dict) else given or wandb.Settings()
+    ours: dict[str, Any] = {
+        "init_timeout": INIT_TIMEOUT_SECONDS,
+        "finish_timeout": config.wandb_finish_timeout,
+        "stop_fn": stop,  # wandb's own would raise KeyboardInterrupt in the middle of a step
+        "save_code": True,
+    }
+    if config.wandb_silent:
+        ours["silent"] = True
+    inherited = wandb.setup().settings.model_fields_set
+    for name, value in ours.items():
+        if name not in settings.model_fields_set | inherited:
+            setattr(settings, name, value)
+    return settings
+
+
+def _why_offline(settings: Any) -> str | None:
+    """The reason why the run can't be online, or None. Raises NoCredentialsError; takes a few seconds at most."""
+    import wandb
+
+    merged = wandb.setup().settings.model_copy()
+    merged.update_from_settings(settings)
+    if not _has_credentials(merged):
+        raise NoCredentialsError
+    if (first := _why_silent(merged.base_url, PROBE_TIMEOUT_SECONDS)) is None:
+        return None
+    time.sleep(1)  # a hiccup is no reason for an offline run
+    if _why_silent(merged.base_url, PROBE_TIMEOUT_SECONDS) is None:
+        return None
+    return f"W&B could not be reached ({first})"
+
+
+def _has_credentials(settings: Any) -> bool:
+    from wandb.sdk.lib.wbauth import HostUrl, authenticate_session
+
+    if settings.api_key:
+        return True
+    # Not wandb.login(prompt=False): it asks the server for the user's name: seconds if out of reach.
+    host = HostUrl(settings.base_url, app_url=settings.app_url)
+    return authenticate_session(host=host, source="wandb.init()", prompt=False, update_session=False) is not None
+
+
+def _why_silent(base_url: str, timeout: float) -> str | None:
+    try:
+        status = requests.get(base_url, timeout=timeout, allow_redirects=False).status_code
+    except requests.exceptions.SSLError:
+        return None  # it is there; wandb has its own ideas of certificates
+    except requests.RequestException as error:
+        return f"{base_url}: {type(error).__name__}"
+    return f"{base_url} answers {status}" if status >= 500 else None
+
+
+def _online(kwargs: Mapping[str, Any]) -> Any:
+    import wandb
+
+    try:
+        return _init({**kwargs, "mode": "online"})
+    except Exception:
+        # Its process goes on holding the run's id: the offline run, or a notebook's next try, would be refused.
+        with suppress(*failures()):
+            wandb.teardown()
+        raise
+
+
+def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: bool = False) -> Any:
+    from wandb.errors import UsageError
+
+    try:
+        run = _init({**kwargs, "mode": mode})
+    except UsageError as error:  # not the network: offline it is refused too
+        raise ConfigError(f"W&B refuses the run: {error}") from error
+    except failures() as error:
+        logger.warning("W&B is off, the training goes on without it: %s", one_line(error))
+        return None
+    if reason:
+        folder = shlex.quote(str(run.settings.sync_dir))
+        logger.warning(
+            "%s: the run is kept offline in %s. Look at it with `wandb leet %s`; "
+            "upload it later with %s`wandb sync %s`.",
+            *(reason, folder, folder, "`wandb login` and " if needs_login else "", folder),
+        )
+    return run
+
+
+def _init(kwargs: Mapping[str, Any]) -> Any:
+    import wandb
+
+    with _masked_command_line():
+        try:
+            return wandb.init(**kwargs)
+        except ValueError as error:  # pydantic's ValidationError among them: a setting given in code
+            raise ConfigError(f"wandb.init refuses its arguments: {one_line(error)}") from error
+
+
+@contextmanager
+def _masked_command_line() -> Iterator[None]:
+    # wandb records sys.argv as it is, `--token ...` with it.
+    argv, sys.argv = sys.argv, masked_arguments(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = argv

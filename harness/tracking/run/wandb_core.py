@@ -1,0 +1,64 @@
+"""The process of wandb's that delivers the rows: it outlives a training that was killed, and holds its run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from harness.distributed.accelerator import is_running
+from harness.tracking.run.open import failures
+
+logger = logging.getLogger(__name__)
+
+NAME = "wandb-core"
+PATIENCE_SECONDS = 20.0
+
+
+def describe_processes() -> dict[str, Any]:
+    """This process and its wandb-core processes, so that a later life knows them again; plain values."""
+    own = psutil.Process()
+    cores = []
+    with suppress(psutil.Error):
+        for child in own.children(recursive=True):
+            with suppress(psutil.Error):
+                if child.name().startswith(NAME):
+                    cores.append([child.pid, child.create_time()])
+    return {"host": platform.node(), "owner": [os.getpid(), own.create_time()], "cores": cores}
+
+
+def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_SECONDS) -> None:
+    """
+    Wait for the wandb-core of a life that was killed: it may still be delivering. After `patience` seconds end it.
+
+    One whose training lives, on this machine or another, is left alone.
+    """
+    if not processes or processes["host"] != platform.node() or is_running(*processes["owner"]):
+        return
+    deadline = time.monotonic() + patience
+    for pid, created_at in processes["cores"]:
+        while is_running(pid, created_at) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if is_running(pid, created_at):
+            logger.warning("wandb-core (%d) of the life before did not end within %g s: ended.", pid, patience)
+            with suppress(psutil.Error):
+                psutil.Process(pid).kill()
+                psutil.Process(pid).wait(5)
+
+
+def abandon_run() -> None:
+    """Leave the open run as it is, its end untold: another life has it, and sends what is not delivered yet."""
+    import wandb
+
+    for pid, _ in describe_processes()["cores"]:
+        with suppress(psutil.Error):
+            psutil.Process(pid).kill()
+            psutil.Process(pid).wait(5)
+    with suppress(*failures()):
+        wandb.teardown()

@@ -1,0 +1,260 @@
+"""An offline run brought to the server from another machine, while it is written and after: each row once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from harness.tracking.artifacts.staging import FOLDER, Staged, waiting
+from harness.tracking.artifacts.upload import DeliveryError, deliver_staged, versions_of
+from harness.tracking.rows import parcels
+from harness.tracking.rows.fragments import mark_synced
+from harness.tracking.rows.journal import FILE as JOURNAL
+from harness.tracking.rows.journal import Journal
+from harness.tracking.rows.server import AtServer, RowsError, connection, deliver_rows, is_plain
+from harness.tracking.rows.wandb_file import TransactionLog, read_log, read_records
+from harness.tracking.run.identity import Identity
+from harness.tracking.run.open import one_line
+
+logger = logging.getLogger(__name__)
+
+FILE = "wandb_sync.json"
+# What the client says when it opens a run: after it the server takes the run for a running one.
+REOPEN = """
+mutation UpsertBucket($entity: String, $project: String, $name: String!) {
+  upsertBucket(input: {entityName: $entity, modelName: $project, name: $name}) { bucket { id } }
+}"""
+
+
+@dataclass
+class Sent:
+    """
+    What was brought to the server, in `wandb_sync.json`.
+
+    - first_row: the number in W&B of our first row, None if it is not known yet.
+    - lives: of each folder the number of records and the exit code that went with `wandb sync`, and the number of its
+      rows; zeros: its beginning alone.
+    """
+
+    run_id: str
+    first_row: int | None = None
+    lives: dict[str, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, output_dir: Path, run_id: str) -> Sent:
+        """Of this run; nothing if the file is of another. Raises RowsError if it can't be read: all would go twice."""
+        try:
+            found = cls(**json.loads((output_dir / FILE).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return cls(run_id=run_id)
+        except (OSError, ValueError, TypeError) as error:
+            raise RowsError(f"{output_dir / FILE} can't be read: {one_line(error)}") from error
+        return found if found.run_id == run_id else cls(run_id=run_id)
+
+    def write(self, output_dir: Path) -> None:
+        """Write it, whole or not at all. Raises OSError."""
+        partial = output_dir / f"{FILE}.partial"
+        partial.write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
+        partial.replace(output_dir / FILE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """After a delivery: rows and artifacts that W&B has, those that are on this disk alone, and what went wrong."""
+
+    rows: int
+    unsent_rows: int
+    num_delivered: int
+    num_waiting: int
+    problems: list[str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to bring."""
+        return not (self.unsent_rows or self.num_waiting or self.problems)
+
+
+class OfflineRun:
+    """
+    The offline run of an output_dir. Only its own file is written there, and what W&B has confirmed is unstaged.
+
+    The order is: what makes the run, its rows by their numbers, and of each life that is over the rest; then artifacts.
+    """
+
+    def __init__(self, output_dir: Path, identity: Identity) -> None:
+        self.output_dir, self.identity = output_dir, identity
+        self._logs: dict[Path, TransactionLog] = {}
+        self._problems: list[str] = []
+        for path in self.files():
+            try:
+                log = read_log(path)
+            except (OSError, ValueError) as error:
+                self._problems.append(f"{path} can't be read: {one_line(error)}")
+                continue
+            if log is not None:  # else a life that was killed before it had written whose it is
+                self._logs[path] = log
+        self._logs = dict(sorted(self._logs.items(), key=lambda each: each[1].started_at))
+
+    def files(self) -> list[Path]:
+        """The .wandb files of its lives."""
+        listed = {(self.output_dir / name).resolve() for name in self.identity.fragments}
+        listed |= {path.resolve() for path in (self.output_dir / "wandb").glob("offline-run-*")}
+        paths = [folder / f"run-{self.identity.run_id}.wandb" for folder in listed]
+        return sorted(path for path in paths if path.is_file())
+
+    def deliver(self, api: Any, *, is_over: bool, is_finished: bool, lock: int | None) -> Outcome:
+        """
+        Bring all that is there. `is_over`: no life is going now; `is_finished`: nor will one. `lock`: see parcels.send.
+
+        Raises RowsError, ParcelError, and what wandb, requests and the disk raise.
+        """
+        sent = Sent.read(self.output_dir, self.identity.run_id)
+        if not self._logs:
+            return self._outcome(rows=sum(rows for _, _, rows in sent.lives.values()), num_delivered=0)
+        last = list(self._logs.values())[-1]
+        ask, post = connection(api, last)
+        server = ask()
+        if server is None and sent.lives:
+            raise RowsError(f"W&B has the run no more; to bring all of it again delete {self.output_dir / FILE}")
+        if sent.first_row is None:
+            sent.first_row = self._first_row(server)
+            sent.write(self.output_dir)
+        # Folders that were brought may be deleted afterwards (`wandb clean`).
+        names = [path.parent.name for path in self._logs]
+        gone = sum(rows for name, (_, _, rows) in sent.lives.items() if name not in names)
+        log = self._joined(sent.first_row + gone, is_over=is_over, is_finished=is_finished)
+        server = self._send_lives(api, sent, server, ask=ask, is_over=is_over, lock=lock)
+        total = sent.first_row + gone + len(log.rows)
+        has_more = server.count < total
+        if server.state != "running" and (has_more or not is_over):
+            entity = log.entity or api.default_entity
+            variables = {"entity": entity, "project": log.project, "name": log.run_id}
+            api._service_api.execute_graphql(REOPEN, variables)
+        deliver_rows(log, ask=ask, post=post)
+        after = ask()
+        if after is None or after.count != total:
+            self._problems.append(f"W&B has {after.count if after else 0} rows, {total} were brought there")
+        else:  # for `wandb sync`, which would bring them once more
+            over = [path.parent for path in self._logs if sent.lives.get(path.parent.name, [0])[0]]
+            mark_synced(over, self.identity.run_id)
+        return self._outcome(rows=gone + len(log.rows), num_delivered=self._send_artifacts(api, is_over=is_over))
+
+    def _first_row(self, server: AtServer | None) -> int:
+        """The number in W&B of our first row: what was there before us, and what `wandb sync` has brought of ours."""
+        if server is None or server.count == 0:
+            return 0
+        times = [row.get("_timestamp") for log in self._logs.values() for row in log.rows]
+        if (latest := server.last.get("_timestamp")) in times:
+            first = server.count - 1 - times.index(latest)
+            if first >= 0:
+                return first
+        elif next(iter(self._logs.values())).resumes:
+            return server.count
+        raise RowsError(f"W&B has {server.count} rows of a run of this id, and they are not of this folder")
+
+    def _joined(self, first_row: int, *, is_over: bool, is_finished: bool) -> TransactionLog:
+        """All lives as one, the rows numbered as in W&B; of a finished run also those that the journal alone has."""
+        rows: list[dict[str, Any]] = []
+        summary: dict[str, Any] = {}
+        logs = list(self._logs.values())
+        for log in logs:
+            steps = [row.get("_step") for row in log.rows]
+            if steps != list(range(len(steps))):
+                raise RowsError(f"the rows in {log.folder} aren't numbered one by one; `wandb sync` can bring them")
+            rows += log.rows
+            summary |= log.summary
+        if is_finished:
+            latest = max((row.get("_timestamp", 0.0) for row in rows), default=0.0)
+            for line in self._journaled():
+                if line["_timestamp"] > latest:
+                    row = {name: value for name, value in line.items() if name != "_row" and is_plain(value)}
+                    rows.append(row)
+                    summary |= row
+        rows = [{**row, "_step": first_row + number} for number, row in enumerate(rows)]
+        if rows:
+            summary["_step"] = rows[-1]["_step"]
+        exit_code = (1 if logs[-1].exit_code is None else logs[-1].exit_code) if is_over else None
+        return replace(logs[-1], rows=rows, summary=summary, exit_code=exit_code)
+
+    def _send_lives(
+        self,
+        api: Any,
+        sent: Sent,
+        server: AtServer | None,
+        *,
+        ask: Callable[[], AtServer | None],
+        is_over: bool,
+        lock: int | None,
+    ) -> AtServer:
+        """What `wandb sync` brings of each life, once when it has begun and once when it is over."""
+        last = list(self._logs)[-1]
+        for path, log in self._logs.items():
+            before = sent.lives.get(path.parent.name)
+            is_life_over = is_over or path != last
+            content = [*_content(path), len(log.rows)] if is_life_over else [0, 0, 0]
+            if before is None and path.with_name(f"{path.name}.synced").exists():  # by the user's own `wandb sync`
+                sent.lives[path.parent.name] = content
+                sent.write(self.output_dir)
+                continue
+            if server is not None and (before == content or (before is not None and not is_life_over)):
+                continue
+            artifacts = parcels.send(path, is_over=is_life_over, resumes=server is not None, lock=lock)
+            if (server := ask()) is None:
+                raise parcels.ParcelError(f"`wandb sync` said nothing, but W&B does not have the run {log.run_id}")
+            self._verify(api, artifacts)
+            sent.lives[path.parent.name] = content
+            sent.write(self.output_dir)
+        if server is None:
+            raise RowsError("W&B does not have the run, though its files are marked as synced (.synced)")
+        return server
+
+    def _verify(self, api: Any, artifacts: list[Any]) -> None:
+        """See that the server has these artifacts: `wandb sync` does not say so if it has refused them."""
+        for artifact in artifacts:
+            entity = artifact.entity or api.default_entity
+            found = versions_of(api, f"{entity}/{artifact.project}/{artifact.name}", artifact.type)
+            if artifact.digest not in [version.digest for version in found]:
+                raise parcels.ParcelError(f"`wandb sync` said nothing, but W&B does not have {artifact.name}")
+
+    def _staged(self) -> list[Staged]:
+        return [staged for staged in waiting(self.output_dir / FOLDER) if staged.run_id == self.identity.run_id]
+
+    def _send_artifacts(self, api: Any, *, is_over: bool) -> int:
+        count = 0
+        for staged in self._staged():
+            # In a life that goes on one may be half made, or given up for a newer one meanwhile.
+            if not is_over and not all(staged.path_of(name).exists() for name in staged.files):
+                continue
+            try:
+                deliver_staged(api, staged)
+                count += 1
+            except Exception as error:  # wandb and its transports raise many types; the next one is tried all the same
+                if staged.is_waiting:
+                    reason = str(error) if isinstance(error, DeliveryError) else one_line(error)
+                    self._problems.append(f"{staged.name} ({staged.aliases[-1]}) is not delivered: {reason}")
+        return count
+
+    def _journaled(self) -> list[dict[str, Any]]:
+        lines = Journal(self.output_dir / JOURNAL).lines()
+        return [line for line, _ in lines if line["_row"] >= self.identity.first_row]
+
+    def _outcome(self, *, rows: int, num_delivered: int) -> Outcome:
+        # A row that wandb's process had not written when it was killed is in the journal; the next life sends it.
+        return Outcome(
+            rows=rows,
+            unsent_rows=max(len(self._journaled()) - rows, 0),
+            num_delivered=num_delivered,
+            num_waiting=len(self._staged()),
+            problems=self._problems,
+        )
+
+
+def _content(path: Path) -> list[int]:
+    """How much there is of a life: records but for the end's, which a later life may add, and its exit code."""
+    kinds = [(record.WhichOneof("record_type"), record) for record, _ in read_records(path.read_bytes())]
+    codes = [record.exit.exit_code for kind, record in kinds if kind == "exit"]
+    return [sum(kind != "exit" for kind, _ in kinds), codes[0] if codes else 1]

@@ -1,0 +1,92 @@
+"""Which evaluation was the best so far, and whether to stop early."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.config import ConfigError, arg, at_least
+from harness.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestConfig:
+    """The best model and early stopping, with the meaning of the Trainer and its EarlyStoppingCallback."""
+
+    load_best_model_at_end: bool = arg(False, "End with the weights of the best evaluation.")
+    metric_for_best_model: str | None = arg(help="The metric that decides, with or without eval_; default: loss.")
+    greater_is_better: bool | None = arg(
+        help="Default: true unless the metric's name ends with loss.", nargs="?", const=True
+    )
+    early_stopping_patience: int | None = arg(help="Stop after so many evaluations without a better one.")
+    early_stopping_threshold: float = arg(0.0, "How much better an evaluation must be to count.")
+
+    def __post_init__(self) -> None:
+        at_least(1, early_stopping_patience=self.early_stopping_patience)
+        at_least(0, early_stopping_threshold=self.early_stopping_threshold)
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ConfigError("--early_stopping_threshold does nothing without --early_stopping_patience; give both.")
+
+    def metric(self, *, wanted: bool) -> str | None:
+        """The metric's name with eval_, or None if none decides; `wanted` if something else needs one."""
+        name = self.metric_for_best_model
+        if name is None and (wanted or self.load_best_model_at_end):
+            name = "loss"
+        return name if name is None or name.startswith("eval_") else f"eval_{name}"
+
+
+class BestModel:
+    """Compares evaluations; what it finds is kept in the run's state."""
+
+    def __init__(self, config: BestConfig, *, metric: str | None, keeps_checkpoints: bool) -> None:
+        self.config, self.metric, self.keeps_checkpoints = config, metric, keeps_checkpoints
+        if config.greater_is_better is None:
+            self.greater_is_better = not (metric or "").endswith("loss")
+        else:
+            self.greater_is_better = config.greater_is_better
+
+    @property
+    def early_stopping(self) -> dict[str, Any] | None:
+        """The arguments of the EarlyStoppingCallback that this does the work of."""
+        if self.config.early_stopping_patience is None:
+            return None
+        names = ("early_stopping_patience", "early_stopping_threshold")
+        return {name: getattr(self.config, name) for name in names}
+
+    def update(self, metrics: Mapping[str, float], state: TrainState) -> bool:
+        """Take an evaluation's metrics in; returns whether it is the best. May set `state.should_stop`."""
+        if self.metric is None:
+            return False
+        value = metrics[self.metric]
+        # The Trainer's callback compares before the best value is replaced.
+        self._count_patience(value, state)
+        best = state.best_metric
+        if best is None:
+            best = -math.inf if self.greater_is_better else math.inf
+            state.best_metric = best
+        if not self._is_better(value, best):
+            return False
+        state.best_metric = value
+        if self.keeps_checkpoints:
+            state.best_global_step = state.global_step
+        return True
+
+    def _count_patience(self, value: float, state: TrainState) -> None:
+        patience, best = self.config.early_stopping_patience, state.best_metric
+        if patience is None:
+            return
+        enough = best is None or (
+            self._is_better(value, best) and abs(value - best) > self.config.early_stopping_threshold
+        )
+        state.early_stopping_patience_counter = 0 if enough else state.early_stopping_patience_counter + 1
+        if state.early_stopping_patience_counter >= patience:
+            state.should_stop = True
+            logger.info("Early stopping: %s has not improved for %d evaluations.", self.metric, patience)
+
+    def _is_better(self, value: float, than: float) -> bool:
+        return value > than if self.greater_is_better else value < than

@@ -1,0 +1,175 @@
+"""What a training report says: the loss of the window, the work done, the run's rates. Names are the Trainer's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers.trainer_utils import speed_metrics
+
+from harness.config import ConfigError, arg, choice
+from harness.distributed.zero import num_parameters
+from harness.training.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What is counted."""
+
+    logging_nan_inf_filter: bool = arg(True, "Show a loss that is not finite as the mean of the others.")
+    include_num_input_tokens_seen: str = arg(
+        "no", "Count the tokens of the input: no, all, non_padding; bare: all.", nargs="?", const="all"
+    )
+
+    def __post_init__(self) -> None:
+        # The Trainer takes a boolean here too.
+        aliases = {"true": "all", "false": "no"}
+        value = aliases.get(self.include_num_input_tokens_seen.lower(), self.include_num_input_tokens_seen)
+        choice("include_num_input_tokens_seen", value, ("no", "all", "non_padding"))
+        object.__setattr__(self, "include_num_input_tokens_seen", value)
+
+
+class Window:
+    """
+    The steps since the last report: a float32 sum of their micro-losses on the device, read at a report only.
+
+    Mirrors the Trainer's `_tr_loss`, with its filter: a loss that is not finite counts as the sum so far divided by
+    1 + the steps since the report. Beside it stands how many there were.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: MetricsConfig) -> None:
+        self.accelerator = accelerator
+        self.filters = config.logging_nan_inf_filter
+        # The sum of the losses, and the number of those that are not finite.
+        self.sums = torch.zeros(2, device=accelerator.device)
+        self.grad_norm: torch.Tensor | float = 0.0
+        self.learning_rate = 0.0
+
+    def add(self, loss: torch.Tensor, *, steps_since_report: int) -> None:
+        """Add one micro-loss, a scalar on the device, without a host sync."""
+        finite = torch.isfinite(loss)
+        if self.filters:
+            loss = torch.where(finite, loss, self.sums[0] / (1 + steps_since_report))
+        self.sums += torch.stack([loss.float(), (~finite).float()])
+
+    def drain(self, riders: Sequence[float] = ()) -> tuple[float, int, list[list[float]]]:
+        """
+        Collective: the mean over the ranks of the sum, and the losses of all ranks that were not finite.
+
+        `riders` are numbers of this rank, as many on each: the third result is those of all ranks, in float32. They go
+        the same way, so that a report keeps to one reduce and one host sync.
+        """
+        # Not waited for: the copy stands in the queue of the device.
+        along = torch.tensor(riders, dtype=torch.float32).to(self.sums.device, non_blocking=True)
+        gathered = self.accelerator.gather(torch.cat([self.sums, along]).unsqueeze(0))
+        sums = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum()])
+        loss, num_nonfinite, *flat = torch.cat([sums, gathered[:, 2:].flatten()]).tolist()
+        self.sums.zero_()
+        count = len(riders)
+        return loss, int(num_nonfinite), [flat[i : i + count] for i in range(0, len(flat), max(count, 1))]
+
+    def undrained(self) -> float:
+        """What this rank alone has summed up since the last report."""
+        return self.sums[0].item()
+
+    def last_step(self) -> dict[str, float]:
+        """The norm of the gradients before clipping and the learning rate of the last step."""
+        norm = self.grad_norm
+        return {
+            "grad_norm": norm.item() if isinstance(norm, torch.Tensor) else norm,
+            "learning_rate": self.learning_rate,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of what no report has shown yet."""
+        return {"sums": self.sums.cpu().clone(), **self.last_step()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on in the window."""
+        self.sums.copy_(saved["sums"])
+        self.grad_norm, self.learning_rate = saved["grad_norm"], saved["learning_rate"]
+
+    def load_state_dicts(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """
+        Go on in a window of other ranks, all of which are given: the next report says what theirs would have said.
+
+        The mean of their losses is everybody's; the losses that were not finite are counted once.
+        """
+        sums = torch.stack([state["sums"] for state in saved])
+        num_nonfinite = sums[:, 1].sum() if self.accelerator.is_main_process else torch.zeros(())
+        self.load_state_dict({**saved[0], "sums": torch.stack([sums[:, 0].mean(), num_nonfinite])})
+
+
+class Work:
+    """
+    Operations and tokens of this rank since they were last added to the run's state.
+
+    Mirrors Trainer.floating_point_ops (6 x elements of the main input x parameters without embeddings) and
+    Trainer._track_num_input_tokens, without its host sync at every micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: MetricsConfig,
+        accelerator: Accelerator,
+        *,
+        pad_token_id: int | None,
+    ) -> None:
+        self.accelerator, self.pad_token_id = accelerator, pad_token_id
+        self.counts = config.include_num_input_tokens_seen
+        self.input_name: str = getattr(model, "main_input_name", "input_ids")
+        self.flos_per_element = 6 * (num_parameters(model, exclude_embeddings=True) or 0)
+        self.flos = 0.0
+        self.tokens = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Count a micro-batch. Raises ConfigError if its tokens are to be counted and can't be."""
+        main_input = batch.get(self.input_name)
+        if main_input is not None:
+            self.flos += self.flos_per_element * main_input.numel()
+        if self.counts == "no":
+            return
+        if main_input is None:
+            raise ConfigError(f"--include_num_input_tokens_seen: a batch has no {self.input_name}; leave it out.")
+        if self.counts == "non_padding" and "attention_mask" in batch:
+            self.tokens += batch["attention_mask"].sum()
+        elif self.counts == "non_padding" and self.pad_token_id is not None:
+            self.tokens += (main_input != self.pad_token_id).sum()
+        else:
+            self.tokens += main_input.numel()
+
+    def settle_flos(self, state: TrainState) -> None:
+        """Collective: add the operations of all ranks to the state."""
+        done = self.flos
+        if self.accelerator.num_processes > 1:
+            # float32 among ranks, as the Trainer has it
+            done = self.accelerator.gather(torch.tensor([done], device=self.accelerator.device)).sum().item()
+        state.total_flos += done
+        self.flos = 0.0
+
+    def settle_tokens(self, state: TrainState) -> None:
+        """Collective: add the tokens of all ranks to the state."""
+        state.num_input_tokens_seen += int(self.accelerator.gather(self.tokens).sum().item())
+        self.tokens.zero_()
+
+
+class Clock:
+    """Seconds, samples and tokens of this process's life."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.begin(state)
+
+    def begin(self, state: TrainState) -> None:
+        """Start when the first step is near, with what a checkpoint has put into the state."""
+        self.started_at = time.time()
+        self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
+
+    def rates(self, **work: float) -> dict[str, float]:
+        """The Trainer's `train_runtime` and what was done a second: num_samples, num_steps, num_tokens."""
+        rates: dict[str, float] = speed_metrics("train", self.started_at, **work)
+        return rates

@@ -1,0 +1,154 @@
+"""Signals and requests to stop, turned into a stop that all ranks make at the same step boundary."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from harness.config import arg, at_least
+from harness.signals import SIGNALS
+
+PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
+PREEMPTED_FILE = "preempted"
+# The greatest reason wins where ranks have different ones.
+NONE, REQUESTED, TIME_LIMIT, PREEMPTED, SHUT_OUT = 0, 1, 2, 3, 4
+SECONDS_BETWEEN_LOOKS = 1.0  # at the lock, a file that may be on a network
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingConfig:
+    """When a training ends before its plan."""
+
+    time_limit_margin_seconds: float = arg(
+        60.0,
+        "Under SLURM save and stop so long before the job's time limit, beside the time that a save and the longest "
+        "step take; 0: leave the limit alone.",
+    )
+
+    def __post_init__(self) -> None:
+        at_least(0, time_limit_margin_seconds=self.time_limit_margin_seconds)
+
+
+class TimeLimit:
+    """
+    The end of the job, and whether to stop ahead of it, asked at each step boundary.
+
+    - ends_at: in seconds since 1970, or None for never; asked at the start and once more before the answer is yes, as
+      a limit can be extended.
+    - to_save: seconds that a save is thought to take.
+    """
+
+    def __init__(
+        self, config: StoppingConfig, *, ends_at: Callable[[], float | None], to_save: Callable[[], float]
+    ) -> None:
+        self.config, self._ask, self._to_save = config, ends_at, to_save
+        self._ends_at = ends_at() if config.time_limit_margin_seconds > 0 else None
+        self._last_at: float | None = None
+        self._longest_step = 0.0
+
+    def is_near(self, *, steps_ahead: int) -> bool:
+        """Whether to stop now, if so many more steps are made before the save begins."""
+        now = time.time()
+        if self._last_at is not None:  # evaluations and saves are in it: the next may come right now
+            self._longest_step = max(self._longest_step, now - self._last_at)
+        self._last_at = now
+        needed = self.config.time_limit_margin_seconds + self._to_save() + (steps_ahead + 1) * self._longest_step
+        if self._ends_at is None or now + needed < self._ends_at:
+            return False
+        self._ends_at = self._ask()
+        return self._ends_at is not None and now + needed >= self._ends_at
+
+
+class StoppedError(Exception):
+    """The training has ended before its plan, at a step boundary. `exit_code` is the process's, one line says why."""
+
+    def __init__(self, message: str, *, exit_code: int, was_preempted: bool) -> None:
+        super().__init__(message)
+        self.exit_code, self.was_preempted = exit_code, was_preempted
+
+
+class Stop:
+    """
+    Whether to stop, asked at each step boundary.
+
+    - requested: whether somebody asks for an end from outside (Stop in the W&B app); read on each rank.
+    - time_limit: of the job; on rank zero, None on the others and where there is none.
+    - is_shut_out: whether another process has taken the folder over; asked once a second.
+
+    With several ranks the answer travels on a gloo group of its own while the next step runs, so that no step waits
+    for it: they stop one step after the signal.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        requested: Callable[[], bool],
+        time_limit: TimeLimit | None = None,
+        is_shut_out: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.requested, self.time_limit, self.is_shut_out = requested, time_limit, is_shut_out
+        self._looked_at = 0.0
+        self._signalled = threading.Event()
+        self._is_alone = accelerator.num_processes == 1
+        self._group = None if self._is_alone else torch.distributed.new_group(backend="gloo")
+        self._flag = torch.zeros(1, dtype=torch.int64)
+        self._pending: torch.distributed.Work | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGNALS as a note meanwhile; launchers repeat them, so a second one means no more than the first."""
+        if threading.current_thread() is not threading.main_thread():  # a notebook's worker: Python allows none there
+            yield
+            return
+
+        def note(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - Python's signature
+            self._signalled.set()
+
+        with ExitStack() as stack:
+            for each in SIGNALS:
+                stack.callback(signal.signal, each, signal.signal(each, note))
+            # What was held since the start comes now.
+            stack.callback(
+                signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            )
+            yield
+
+    def agreed(self) -> int:
+        """Collective: NONE, REQUESTED, TIME_LIMIT, PREEMPTED or SHUT_OUT, the same on all ranks."""
+        reason = self._reason()
+        if self._is_alone:
+            return reason
+        answer = self.settled()
+        self._flag.fill_(reason)
+        self._pending = torch.distributed.all_reduce(
+            self._flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return answer
+
+    def _reason(self) -> int:
+        if time.monotonic() - self._looked_at > SECONDS_BETWEEN_LOOKS:
+            self._looked_at = time.monotonic()
+            if self.is_shut_out():
+                return SHUT_OUT
+        if self._signalled.is_set():
+            return PREEMPTED
+        if self.time_limit is not None and self.time_limit.is_near(steps_ahead=0 if self._is_alone else 1):
+            return TIME_LIMIT
+        return REQUESTED if self.requested() else NONE
+
+    def settled(self) -> int:
+        """Collective: wait for the exchange under way, if there is one, and return what it came to."""
+        if self._pending is None:
+            return NONE
+        self._pending.wait()
+        self._pending = None
+        return int(self._flag.item())

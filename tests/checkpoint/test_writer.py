@@ -1,0 +1,241 @@
+"""Checkpoints are written in the background, of one instant, and what fails is said and tried anew."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from harness.checkpoint.content import Content
+from harness.checkpoint.find import CheckpointConfig, digest_of, list_checkpoints, why_invalid
+from harness.checkpoint.writer import CheckpointError, Checkpoints
+from harness.train import main
+from tests.support.parity import TRAINING, as_flags, assert_equal_runs, reset, run_harness
+
+SAVING = {**TRAINING, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "no"}
+WriteModel = Callable[[Path, Any], None]
+
+
+def whole(folder: Path, weights: Any) -> None:
+    save_file(dict(weights), folder / "model.safetensors")
+
+
+def full(folder: Path, weights: Any) -> None:
+    (folder / "model.safetensors").write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def content(step: int, write_model: WriteModel = whole, *, weight: torch.Tensor | None = None) -> Content:
+    weight = torch.ones(4) if weight is None else weight
+    return Content(
+        step=step,
+        weights={"weight": weight},
+        write_model=write_model,
+        files={"optimizer.pt": {"state": weight}},
+        trainer_state={"global_step": step},
+        rank_state={"cpu": torch.arange(4)},
+        shared={},
+    )
+
+
+def in_one_process(error: BaseException | None) -> str | None:
+    return None if error is None else str(error)
+
+
+def alone(value: Any) -> list[Any]:
+    return [value]
+
+
+def writer(folder: Path, *, agree: Callable[..., str | None] = in_one_process, rank: int = 0, **config: Any) -> Any:
+    ranks = (rank, 1 if rank == 0 else 2)
+    return Checkpoints(
+        folder, CheckpointConfig(**config), ranks=ranks, agree=agree, gather=lambda value: [value], meet=agree
+    )
+
+
+class Held:
+    """A way to write a model that waits until it is released."""
+
+    def __init__(self) -> None:
+        self.began, self.release = threading.Event(), threading.Event()
+
+    def __call__(self, folder: Path, weights: Any) -> None:
+        self.began.set()
+        assert self.release.wait(30)
+        whole(folder, weights)
+
+
+def test_a_checkpoint_holds_the_state_of_its_instant(tmp_path: Path) -> None:
+    weight, held, checkpoints = torch.zeros(4), Held(), writer(tmp_path)
+    checkpoints.save(content(1, held, weight=weight))
+    assert held.began.wait(30)
+    weight.fill_(9)  # the training goes on
+    assert not checkpoints.path_of(1).exists()
+    held.release.set()
+    checkpoints.check_last()
+    assert checkpoints.saved_step == 1
+    folder = tmp_path / "checkpoint-1"
+    assert load_file(folder / "model.safetensors")["weight"].tolist() == [0.0] * 4
+    assert torch.load(folder / "optimizer.pt", weights_only=True)["state"].tolist() == [0.0] * 4
+
+
+def test_without_async_save_it_is_on_disk_when_save_returns(tmp_path: Path) -> None:
+    checkpoints = writer(tmp_path, async_save=False)
+    checkpoints.save(content(1))
+    assert why_invalid(tmp_path / "checkpoint-1") is None
+    assert checkpoints.saved_step == 1
+
+
+def test_a_save_waits_for_the_one_under_way_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def slow(folder: Path, weights: Any) -> None:
+        time.sleep(1.3)
+        whole(folder, weights)
+
+    checkpoints = writer(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        checkpoints.save(content(1, slow))
+        checkpoints.save(content(2))
+        checkpoints.check_last()
+    assert [why_invalid(path) for path in list_checkpoints(tmp_path)] == [None, None]
+    assert [record.getMessage()[:22] for record in caplog.records] == ["The training waited 1."]
+    assert "until checkpoint-1 was written" in caplog.text
+    assert 1.2 < checkpoints.held_seconds < 2.5
+
+
+def test_a_failed_save_is_said_once_and_the_next_one_makes_it_good(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = writer(tmp_path)
+    checkpoints.save(content(1))
+    with caplog.at_level(logging.ERROR):
+        checkpoints.save(content(2, full))
+        checkpoints.settle()
+        assert checkpoints.saved_step == 1
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 .*No space left.*older ones are untouched"):
+            checkpoints.check_last()
+        checkpoints.save(content(3))
+        checkpoints.check_last()
+    assert len(caplog.records) == 1
+    assert "checkpoint-2 could not be written, the training goes on" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_a_bug_of_the_writer_raises_at_the_next_save(tmp_path: Path) -> None:
+    def broken(folder: Path, weights: Any) -> None:
+        raise KeyError("a bug")
+
+    checkpoints = writer(tmp_path)
+    checkpoints.save(content(1, broken))
+    with pytest.raises(KeyError, match="a bug"):
+        checkpoints.save(content(2))
+
+
+def test_the_other_ranks_hear_of_what_failed_on_rank_zero(tmp_path: Path) -> None:
+    answers = iter([None, "No space left", "a bug", None])
+    other = writer(tmp_path, agree=lambda _: next(answers), rank=1)
+    other.save(content(1))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 could not be written.*No space left"):
+        other.check_last()
+    other.save(content(2))
+    with pytest.raises(CheckpointError, match="a bug"):
+        other.settle()
+    assert not list(tmp_path.iterdir())  # rank zero alone writes
+
+
+def test_what_follows_a_save_sees_it_whole_before_older_ones_are_deleted(tmp_path: Path) -> None:
+    seen = []
+
+    def then(folder: Path) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        seen.append((folder.name, why_invalid(folder), len(list_checkpoints(tmp_path))))
+
+    checkpoints = writer(tmp_path, save_total_limit=1)
+    for step in (1, 2):
+        checkpoints.save(content(step), then=then)
+    checkpoints.check_last()
+    assert seen == [("checkpoint-1", None, 1), ("checkpoint-2", None, 2)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_background_saves_write_what_saves_in_the_foreground_write(tmp_path: Path) -> None:
+    for name, value in (("background", True), ("foreground", False)):
+        run_harness(tmp_path / name, {**SAVING, "async_save": value})
+    assert_equal_runs(tmp_path / "foreground", tmp_path / "background")
+    checkpoints = list_checkpoints(tmp_path / "foreground")
+    assert len(checkpoints) == 3
+    for path in checkpoints:
+        names = sorted(file.name for file in path.iterdir())
+        other = tmp_path / "background" / path.name
+        assert sorted(file.name for file in other.iterdir()) == names
+        exact = [name for name in names if name not in ("trainer_state.json", "harness_state.json")]
+        assert [digest_of(path / name) for name in exact] == [digest_of(other / name) for name in exact]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_each_step_is_whole_and_memory_does_not_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    save = Checkpoints.save
+
+    def measured(self: Checkpoints, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        sizes.append((psutil.Process().memory_info().rss, self._copies.num_bytes))
+
+    monkeypatch.setattr(Checkpoints, "save", measured)
+    run_harness(tmp_path, {**SAVING, "save_steps": 1, "max_steps": 50})
+    checkpoints = list_checkpoints(tmp_path)
+    assert [path.name for path in checkpoints] == [f"checkpoint-{step}" for step in range(1, 51)]
+    assert {why_invalid(path) for path in checkpoints} == {None}
+    assert len({copies for _, copies in sizes[1:]}) == 1
+    assert sizes[-1][0] - sizes[9][0] < 20 * 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MB: more than the run needs, unless something else fills it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder]).returncode != 0:
+        pytest.skip("mounting a small file system needs root, mount and a machine that lets one")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("is_freed", [True, False])
+def test_a_disk_that_is_full_for_a_while_costs_no_more_than_the_saves_it_is_full_for(
+    *, is_freed: bool, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = small_disk / "out"
+    task_args = {"fill": str(small_disk / "ballast"), "from_sample": 60, "to_sample": 100 if is_freed else 10_000}
+    saving = {**SAVING, "save_steps": 3, "output_dir": out, "report_to": "none", "task_args": task_args}
+    reset()
+    flags = as_flags({"task": "tests.support.tasks.filling_task:build", **saving})
+    assert main([*flags, "--use_cpu"]) == (0 if is_freed else 1)
+    shown = capsys.readouterr()
+    assert "could not be written, the training goes on: " in shown.err
+    assert "No space left" in shown.err
+    assert "Traceback" not in shown.err
+    checkpoints = list_checkpoints(out)
+    assert [why_invalid(path) for path in checkpoints] == [None] * len(checkpoints)
+    steps = {int(path.name.rpartition("-")[2]) for path in checkpoints}
+    assert 3 in steps
+    assert len(steps) < 5
+    if is_freed:
+        assert 15 in steps
+        run_harness(tmp_path / "undisturbed", SAVING)
+        assert_equal_runs(tmp_path / "undisturbed", out)
+    else:
+        assert 15 not in steps
+        assert "--resume_from_checkpoint true" in shown.err

@@ -1,0 +1,290 @@
+"""`python -m harness.sync`: offline runs arrive whole, each row once, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from harness.checkpoint.lock import Lock
+from harness.commands.sync import _state, main
+from harness.tracking.rows.parcels import encode
+from harness.tracking.rows.wandb_file import read_records
+from harness.tracking.run import identity as identities
+from harness.tracking.run.identity import Identity
+from tests.support.faulty_training import Training, committed, environment
+from tests.support.wandb.seen import _untimed
+from tests.support.wandb_server import WandbServer
+
+NOBODY = "http://127.0.0.1:9"
+ROWS = 30 + 6 + 1  # a log a step, six evaluations, the end
+ARGUMENTS: dict[str, Any] = {
+    "wandb_run_id": None,
+    "eval_strategy": "steps",
+    "eval_steps": 5,
+    "resume_from_checkpoint": "auto",
+}
+
+
+def begun(folder: Path) -> Training:
+    (folder / "times").unlink(missing_ok=True)
+    return Training(folder, None, pace=0.1, variables={"WANDB_MODE": "offline"}, **ARGUMENTS)
+
+
+def identity(training: Training) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((training.output_dir / "wandb_run.json").read_text())
+    return found
+
+
+class Sync:
+    """The command, in a process that can be killed and started again; all lives of it write to one file."""
+
+    def __init__(self, folder: Path, server: WandbServer, *arguments: str, **variables: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.out = folder / "out"
+        # A login shell may hold what is meant for the trainings.
+        variables = environment(folder, server, WANDB_MODE="offline", **variables)
+        with self.out.open("a") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "harness.sync", *arguments],
+                env=variables,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+
+    def wait_for(self, condition: Any, what: str) -> None:
+        end = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, self.out.read_text()
+            assert time.monotonic() < end, f"{what}\n{self.out.read_text()}"
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def parcels_of(server: WandbServer) -> int:
+    """How often a run was opened by `wandb sync`."""
+    return sum(each["label"] == "graphql UpsertBucket" for each in server.requests())
+
+
+@pytest.mark.slow
+def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with WandbServer(tmp_path / "server") as server:
+        trainings = [begun(runs / name) for name in ("a", "b", "c")]
+        away = Sync(tmp_path / "away", server, str(offline_run(tmp_path / "other")), "--once", WANDB_BASE_URL=NOBODY)
+        syncs = (tmp_path / "sync", server, str(runs), "--until-finished", "--interval", "1")
+        sync = Sync(*syncs)
+        for training in trainings:  # held until rows have come: wandb's process writes to its file every 15 s only
+            training.reach(14)
+            training.process.send_signal(signal.SIGSTOP)
+        # Killed while `wandb sync` is at work, which outlives it; and while rows are sent.
+        sync.wait_for(lambda: parcels_of(server) > 0, "no run was begun")
+        sync.kill()
+        sync = Sync(*syncs)
+        killed = identity(trainings[0])["run_id"]
+        sync.wait_for(lambda: any(run.id == killed and run.rows for run in server.runs()), "no rows came of a live run")
+        sync.kill()
+        assert away.process.wait(60) == 2
+        assert away.out.read_text() == f"harness.sync: W&B can't be reached at {NOBODY}. Nothing was sent.\n"
+        live = server.run(killed)
+        assert 0 < len(live.rows) < ROWS
+        assert live.state == "running"
+        trainings[0].process.kill()
+        trainings[0].process.wait()
+        sync = Sync(*syncs)
+        trainings[0] = begun(runs / "a")
+        for training in trainings[1:]:
+            training.process.send_signal(signal.SIGCONT)
+        for training in trainings:
+            training.ended()
+        assert sync.process.wait(120) == 0, sync.out.read_text()
+        said = sync.out.read_text()
+        assert said.splitlines()[-1].endswith("All 3 runs are finished, and W&B has all of them.")
+        assert server.unknown() == []
+        seen = [server.run(identity(training)["run_id"]) for training in trainings]
+        for training, run in zip(trainings, seen, strict=True):
+            lines = [json.loads(line) for line in (training.output_dir / "metrics.jsonl").read_text().splitlines()]
+            assert [row["_step"] for row in run.rows] == list(range(ROWS))
+            kept = [{name: value for name, value in line.items() if name != "_row"} for line in lines]
+            assert [{**row, "_runtime": 0} for row in run.rows] == [{**line, "_runtime": 0} for line in kept]
+            assert (run.state, run.exit_code) == ("finished", 0)
+            assert run.raw_config["_wandb"]["value"]["m"] == seen[0].raw_config["_wandb"]["value"]["m"] != []
+            assert {"requirements.txt", "wandb-metadata.json", "output.log"} <= set(run.files)
+            assert _untimed(run.summary) == _untimed(seen[1].summary)
+            logged = [found for found in committed(server) if found.logged_by == run.id]
+            steps = {alias for found in logged for alias in found.aliases if alias.startswith("checkpoint_global")}
+            assert steps == {f"checkpoint_global_step_{step}" for step in (10, 20, 30)}
+            assert {"base_model", "final_model"} <= {alias for found in logged for alias in found.aliases}
+            (latest,) = [each for each in logged if "checkpoint" in each.collection and "latest" in each.aliases]
+            assert "checkpoint_global_step_30" in latest.aliases
+            weights = latest.contents["model.safetensors"].read_bytes()
+            assert weights == (training.output_dir / "model.safetensors").read_bytes()
+            assert not (training.output_dir / "wandb-artifacts").exists()
+        assert [_untimed(row) for row in seen[0].rows] == [_untimed(row) for row in seen[1].rows]
+        assert seen[0].summary["train/global_step"] == 30
+        # Again: nothing is sent.
+        rows = sum("file_stream" in each["label"] for each in server.requests())
+        again = Sync(tmp_path / "sync", server, str(runs), "--once")
+        assert again.process.wait(60) == 0, again.out.read_text()
+        assert sum("file_stream" in each["label"] for each in server.requests()) == rows
+
+
+LIVES = """
+import json, shutil, subprocess, sys
+from pathlib import Path
+import wandb
+from harness.commands.sync import main
+from harness.tracking.run import identity as identities
+from harness.tracking.run.identity import Identity
+
+output_dir = Path("run")
+(output_dir / "wandb").mkdir(parents=True)
+number = 0
+
+def life(rows, **kwargs):
+    global number
+    run = wandb.init(project="p", id="abc", mode="offline", dir=output_dir, **kwargs)
+    for _ in range(rows - 1):
+        run.log({"number": number})
+        number += 1
+    run.log({"number": number, "table": wandb.Table(columns=["of"], data=[[number]])})
+    number += 1
+    run.finish()
+    identities.write(output_dir, Identity(run_id="abc", project="p", mode="offline", exit_code=0))
+    (folder,) = set((output_dir / "wandb").glob("offline-run-*")) - set(seen)
+    seen.append(folder)
+    return folder
+
+seen = []
+first = life(4)
+subprocess.run([sys.executable, "-m", "wandb", "sync", first], check=True)
+second = life(3, resume="allow", config={"lives": 2})
+assert main(["run", "--once"]) == 0
+for folder in (first, second):
+    assert (folder / "run-abc.wandb.synced").exists()
+    shutil.rmtree(folder)
+life(2, resume="allow", config={"lives": 3})
+assert main(["run", "--once"]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_what_wandb_sync_has_brought_before_and_what_was_deleted_since_does_not_come_again(tmp_path: Path) -> None:
+    with WandbServer(tmp_path / "server") as server:
+        variables = environment(tmp_path, server)
+        done = subprocess.run(
+            [sys.executable, "-c", LIVES], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (run,) = server.runs()
+        assert [row["number"] for row in run.rows] == list(range(4 + 3 + 2))
+        assert [row["_step"] for row in run.rows] == list(range(4 + 3 + 2))
+        tables = [row["table"]["path"] for row in run.rows if "table" in row]
+        assert len(tables) == 3
+        assert set(tables) <= set(run.files)
+        assert (run.state, run.config["lives"], run.summary["number"]) == ("finished", 3, 8)
+        assert server.unknown() == []
+
+
+def record(**fields: Any) -> Any:
+    found = wandb_internal_pb2.Record()
+    for name, value in fields.items():
+        getattr(found, name).MergeFrom(value)
+    return found
+
+
+def test_a_parcel_is_a_whole_file_whatever_the_sizes_of_its_records() -> None:
+    sizes = (0, 1, 32_754, 32_753, 32_760, 7, 100_000, 32_768, 5)
+    records = [record(output_raw=wandb_internal_pb2.OutputRawRecord(line="x" * size)) for size in sizes]
+    data = encode(b":W&B\x00\x00\x00", [each.SerializeToString() for each in records])
+    read = list(read_records(data))
+    assert [len(each.output_raw.line) for each, _ in read] == list(sizes)
+    assert read[-1][1] == len(data)
+
+
+def offline_run(output_dir: Path, *, exit_code: int | None = 0, mode: str = "offline") -> Path:
+    """A folder as a training leaves it, with a file that says whose it is and no more."""
+    folder = output_dir / "wandb" / "offline-run-20260101_000000-abc"
+    folder.mkdir(parents=True)
+    run = wandb_internal_pb2.RunRecord(run_id="abc", project="p")
+    (folder / "run-abc.wandb").write_bytes(encode(b":W&B\x00\x00\x00", [record(run=run).SerializeToString()]))
+    identities.write(output_dir, Identity(run_id="abc", project="p", mode=mode, exit_code=exit_code))
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder."),
+        (["empty", "--once"], "empty: no run with W&B is here or in a folder below"),
+        (["online"], "is an online run; what it could not send is brought by: python -m harness.tracking upload"),
+        (["offline", "--interval", "0"], "--interval=0: give seconds, more than 0."),
+        (["offline", "--once"], "No W&B credentials found: run `wandb login`, or set WANDB_API_KEY. Nothing was sent."),
+    ],
+)
+def test_what_can_not_work_is_said(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    offline_run(tmp_path / "offline")
+    offline_run(tmp_path / "online", mode="online")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "has_marker", "is_held", "state"),
+    [
+        (0, False, False, "finished"),
+        (1, False, False, "finished"),
+        (85, False, False, "preempted"),  # its marker has been taken away by the next life's script
+        (None, True, False, "preempted"),
+        (None, False, True, "running"),
+        (0, False, True, "running"),  # a life that has not opened the run yet
+    ],
+)
+def test_how_a_run_is(exit_code: int | None, has_marker: bool, is_held: bool, state: str, tmp_path: Path) -> None:
+    output_dir = offline_run(tmp_path / "run", exit_code=exit_code)
+    if has_marker:
+        (output_dir / "preempted").touch()
+        wandb_file = next(output_dir.glob("wandb/*/*.wandb"))
+        os.utime(wandb_file, (0, 0))
+    identity = identities.read(output_dir)
+    assert identity is not None
+    with Lock() as lock:
+        if is_held:
+            owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+            lock.take(output_dir)
+            holder = json.loads((output_dir / "harness.checkpoint.lock").read_text())
+            process = psutil.Process(owner.pid)
+            holder |= {"pid": owner.pid, "created_at": process.create_time()}
+            (output_dir / "harness.checkpoint.lock").write_text(json.dumps(holder))
+        try:
+            assert _state(output_dir, identity) == state
+        finally:
+            if is_held:
+                owner.kill()
+                owner.communicate()
