@@ -17,21 +17,14 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from harness.checkpoint.arguments import recorded
 from harness.checkpoint.writer import Checkpoints
-from harness.config import ConfigError
 from harness.data.loader import TrainLoader
-from harness.data.samples import (
-    DataConfig,
-    LengthGroups,
-    Samples,
-    build_eval_loader,
-    first_samples,
-    usable_samples,
-)
+from harness.data.samples import DataConfig, LengthGroups, Samples, build_eval_loader, first_samples, usable_samples
 from harness.distributed.accelerator import agree
 from harness.distributed.backend import AcceleratedStepper, Stepper, ZeroStepper, check_wrapped
 from harness.distributed.fsdp2 import check_sharded, is_fsdp, prepare_fsdp, shard_for_evaluation, writers_group
 from harness.distributed.ranks import is_first, main_process_first
 from harness.distributed.zero import fill_config, is_zero, zero_stage
+from harness.errors import ConfigError
 from harness.flags import Config
 from harness.loop import Run
 from harness.model.adapters import add_adapter, check_scores

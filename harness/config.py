@@ -17,12 +17,10 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from harness.errors import ConfigError
+
 SECRET_SUFFIXES = ("_token", "api_key")
 RECIPES_DIR = Path(__file__).parent / "recipes"
-
-
-class ConfigError(Exception):
-    """Something the user can put right: bad input, bad configuration. The process ends with exit code 2."""
 
 
 class Json(dict[str, Any]):

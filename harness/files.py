@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 
 def load_safely(path: str | Path, map_location: Any, allowed: Sequence[Any], *, mmap: bool = False) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from harness.checkpoint.find import CheckpointConfig
-from harness.config import ConfigError, arg, parse_sections, read_yaml
+from harness.config import arg, parse_sections, read_yaml
 from harness.data.samples import DataConfig
 from harness.distributed.accelerator import TopologyConfig
+from harness.errors import ConfigError
 from harness.model.adapters import AdapterConfig
 from harness.model.optim import BY_METRIC, OptimConfig
 from harness.tasks import SHIPPED, TaskConfig

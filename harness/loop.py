@@ -16,12 +16,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.memory import clear_device_cache
 
 from harness.checkpoint.content import Content
-from harness.checkpoint.writer import CheckpointError, Checkpoints
+from harness.checkpoint.writer import Checkpoints
 from harness.data.loader import Batch, TrainLoader, step_groups
 from harness.distributed.accelerator import software
 from harness.distributed.backend import Stepper, ZeroStepper
 from harness.distributed.fsdp2 import is_fsdp, optimizer_file, optimizer_shard
 from harness.distributed.zero import save_shards, zero_stage
+from harness.errors import CheckpointError, StoppedError
 from harness.model.optim import BY_METRIC, OptimConfig, current_learning_rate
 from harness.model.weights import is_sharded, load_weights, save_model, whole_weights
 from harness.tracking import WandbTracker, rewrite
@@ -34,7 +35,7 @@ from harness.training.loss import Loss, ModelingConfig
 from harness.training.metrics import Clock, Window, Work
 from harness.training.schedule import Due, Plan
 from harness.training.state import TrainState
-from harness.training.stopping import NONE, PREEMPTED_EXIT_CODE, REQUESTED, SHUT_OUT, TIME_LIMIT, Stop, StoppedError
+from harness.training.stopping import NONE, PREEMPTED_EXIT_CODE, REQUESTED, SHUT_OUT, TIME_LIMIT, Stop
 from harness.training.throughput import Throughput, as_text
 from harness.training.watchdog import END, EVALUATION, REPORT, SAVE, Watchdog
 

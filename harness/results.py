@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from harness.build import Session, eval_set, eval_sets, prepare_for_evaluation, weights_dtype
-from harness.checkpoint.writer import CheckpointError
-from harness.config import ConfigError
+from harness.errors import CheckpointError, ConfigError
 from harness.loop import Run
 from harness.model.adapters import complete_card, is_adapted, merged
 from harness.model.weights import is_sharded, save_model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.find import STATE_FILE, WEIGHTS, Found, find, list_checkpoints, put_in_place, sync, why_invalid
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.flags import Config
 from harness.tasks import TaskConfig
 from harness.tracking.artifacts.download import (

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from harness.checkpoint.arguments import Changes, compare
 from harness.checkpoint.find import Saved, describe_change
-from harness.config import ConfigError
 from harness.data.position import at_step, converted, has_other_layout, why_other_order
 from harness.distributed.accelerator import software
 from harness.distributed.backend import ZeroStepper
 from harness.distributed.fsdp2 import has_optimizer_shards, is_fsdp, load_optimizer, read_optimizer
 from harness.distributed.zero import LATEST_FILE, load_shards, zero_stage
+from harness.errors import ConfigError
 from harness.loop import Run
 from harness.training.state import TRAINER_STATE_FILE, TrainState
 

@@ -31,9 +31,8 @@ from accelerate import Accelerator
 from harness.build import Session, assemble, build_run
 from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
 from harness.checkpoint.lock import Lock
-from harness.checkpoint.writer import CheckpointError
-from harness.config import ConfigError
 from harness.distributed.accelerator import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
+from harness.errors import ConfigError, HarnessError, StoppedError
 from harness.flags import Config, parse
 from harness.loop import Run, fit
 from harness.model.adapters import describe
@@ -46,9 +45,9 @@ from harness.tracking import run_config, trackers
 from harness.tracking.artifacts.download import record_use
 from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
 from harness.training.console import set_up_logging
-from harness.training.debug import NonFiniteError, describe_batch, watch_training
+from harness.training.debug import describe_batch, watch_training
 from harness.training.state import TrainState
-from harness.training.stopping import PREEMPTED_FILE, StoppedError
+from harness.training.stopping import PREEMPTED_FILE
 
 logger = logging.getLogger("harness")
 SECONDS_FOR_RANK_ZERO = 10.0
@@ -67,15 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(config.as_yaml())
             return 0
         run_command(config)
-    except ConfigError as error:
-        return _fail(2, str(error))
-    except (CheckpointError, NonFiniteError) as error:
-        return _fail(1, str(error))
     except torch.OutOfMemoryError as error:
         remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
         return _fail(1, f"Out of memory: {remedy}. ({str(error).splitlines()[0]})")
-    except StoppedError as stopped:
-        return _fail(stopped.exit_code, str(stopped))
+    except HarnessError as error:
+        return _fail(error.exit_code, str(error))
     except KeyboardInterrupt:
         return _fail(130, "Interrupted.")
     return 0

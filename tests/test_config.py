@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.config import RECIPES_DIR, ConfigError, Json, arg, parse_sections, read_yaml
+from harness.config import RECIPES_DIR, Json, arg, parse_sections, read_yaml
+from harness.errors import ConfigError
 from harness.flags import Config, parse
 from harness.train import main
 

@@ -13,16 +13,9 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from harness.config import RECIPES_DIR, ConfigError, Json
-from harness.flags import (
-    GONE,
-    OWNED_BY_LAUNCH_CONFIG,
-    REFUSED,
-    SAY_WHAT_TO_TRAIN,
-    SECTIONS,
-    Config,
-    parse,
-)
+from harness.config import RECIPES_DIR, Json
+from harness.errors import ConfigError
+from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SAY_WHAT_TO_TRAIN, SECTIONS, Config, parse
 from harness.training.debug import DEBUG_DEFAULTS
 
 HARNESS = Path(__file__).parent.parent / "harness"

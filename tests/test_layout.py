@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 HARNESS = ROOT / "harness"
 # From the bottom up; a package stands for its files.
 LAYERS = (
-    ("__init__", "config", "signals"),
+    ("__init__", "errors", "signals"),
+    ("config",),
     ("files", "slurm"),
     ("distributed",),
     ("model",),
@@ -39,7 +40,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(HARNESS.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-LONGEST_FILE, LONGEST_FUNCTION = 350, 60
+LONGEST_FILE, LONGEST_FUNCTION = 500, 60
 # With the reason why they are one concern.
 LONGER_FILES: dict[str, str] = {}
 TOP_LEVEL = {

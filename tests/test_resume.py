@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from harness.checkpoint.find import why_invalid
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tracking.artifacts.download import check_manifest
 from tests.faults.deaths import small_disk
 from tests.support.faulty_training import SCRIPT, Training, committed, environment

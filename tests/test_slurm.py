@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness.checkpoint.find import CheckpointConfig
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.slurm import FAILED, FILE, FINISHED, PREEMPTED, JobRecord, SlurmJob, slurm_job, time_limit_at
 from harness.train import main
 from harness.training.stopping import StoppingConfig, TimeLimit

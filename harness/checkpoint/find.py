@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from harness.config import ConfigError, arg
+from harness.config import arg
+from harness.errors import ConfigError
 from harness.files import load_safely
 from harness.slurm import SlurmJob, slurm_job
 from harness.training.state import TRAINER_STATE_FILE

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from harness.config import ConfigError
 from harness.distributed.accelerator import is_running
+from harness.errors import ConfigError
 from harness.slurm import SlurmJob, slurm_job
 
 logger = logging.getLogger(__name__)

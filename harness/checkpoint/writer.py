@@ -26,15 +26,12 @@ from harness.checkpoint.find import (
 )
 from harness.checkpoint.host_copies import HostCopies
 from harness.checkpoint.lock import Lock
+from harness.errors import CheckpointError
 from harness.training.state import write_json
 
 logger = logging.getLogger(__name__)
 
 LONG_WAIT_SECONDS = 1.0
-
-
-class CheckpointError(Exception):
-    """A checkpoint could not be written; the older ones are as they were."""
 
 
 class Checkpoints:

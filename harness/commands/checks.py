@@ -15,12 +15,12 @@ from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import try_to_load_from_cache
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-from harness.config import ConfigError
+from harness.errors import ConfigError, UnreachableError
 from harness.flags import Config
 from harness.tasks import TaskConfig
 from harness.tasks.text.glue import HUB_NAME
 from harness.tracking import TrackingConfig
-from harness.tracking.client import UnreachableError, open_api
+from harness.tracking.client import open_api
 from harness.tracking.run.open import NEEDS_CREDENTIALS, has_credentials
 
 SUPPORTED = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.commands.checks import check_cache, check_disk, check_launch_config, check_tracking
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.flags import Config, parse
 
 ROOT = Path(__file__).parents[2]

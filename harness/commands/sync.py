@@ -20,12 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.lock import SILENCE_SECONDS, is_held
-from harness.config import ConfigError
 from harness.distributed.accelerator import is_running
-from harness.tracking.artifacts.upload import DeliveryError
-from harness.tracking.client import UnreachableError, open_api
-from harness.tracking.rows.parcels import ParcelError
-from harness.tracking.rows.server import RowsError
+from harness.errors import BusyError, ConfigError, DeliveryError, ParcelError, RowsError, UnreachableError
+from harness.tracking.client import open_api
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import FILE as IDENTITY
 from harness.tracking.run.identity import Identity
@@ -39,10 +36,6 @@ LOCK = "wandb_sync.lock"
 PLACES = (IDENTITY, f"*/{IDENTITY}", f"*/*/{IDENTITY}")
 LONGEST_PAUSE_SECONDS = 600.0
 GOING, FINISHED, PREEMPTED, INTERRUPTED = "running", "finished", "preempted", "interrupted"
-
-
-class BusyError(Exception):
-    """Another process brings this run to W&B."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

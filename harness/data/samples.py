@@ -17,7 +17,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import find_labels
 
-from harness.config import ConfigError, arg, at_least, choice
+from harness.config import arg, at_least, choice
+from harness.errors import ConfigError
 
 # Its collator tells once what it hides, as a library does: heard with --log_level info.
 library_logger = logging.getLogger("transformers.trainer")

@@ -13,7 +13,7 @@ import torch
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from torch.utils.data import IterableDataset, get_worker_info
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 # Of one worker after one of its batches: its number, how many batches it has given, the state of its stream or None.
 Mark = Mapping[str, Any]

@@ -12,12 +12,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
-from accelerate import (
-    Accelerator,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import (
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
@@ -27,11 +22,12 @@ from accelerate.utils import (
 )
 
 import harness
-from harness.config import ConfigError, arg, at_least, choice
+from harness.config import arg, at_least, choice
 from harness.distributed.compiled_ops import remove_stale_lock
 from harness.distributed.fsdp2 import set_up_fsdp
 from harness.distributed.launch import Launch, find_launch, where
 from harness.distributed.precision import check_fp8, check_precision, check_result, set_tf32
+from harness.errors import ConfigError
 
 Answer = TypeVar("Answer")
 

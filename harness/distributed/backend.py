@@ -13,8 +13,8 @@ from accelerate.utils import is_deepspeed_available
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.config import ConfigError
 from harness.distributed.launch import where
+from harness.errors import ConfigError
 
 # What `prepare` has to make of a model.
 DDP_TYPES = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

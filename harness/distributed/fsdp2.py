@@ -13,7 +13,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.files import load_safely
 
 OPTIMIZER_FILES = "optimizer_rank_*.pt"

@@ -8,8 +8,8 @@ from accelerate.utils.imports import is_torchao_available
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 from transformers.utils.import_utils import enable_tf32
 
-from harness.config import ConfigError
 from harness.distributed.launch import where
+from harness.errors import ConfigError
 
 PRECISIONS = ("no", "bf16", "fp16", "fp8")
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper

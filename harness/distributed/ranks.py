@@ -8,17 +8,13 @@ from typing import TypeVar
 
 from accelerate import Accelerator
 
-from harness.config import ConfigError
 from harness.distributed.accelerator import agree
+from harness.errors import ConfigError, RankError
 
 Answer = TypeVar("Answer")
 
 # Its own traceback comes first, before the launcher ends all ranks or the others say that it failed.
 SECONDS_FOR_TRACEBACK = 3.0
-
-
-class RankError(RuntimeError):
-    """Another rank has failed; its own traceback says where."""
 
 
 def is_first(accelerator: Accelerator, *, local: bool) -> bool:

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from transformers.trainer_utils import _is_peft_model
 
-from harness.config import ConfigError
 from harness.distributed.launch import where
+from harness.errors import ConfigError
 from harness.files import load_safely
 
 STAGES = (1, 2, 3)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.export.folder import export
 
 SIZE = re.compile(r"[1-9]\d*([KMGT]B)?")

@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from harness.checkpoint.find import sync, why_damaged
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.export.sources import Weight, is_adapter, read_weights
 from harness.model.adapters import merged_model
 

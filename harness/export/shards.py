@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from harness.config import ConfigError
 from harness.distributed.zero import LATEST_FILE, load_shard
+from harness.errors import ConfigError
 
 # Shape, type and what reads a weight.
 Read = tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]

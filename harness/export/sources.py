@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.export.shards import find_shards, read_shards
 
 FSDP_FOLDERS = "pytorch_model_fsdp*"

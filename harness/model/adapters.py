@@ -20,7 +20,8 @@ from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import _is_peft_model
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-from harness.config import ConfigError, Json, arg, at_least
+from harness.config import Json, arg, at_least
+from harness.errors import ConfigError
 
 INSTALL = "pip install 'accelerate-harness[peft]'"
 # Beside an adapter: a config.json would say to Transformers that the model itself is there.

@@ -14,7 +14,8 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from harness.config import ConfigError, Json, arg, at_least, choice
+from harness.config import Json, arg, at_least, choice
+from harness.errors import ConfigError
 
 # Names of `--optim` that need another loop than ours, with what to use.
 UNSUPPORTED_OPTIMIZERS = {

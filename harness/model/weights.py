@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness.config import ConfigError
 from harness.distributed.fsdp2 import fill, is_cut, joined
 from harness.distributed.zero import gathered, is_divided, whole_shape
+from harness.errors import ConfigError
 from harness.model.adapters import is_adapted, load_tensors, tensors_of, write_adapter
 
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 
-from harness.config import ConfigError, Json, arg, at_least, choice
+from harness.config import Json, arg, at_least, choice
+from harness.errors import ConfigError
 
 SHIPPED = {
     "causal-lm": "harness.tasks.text.causal_lm:build",

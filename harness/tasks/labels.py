@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 REGRESSION = "regression"
 SINGLE = "single_label_classification"

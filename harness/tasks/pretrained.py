@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.model.adapters import MODEL_CONFIG_FILE, adapter_config, load_adapter
 from harness.tasks import TaskConfig
 

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tasks import TaskConfig
 
 logger = logging.getLogger(__name__)

@@ -15,20 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.config import ConfigError
+from harness.errors import ConfigError, DeliveryError, RowsError, TrackingError, UnreachableError
 from harness.tracking.artifacts.staging import FOLDER, Staged, waiting
-from harness.tracking.artifacts.upload import DeliveryError, deliver_staged, registry_path
-from harness.tracking.client import UnreachableError, open_api
-from harness.tracking.rows.server import RowsError, connection, deliver_rows, online_logs
+from harness.tracking.artifacts.upload import deliver_staged, registry_path
+from harness.tracking.client import open_api
+from harness.tracking.rows.server import connection, deliver_rows, online_logs
 from harness.tracking.rows.wandb_file import TransactionLog
 from harness.tracking.run.open import one_line, server_answers
 
 SOURCE = "python -m harness.tracking"
 FULL_NAME = re.compile(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+")
-
-
-class CommandError(Exception):
-    """What keeps the command from its work, for the user to put right."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return upload(given.output_dir)
     except ConfigError as error:
         return _fail(2, str(error))
-    except (CommandError, UnreachableError) as error:
+    except (TrackingError, UnreachableError) as error:
         return _fail(1, str(error))
     except KeyboardInterrupt:
         return _fail(130, "Interrupted; what was not delivered stays staged.")
@@ -91,7 +87,7 @@ def link(name: str, registry: str, aliases: Sequence[str]) -> int:
     try:
         linked = api.artifact(name).link(registry_path(registry), list(aliases))
     except Exception as error:  # as above
-        raise CommandError(f"{name} can't be linked to {registry_path(registry)}: {one_line(error)}") from error
+        raise TrackingError(f"{name} can't be linked to {registry_path(registry)}: {one_line(error)}") from error
     print(f"{name} is linked as {linked.qualified_name}", flush=True)
     return 0
 
@@ -111,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 def _check_server(api: Any) -> None:
     base_url = api.settings["base_url"]
     if not server_answers(base_url):
-        raise CommandError(f"W&B can't be reached at {base_url} any more; what is left stays staged.")
+        raise TrackingError(f"W&B can't be reached at {base_url} any more; what is left stays staged.")
 
 
 def _fail(code: int, message: str) -> int:

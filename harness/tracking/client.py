@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.errors import UnreachableError
 from harness.tracking.run.open import one_line, server_answers
 
 API_TIMEOUT_SECONDS = 30
-
-
-class UnreachableError(Exception):
-    """What keeps us from the server, for the user to put right."""
 
 
 def open_api(source: str, *, silent: bool = False) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from harness.config import ConfigError, arg, at_least, choice
+from harness.config import arg, at_least, choice
+from harness.errors import ConfigError
 
 DEFAULT_PROJECT = "huggingface"
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")

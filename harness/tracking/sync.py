@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from harness.errors import DeliveryError, ParcelError, RowsError
 from harness.tracking.artifacts.staging import FOLDER, Staged, waiting
-from harness.tracking.artifacts.upload import DeliveryError, deliver_staged, versions_of
+from harness.tracking.artifacts.upload import deliver_staged, versions_of
 from harness.tracking.rows import parcels
 from harness.tracking.rows.fragments import mark_synced
 from harness.tracking.rows.journal import FILE as JOURNAL
 from harness.tracking.rows.journal import Journal
-from harness.tracking.rows.server import AtServer, RowsError, connection, deliver_rows, is_plain
+from harness.tracking.rows.server import AtServer, connection, deliver_rows, is_plain
 from harness.tracking.rows.wandb_file import TransactionLog, read_log, read_records
 from harness.tracking.run.identity import Identity
 from harness.tracking.run.open import one_line
@@ -204,7 +205,7 @@ class OfflineRun:
                 continue
             artifacts = parcels.send(path, is_over=is_life_over, resumes=server is not None, lock=lock)
             if (server := ask()) is None:
-                raise parcels.ParcelError(f"`wandb sync` said nothing, but W&B does not have the run {log.run_id}")
+                raise ParcelError(f"`wandb sync` said nothing, but W&B does not have the run {log.run_id}")
             self._verify(api, artifacts)
             sent.lives[path.parent.name] = content
             sent.write(self.output_dir)
@@ -218,7 +219,7 @@ class OfflineRun:
             entity = artifact.entity or api.default_entity
             found = versions_of(api, f"{entity}/{artifact.project}/{artifact.name}", artifact.type)
             if artifact.digest not in [version.digest for version in found]:
-                raise parcels.ParcelError(f"`wandb sync` said nothing, but W&B does not have {artifact.name}")
+                raise ParcelError(f"`wandb sync` said nothing, but W&B does not have {artifact.name}")
 
     def _staged(self) -> list[Staged]:
         return [staged for staged in waiting(self.output_dir / FOLDER) if staged.run_id == self.identity.run_id]

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harness.config import ConfigError, arg, at_least
+from harness.config import arg, at_least
+from harness.errors import ConfigError
 from harness.training.state import TrainState
 
 logger = logging.getLogger(__name__)

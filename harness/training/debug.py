@@ -12,6 +12,7 @@ import torch
 from transformers.debug_utils import DebugUnderflowOverflow
 
 from harness.config import arg, choice
+from harness.errors import NonFiniteError
 
 # What a bare --debug gives to the flags that were not given.
 DEBUG_DEFAULTS: dict[str, Any] = {
@@ -51,10 +52,6 @@ class DebugConfig:
     def is_on(self) -> bool:
         """Whether this is the debugging mode, not the Trainer's report."""
         return self.debug == "on"
-
-
-class NonFiniteError(Exception):
-    """A module gave NaN or infinity; the message names the first one."""
 
 
 @contextmanager

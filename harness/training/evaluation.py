@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
-from harness.config import ConfigError, arg
+from harness.config import arg
+from harness.errors import ConfigError
 from harness.tasks import Generate, Metrics
 
 Batch = Mapping[str, Any]

@@ -17,7 +17,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import align_special_tokens, unwrap_peft_model
 from transformers.utils import find_labels
 
-from harness.config import ConfigError, Json, arg, at_least
+from harness.config import Json, arg, at_least
+from harness.errors import ConfigError
 from harness.tasks import LossFunction
 
 Batch = Mapping[str, Any]

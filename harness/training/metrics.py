@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
-from harness.config import ConfigError, arg, choice
+from harness.config import arg, choice
 from harness.distributed.zero import num_parameters
+from harness.errors import ConfigError
 from harness.training.state import TrainState
 
 

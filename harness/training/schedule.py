@@ -6,7 +6,8 @@ import math
 import sys
 from dataclasses import dataclass
 
-from harness.config import ConfigError, arg, at_least, choice
+from harness.config import arg, at_least, choice
+from harness.errors import ConfigError
 from harness.training.state import TrainState
 
 INTERVALS = ("no", "steps", "epoch")

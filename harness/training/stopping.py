@@ -67,14 +67,6 @@ class TimeLimit:
         return self._ends_at is not None and now + needed >= self._ends_at
 
 
-class StoppedError(Exception):
-    """The training has ended before its plan, at a step boundary. `exit_code` is the process's, one line says why."""
-
-    def __init__(self, message: str, *, exit_code: int, was_preempted: bool) -> None:
-        super().__init__(message)
-        self.exit_code, self.was_preempted = exit_code, was_preempted
-
-
 class Stop:
     """
     Whether to stop, asked at each step boundary.

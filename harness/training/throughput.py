@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 
-from harness.config import ConfigError, arg
+from harness.config import arg
+from harness.errors import ConfigError
 
 T = TypeVar("T")
 SPEED, MEMORY = "train/throughput", "train/memory"

@@ -29,8 +29,8 @@ from harness.checkpoint.find import (
     rng_file,
     why_invalid,
 )
-from harness.checkpoint.writer import CheckpointError, Checkpoints
-from harness.config import ConfigError
+from harness.checkpoint.writer import Checkpoints
+from harness.errors import CheckpointError, ConfigError
 from harness.train import main
 from harness.training.state import TRAINER_STATE_FILE
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, assert_equal_weights, reset, run_harness

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from harness.checkpoint.lock import FILE, SILENCE_SECONDS, Lock
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from tests.support.faulty_training import Training
 
 HOLDER = """

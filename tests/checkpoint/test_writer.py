@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from harness.checkpoint.content import Content
 from harness.checkpoint.find import CheckpointConfig, digest_of, list_checkpoints, why_invalid
-from harness.checkpoint.writer import CheckpointError, Checkpoints
+from harness.checkpoint.writer import Checkpoints
+from harness.errors import CheckpointError
 from harness.train import main
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, reset, run_harness
 

@@ -17,17 +17,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from harness.config import ConfigError
 from harness.data.digest import digest_of_samples
 from harness.data.loader import RankBatches, TrainLoader, step_groups
-from harness.data.samples import (
-    DataConfig,
-    LengthGroups,
-    Samples,
-    build_eval_loader,
-    first_samples,
-    usable_samples,
-)
+from harness.data.samples import DataConfig, LengthGroups, Samples, build_eval_loader, first_samples, usable_samples
+from harness.errors import ConfigError
 from harness.training import rng
 
 SEED = 42

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset
 
-from harness.config import ConfigError
 from harness.data.loader import TrainLoader
 from harness.data.samples import DataConfig, Samples
 from harness.data.streams import StreamBatches, why_no_state
+from harness.errors import ConfigError
 from harness.training import rng
 from tests.distributed.test_launch import DDP, SCRIPT, flags, launcher, run
 from tests.support.parity import TRAINING, assert_equal_runs, run_harness

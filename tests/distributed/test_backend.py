@@ -14,9 +14,9 @@ from accelerate import Accelerator, DistributedType
 from transformers import Trainer, TrainingArguments, set_seed
 
 from harness.checkpoint.lock import Lock
-from harness.config import ConfigError
 from harness.distributed.accelerator import build_accelerator
 from harness.distributed.backend import check_wrapped
+from harness.errors import ConfigError
 from harness.flags import parse
 from harness.tasks import TaskConfig, resolve
 from harness.train import run_on

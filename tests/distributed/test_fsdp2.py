@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from harness.checkpoint.find import why_invalid
-from harness.config import ConfigError
 from harness.distributed.fsdp2 import load_optimizer, optimizer_file, prepare_fsdp, read_optimizer
+from harness.errors import ConfigError
 from harness.train import main
 from tests.distributed.test_launch import DDP, ROOT
 from tests.distributed.test_zero import ARGUMENTS, finished, losses, rows, weights

@@ -22,9 +22,9 @@ import pytest
 import yaml
 from accelerate import Accelerator
 
-from harness.config import ConfigError
 from harness.distributed.accelerator import _check_processes
 from harness.distributed.launch import launcher_arguments, read_launch
+from harness.errors import ConfigError
 from harness.train import main
 from tests.support.faulty_training import Training
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history

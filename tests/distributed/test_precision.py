@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from harness.config import ConfigError
 from harness.distributed.precision import check_fp8, check_precision, check_result
+from harness.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -14,20 +14,13 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.export.__main__ import main as export
 from harness.flags import parse
 from harness.model.adapters import AdapterConfig, add_adapter, merged_model
 from harness.tasks import TaskConfig, resolve
 from harness.train import main
-from tests.support.inputs import (
-    TINY_BERT,
-    labelled,
-    save_bert_tokenizer,
-    save_gpt,
-    write_rows,
-    write_text,
-)
+from tests.support.inputs import TINY_BERT, labelled, save_bert_tokenizer, save_gpt, write_rows, write_text
 from tests.support.parity import (
     TRAINING,
     as_flags,

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.model.optim import (
     BY_METRIC,
     OPTIMIZERS,

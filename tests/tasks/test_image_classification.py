@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, ConvNextImageProcessorPil
 from transformers import pipeline as make_pipeline
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.image.classification import build, random_box
 from harness.train import main

@@ -16,7 +16,7 @@ from sacrebleu.metrics import BLEU
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.scores.generated import TextScores
 from harness.tasks.text import seq2seq

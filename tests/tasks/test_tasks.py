@@ -19,7 +19,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from harness.config import RECIPES_DIR, ConfigError
+from harness.config import RECIPES_DIR
+from harness.errors import ConfigError
 from harness.tasks import SHIPPED, Task, TaskConfig, quickstart, resolve
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer
 from harness.tasks.rows import hold_out, load_splits

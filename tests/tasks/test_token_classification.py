@@ -16,7 +16,7 @@ import seqeval.metrics
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.scores.entities import EntityScores
 from harness.tasks.text import token_classification as ner

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config import ConfigError, parse_sections
+from harness.config import parse_sections
+from harness.errors import ConfigError
 from harness.tracking import TrackingConfig, WandbTracker, rewrite, run_config, store_configuration, trackers
 from tests.support.wandb.file import WandbFile, read_all
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.training.best import BestConfig, BestModel
 from harness.training.state import TrainState
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from harness.config import ConfigError, parse_sections
+from harness.config import parse_sections
+from harness.errors import ConfigError
 from harness.training.console import Console, ConsoleConfig, _make_handler
 
 Terminal = Callable[[], Callable[[], str]]

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.errors import NonFiniteError
 from harness.train import main
 from harness.training.console import Console
-from harness.training.debug import NonFiniteError, describe_batch, stop_at_non_finite
+from harness.training.debug import describe_batch, stop_at_non_finite
 from tests.support.inputs import save_gpt_tokenizer, text_flags, write_text
 from tests.support.parity import history
 

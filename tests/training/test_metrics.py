@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.training.metrics import Clock, MetricsConfig, Window, Work
 from harness.training.state import TrainState
 

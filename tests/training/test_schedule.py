@@ -11,15 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import (
-    DefaultFlowCallback,
-    Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.training.schedule import Due, Plan, PlanConfig, resolve_plan
 from harness.training.state import TrainState
 

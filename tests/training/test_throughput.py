@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.flags import parse
 from harness.tracking.rows.history import MEASURED
 from harness.training.throughput import Throughput, ThroughputConfig, as_text, peak_flops, precision_of

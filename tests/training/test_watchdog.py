@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.train import main
 from harness.training.debug import DEBUG_DEFAULTS
 from harness.training.state import TrainState

@@ -14,21 +14,13 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, default_data_collator
 from transformers.utils import is_vision_available
 
-from harness.config import ConfigError, choice
+from harness.config import choice
+from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.labels import SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import recognised
 from harness.tasks.pretrained import load_config, load_image_processor, load_model
-from harness.tasks.rows import (
-    SPLITS,
-    columns_of,
-    cut,
-    hold_out,
-    label_column,
-    load_splits,
-    require_columns,
-    source,
-)
+from harness.tasks.rows import SPLITS, columns_of, cut, hold_out, label_column, load_splits, require_columns, source
 from harness.tasks.scores.classification import LABEL_METRICS, LabelScores
 
 # What the flags of texts and of prepared rows are to images.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 

@@ -9,16 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.predictions import restored
-from harness.tasks.pretrained import (
-    load_config,
-    load_model,
-    load_tokenizer,
-    require_padding,
-    sequence_length,
-)
+from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
 from harness.tasks.rows import (
     SPLITS,
     columns_of,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.predictions import written
 from harness.tasks.pretrained import (

@@ -8,17 +8,12 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, default_data_collator
 
-from harness.config import ConfigError, choice
+from harness.config import choice
+from harness.errors import ConfigError
 from harness.tasks import Metrics, Task, TaskConfig
 from harness.tasks.labels import MULTI, REGRESSION, SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import classified
-from harness.tasks.pretrained import (
-    load_config,
-    load_model,
-    load_tokenizer,
-    require_padding,
-    sequence_length,
-)
+from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
 from harness.tasks.rows import (
     SPLITS,
     column_names,

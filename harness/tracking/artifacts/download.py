@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from harness.config import ConfigError
+from harness.errors import ConfigError, UnreachableError
 from harness.tracking.artifacts.upload import CHECKPOINT_ALIAS
-from harness.tracking.client import UnreachableError, open_api
+from harness.tracking.client import open_api
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.run.identity import Identity
 from harness.tracking.run.open import failures, one_line

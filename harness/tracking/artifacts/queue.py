@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from harness.errors import StagingError
 from harness.tracking.artifacts.outcome import Delivery, Pending
-from harness.tracking.artifacts.staging import Staged, StagingError, complete, discard, waiting, write_record
+from harness.tracking.artifacts.staging import Staged, complete, discard, waiting, write_record
 from harness.tracking.artifacts.upload import (
     build,
     delete_superseded,

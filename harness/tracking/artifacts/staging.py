@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.errors import StagingError
 from harness.tracking.run.open import one_line
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,6 @@ FORMAT_VERSION = 1
 NUMBERED = re.compile(r"(\d+)-.+")
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
 CLOCK_NS = 10_000_000  # a copy keeps the time only as finely as its file system does
-
-
-class StagingError(Exception):
-    """What is staged is not what was to be delivered, and never will be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import requests
 
+from harness.errors import DeliveryError
 from harness.tracking.artifacts.staging import Staged, complete, discard, sync
 from harness.tracking.run.open import one_line, server_answers
 
@@ -54,10 +55,6 @@ COMMIT = """
 mutation CommitArtifact($artifactID: ID!) {
     commitArtifact(input: { artifactID: $artifactID }) { artifact { id digest } }
 }"""
-
-
-class DeliveryError(Exception):
-    """What W&B has is not what was sent, or what keeps an artifact from being sent."""
 
 
 def build(staged: Staged) -> Any:

@@ -16,8 +16,9 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.config import ConfigError, at_least, choice
+from harness.config import at_least, choice
 from harness.distributed.zero import gathered
+from harness.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

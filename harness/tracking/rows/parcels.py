@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.errors import ParcelError
 from harness.tracking.artifacts.staging import FOLDER
 from harness.tracking.rows.wandb_file import (
     BLOCK_BYTES,
@@ -31,10 +32,6 @@ from harness.tracking.rows.wandb_file import (
 # What makes the run and its charts; the rest of a life waits for its end.
 SETUP = ("header", "run", "config", "environment", "telemetry", "metric")
 SYNC_TIMEOUT_SECONDS = 3600.0
-
-
-class ParcelError(Exception):
-    """`wandb sync` did not bring it there."""
 
 
 def send(path: Path, *, is_over: bool, resumes: bool, lock: int | None) -> list[Any]:

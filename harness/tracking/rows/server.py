@@ -15,6 +15,7 @@ from typing import Any
 
 import requests
 
+from harness.errors import RowsError
 from harness.tracking.client import API_TIMEOUT_SECONDS
 from harness.tracking.rows.journal import FILE as JOURNAL
 from harness.tracking.rows.journal import Journal
@@ -33,10 +34,6 @@ query RunRows($entity: String, $project: String, $run: String!) {
     bucket(name: $run, missingOk: true) { historyLineCount historyTail summaryMetrics state }
   }
 }"""
-
-
-class RowsError(Exception):
-    """Why rows can't be delivered so that each is there once and in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)

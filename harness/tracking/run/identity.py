@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tracking.flags import TrackingConfig
 
 logger = logging.getLogger(__name__)

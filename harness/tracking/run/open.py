@@ -13,7 +13,8 @@ from typing import Any
 
 import requests
 
-from harness.config import ConfigError, masked_arguments
+from harness.config import masked_arguments
+from harness.errors import ConfigError, NoCredentialsError
 from harness.tracking.flags import TrackingConfig, check_environment
 
 logger = logging.getLogger(__name__)
@@ -74,10 +75,6 @@ def has_credentials() -> bool:
     import wandb
 
     return _has_credentials(wandb.setup().settings)
-
-
-class NoCredentialsError(Exception):
-    """Neither a key in the environment nor a login."""
 
 
 def server_answers(base_url: str, *, timeout: float = PROBE_TIMEOUT_SECONDS) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from harness.errors import DeliveryError
 from harness.tracking.artifacts.staging import FOLDER, stage, waiting
-from harness.tracking.artifacts.upload import DeliveryError, deliver
+from harness.tracking.artifacts.upload import deliver
 from tests.support.wandb.artifact_processes import command, ended, start
 from tests.support.wandb_server import WandbServer
 

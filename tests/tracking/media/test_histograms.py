@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tracking.media import histograms as module
 from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Histogram, Watch

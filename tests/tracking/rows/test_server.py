@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from wandb.proto import wandb_internal_pb2 as pb
 
+from harness.errors import RowsError
 from harness.tracking.rows import server as rows_module
-from harness.tracking.rows.server import AtServer, RowsError, deliver_rows, missing, online_logs
+from harness.tracking.rows.server import AtServer, deliver_rows, missing, online_logs
 from harness.tracking.rows.wandb_file import TransactionLog, read_log
 from tests.support.wandb import artifact_processes as processes
 from tests.support.wandb import file as wandb_file

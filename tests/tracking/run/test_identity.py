@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import ConfigError
+from harness.errors import ConfigError
 from harness.tracking import TrackingConfig
 from harness.tracking.run.identity import FILE, Identity, choose, parse, read, write
 
