@@ -8,12 +8,13 @@ import torch
 
 from harness.build import Session, eval_set, eval_sets, prepare_for_evaluation, weights_dtype
 from harness.errors import CheckpointError, ConfigError
+from harness.files import update_json, write_json
 from harness.loop import Run
 from harness.model.adapters import complete_card, is_adapted, merged
 from harness.model.weights import is_sharded, save_model
 from harness.model_card import CARD_FILE, write_model_card
 from harness.tracking import rewrite
-from harness.training.state import TRAINER_STATE_FILE, TrainState, update_json, write_json
+from harness.training.state import TRAINER_STATE_FILE, TrainState
 
 MERGED_DIR = "merged"
 PREDICTIONS_FILE = "predict_results.txt"  # the name in Transformers' example scripts

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.find import STATE_FILE, WEIGHTS, Found, find, list_checkpoints, put_in_place, sync, why_invalid
+from harness.checkpoint.find import STATE_FILE, WEIGHTS, Found, find, list_checkpoints, why_invalid
 from harness.errors import ConfigError
+from harness.files import put_in_place, sync
 from harness.flags import Config
 from harness.tasks import TaskConfig
 from harness.tracking.artifacts.download import (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
+from harness.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,4 @@ class JobRecord:
         return [life for life in lives if isinstance(life, dict)] if isinstance(lives, list) else []
 
     def _write(self, lives: list[dict[str, Any]]) -> None:
-        partial = self.path.with_name(f"{FILE}.partial")
-        partial.write_text(json.dumps(lives, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, json.dumps(lives, indent=2) + "\n")

@@ -18,8 +18,9 @@ HARNESS = ROOT / "harness"
 # From the bottom up; a package stands for its files.
 LAYERS = (
     ("__init__", "errors", "signals"),
+    ("files",),
     ("config",),
-    ("files", "slurm"),
+    ("slurm",),
     ("distributed",),
     ("model",),
     ("tasks",),

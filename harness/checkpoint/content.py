@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from harness.checkpoint.find import rng_file
-from harness.training.state import TRAINER_STATE_FILE, write_json
+from harness.files import write_json
+from harness.training.state import TRAINER_STATE_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

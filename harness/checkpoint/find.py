@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -21,7 +19,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from harness.config import arg
 from harness.errors import ConfigError
-from harness.files import load_safely
+from harness.files import digest_of, load_safely
 from harness.slurm import SlurmJob, slurm_job
 from harness.training.state import TRAINER_STATE_FILE
 
@@ -30,7 +28,6 @@ FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 LEFTOVER = re.compile(r"(checkpoint-\d+|download)(\.[0-9a-f]+)?\.partial")
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,26 +124,6 @@ def remove_leftovers(output_dir: Path) -> list[str]:
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in left if not path.exists())
-
-
-def put_in_place(partial: Path, final: Path) -> None:
-    """Rename a folder whose files are synced to what it is called from then on; an older one of that name goes then."""
-    replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():  # a run that was resumed before this step writes it again
-        final.rename(replaced)
-    partial.rename(final)
-    sync(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
@@ -320,12 +297,3 @@ def _load(path: Path, device: torch.device) -> Any:
     # The Trainer's rng_state.pth holds numpy's state as an array.
     arrays = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
     return load_safely(path, device, arrays)
-
-
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ import psutil
 
 from harness.distributed.accelerator import is_running
 from harness.errors import ConfigError
+from harness.files import write_whole
 from harness.slurm import SlurmJob, slurm_job
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,7 @@ class Lock:
             job="" if job is None else job.id,
             restart_count=0 if job is None else job.restart_count,
         )
-        partial = path.with_name(f"{FILE}.{self.token}")
-        partial.write_text(json.dumps(asdict(own)) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(own)) + "\n", suffix=self.token)
         self._path = path
         threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
 

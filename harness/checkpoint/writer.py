@@ -15,19 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from harness.checkpoint.content import Content, fresh
-from harness.checkpoint.find import (
-    FORMAT_VERSION,
-    STATE_FILE,
-    CheckpointConfig,
-    digest_of,
-    list_checkpoints,
-    put_in_place,
-    sync,
-)
+from harness.checkpoint.find import FORMAT_VERSION, STATE_FILE, CheckpointConfig, list_checkpoints
 from harness.checkpoint.host_copies import HostCopies
 from harness.checkpoint.lock import Lock
 from harness.errors import CheckpointError
-from harness.training.state import write_json
+from harness.files import digest_of, put_in_place, sync, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import DeliveryError, ParcelError, RowsError
+from harness.files import write_whole
 from harness.tracking.artifacts.staging import FOLDER, Staged, waiting
 from harness.tracking.artifacts.upload import deliver_staged, versions_of
 from harness.tracking.rows import parcels
@@ -58,9 +59,7 @@ class Sent:
 
     def write(self, output_dir: Path) -> None:
         """Write it, whole or not at all. Raises OSError."""
-        partial = output_dir / f"{FILE}.partial"
-        partial.write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
-        partial.replace(output_dir / FILE)
+        write_whole(output_dir / FILE, json.dumps(vars(self), indent=2) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,14 +110,3 @@ _OF_THE_PLAN = (
     "save_steps",
     "train_batch_size",
 )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON as the Trainer writes it: two spaces, sorted keys, a newline at the end."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def update_json(path: Path, content: dict[str, Any]) -> None:
-    """Add to a JSON object on disk, or write it: Trainer.save_metrics with `combined`."""
-    present = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_json(path, present | content)

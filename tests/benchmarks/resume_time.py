@@ -31,9 +31,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments, set_seed
 
-from harness.checkpoint.find import digest_of
 from harness.data.samples import DataConfig, usable_samples
 from harness.data.streams import StreamBatches
+from harness.files import digest_of
 from harness.tasks import Task, TaskConfig
 from harness.train import main as train
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.lock import FILE, SILENCE_SECONDS, Lock
+from harness.checkpoint.lock import FILE, SILENCE_SECONDS, Holder, Lock
 from harness.errors import ConfigError
 from tests.support.faulty_training import Training
 
@@ -130,9 +130,7 @@ def test_a_lock_that_can_not_be_read_is_none(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     with Lock() as lock:
         lock.take(tmp_path)
-        assert json.loads((tmp_path / FILE).read_text()).keys() == {
-            field.name for field in dataclasses.fields(__import__("harness.checkpoint.lock").lock.Holder)
-        }
+        assert json.loads((tmp_path / FILE).read_text()).keys() == {field.name for field in dataclasses.fields(Holder)}
 
 
 @pytest.mark.slow

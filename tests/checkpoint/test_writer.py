@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.checkpoint.content import Content
-from harness.checkpoint.find import CheckpointConfig, digest_of, list_checkpoints, why_invalid
+from harness.checkpoint.find import CheckpointConfig, list_checkpoints, why_invalid
 from harness.checkpoint.writer import Checkpoints
 from harness.errors import CheckpointError
+from harness.files import digest_of
 from harness.train import main
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, reset, run_harness
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import StagingError
+from harness.files import sync as sync_path
+from harness.files import write_whole, written_whole
 from harness.tracking.run.open import one_line
 
 logger = logging.getLogger(__name__)
@@ -105,20 +107,13 @@ def write_record(staged: Staged) -> None:
     """Write `artifact.json` so that after a kill it is whole, or as it was; `sync` makes it outlive a crash too."""
     content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(staged)}
     del content["folder"]
-    temporary = staged.folder / f"{RECORD_FILE}.partial"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-    temporary.replace(staged.folder / RECORD_FILE)
+    write_whole(staged.folder / RECORD_FILE, json.dumps(content, indent=2))
 
 
 def sync(staged: Staged) -> None:
     """Bring the record and the links to the disk itself: milliseconds, or seconds after much was written."""
     for path in (staged.folder / RECORD_FILE, staged.folder / "files", staged.folder, staged.folder.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)
 
 
 def complete(staged: Staged) -> None:
@@ -189,6 +184,5 @@ def _link(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.copy2(source, partial)
-        partial.replace(target)
+        with written_whole(target) as partial:
+            shutil.copy2(source, partial)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import plain
+from harness.files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +65,12 @@ class Journal:
         self._open()
 
     def _open(self) -> None:
-        partial = self.path.with_name(f"{FILE}.partial")
         try:
-            partial.unlink(missing_ok=True)
-            if self._size:
-                shutil.copyfile(self.path, partial)
-            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-            os.ftruncate(descriptor, self._size)
-            os.fsync(descriptor)
-            partial.replace(self.path)
+            with written_whole(self.path, durable=True) as partial:
+                if self._size:
+                    shutil.copyfile(self.path, partial)
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+                os.ftruncate(descriptor, self._size)
             self._descriptor = descriptor
         except OSError as error:
             self._warn(error)

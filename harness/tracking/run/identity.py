@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
+from harness.files import write_whole
 from harness.tracking.flags import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -71,14 +71,8 @@ def read(output_dir: Path) -> Identity | None:
 def write(output_dir: Path, identity: Identity) -> None:
     """Write it, whole or not at all; a failure is a warning."""
     path = output_dir / FILE
-    partial = path.with_name(f"{FILE}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(identity), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, json.dumps(dataclasses.asdict(identity), indent=2) + "\n", durable=True)
     except OSError as error:
         logger.warning("%s can't be written, a restart may become a run of its own: %s", path, error)
 
