@@ -19,7 +19,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from harness.config import arg
 from harness.errors import ConfigError
-from harness.files import digest_of, load_safely
+from harness.files import CHUNK_BYTES, digest_of, load_safely
 from harness.slurm import SlurmJob, slurm_job
 from harness.training.state import TRAINER_STATE_FILE
 
