@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(HARNESS.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60
+MOST_FILES = 16  # Python files in a folder
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+FOLDERS = sorted({path.parent for path in [*FILES, *TESTS]})
 # With the reason why they are one concern.
 LONGER_FILES: dict[str, str] = {}
 TOP_LEVEL = {
@@ -118,6 +122,21 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_tests_are_not_imported() -> None:
     assert not [path for path in FILES if any(m.split(".")[0] == "tests" for m in imported(TREES[path]))]
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share stands in `tests/support/`."""
+    for path in TESTS:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        named = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        modules += [f"{node.module}.{alias.name}" for node in named for alias in node.names]
+        assert not [name for name in modules if re.match(r"(tests\b.*\.)?test_", name)], path
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_folder_can_be_taken_in_at_a_glance(folder: Path) -> None:
+    assert len(list(folder.glob("*.py"))) <= MOST_FILES
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -14,8 +14,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from harness.flags import parse
 from harness.model_card import write_model_card
 from harness.training.state import TrainState
-from tests.support.parity import TASK, TRAINING, as_flags
-from tests.test_parity import CASES
+from tests.support.parity import CASES, TASK, TRAINING, as_flags
 
 
 def card(folder: Path, **arguments: Any) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from tests.support.parity import (
+    CASES,
+    EVERY_4,
+    EVERY_EPOCH,
     TRAINING,
     assert_equal_runs,
     assert_equal_weights,
@@ -17,68 +20,6 @@ from tests.support.parity import (
     run_harness,
     run_trainer,
 )
-
-EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-EVERY_4 = {"eval_strategy": "steps", "eval_steps": 4}
-CASES: dict[str, dict[str, Any]] = {
-    "dropout, padding, masked labels": {},
-    "accumulation 2, ragged": {"gradient_accumulation_steps": 2},
-    "accumulation 3, ragged": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 7},
-    "accumulation 4, ragged": {"gradient_accumulation_steps": 4, "logging_steps": 2},
-    "warmup steps, cosine": {"warmup_steps": 5, "lr_scheduler_type": "cosine"},
-    "warmup share, polynomial": {"warmup_steps": 0.2, "lr_scheduler_type": "polynomial"},
-    "constant with warmup": {"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup"},
-    "inverse square root": {"warmup_steps": 3, "lr_scheduler_type": "inverse_sqrt"},
-    "cosine with restarts": {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
-    "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}, **EVERY_4},
-    "weight decay": {"weight_decay": 0.1},
-    "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2, **EVERY_4},
-    "AdamW, not fused": {"optim": "adamw_torch"},
-    "Adafactor": {"optim": "adafactor"},
-    "SGD": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1},
-    "group by length": {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2, **EVERY_EPOCH},
-    "sequential": {"train_sampling_strategy": "sequential", "dataloader_drop_last": True},
-    "data seed": {"data_seed": 7},
-    "max_steps inside an epoch": {
-        "max_steps": 19,
-        **EVERY_4,
-        "logging_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 8,
-    },
-    "fraction of an epoch": {"num_train_epochs": 1.5, "logging_steps": 0.1, **EVERY_EPOCH},
-    "logging per epoch, first step": {"logging_strategy": "epoch", "logging_first_step": True, **EVERY_EPOCH},
-    "evaluation at the start, delayed later": {
-        "eval_on_start": True,
-        **EVERY_4,
-        "eval_delay": 9,
-        "prediction_loss_only": True,
-        "metric_for_best_model": "loss",
-    },
-    "best model by accuracy": {
-        **EVERY_EPOCH,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "accuracy",
-        "learning_rate": 5e-2,
-        "save_total_limit": 1,
-    },
-    "saved when best": {
-        **EVERY_4,
-        "save_strategy": "best",
-        "metric_for_best_model": "eval_loss",
-        "learning_rate": 2e-2,
-    },
-    "gradient checkpointing": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
-    },
-    "bf16": {"bf16": True, "gradient_accumulation_steps": 2, **EVERY_4},
-    "no clipping": {"max_grad_norm": 0.0},
-    "workers": {"dataloader_num_workers": 2, **EVERY_EPOCH},
-    "NEFTune": {"neftune_noise_alpha": 5.0},
-    "tokens seen": {"include_num_input_tokens_seen": "non_padding", "logging_steps": 4, **EVERY_EPOCH},
-    "not averaged across devices": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
-}
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,14 @@ from harness import loop
 from harness.commands.submit import main as submit
 from harness.commands.sync import main as sync
 from harness.export.__main__ import main as export
-from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
+from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, parse
 from harness.train import main
+from tests.support.pages import FLAGS, README, ROOT, blocks, commands
+from tests.support.wandb.differences import DIFFERENCES
 from tests.support.wandb.file import read_all
-from tests.tracking.test_wandb_parity import DIFFERENCES
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL_AND_TRAIN = "pip install -e . && accelerate launch harness/train.py"
 INSTALL_AND_TEST = "pip install -e '.[test]' && pytest"
-FLAGS = {field.name for section in SECTIONS for field in fields(section)}
 NOT_TAKEN = {**OWNED_BY_LAUNCH_CONFIG, **REFUSED, **GONE}
 # Flags of `accelerate launch`, of `python -m harness.tracking` and of `python -m harness.export`.
 OF_OTHERS = {"config_file", "num_processes", "cpu", "registry", "max_shard_size"}
@@ -35,14 +32,6 @@ OF_OTHERS |= {"num_machines", "machine_rank", "main_process_ip", "main_process_p
 OF_OTHERS |= {"until", "once", "interval", "nodes", "gpus", "time", "dry", "no"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 OURS = re.compile(r"(?:^|\s)(?:harness-train|harness/train\.py|-m harness\.train)(?=\s|$)")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 def arguments_of(command: str) -> list[str]:

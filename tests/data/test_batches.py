@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from harness.data.loader import TrainLoader
 from harness.data.samples import DataConfig, Samples
 from harness.training import rng
-from tests.distributed.test_launch import DDP, SCRIPT, flags, launcher, run
 from tests.support.inputs import TINY_BERT, save_bert_tokenizer, write_text
+from tests.support.launching import DDP, SCRIPT, flags, launcher, run
 from tests.support.parity import TRAINING, assert_equal_runs, history, run_harness
 
 

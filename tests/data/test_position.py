@@ -15,7 +15,7 @@ import pytest
 from harness.data.loader import RankBatches
 from harness.data.position import at_step, converted, has_other_layout, why_other_order
 from harness.train import main
-from tests.distributed.test_launch import DDP, SCRIPT, flags, launcher, run
+from tests.support.launching import DDP, SCRIPT, flags, launcher, run
 from tests.support.parity import TRAINING, as_flags, history, reset, run_harness
 from tests.support.tasks import recording_task
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from tests.distributed.test_launch import run, torchrun
 from tests.support.data_ranks import CASES, found_on
+from tests.support.launching import run, torchrun
 
 pytestmark = pytest.mark.slow
 

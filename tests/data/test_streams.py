@@ -21,7 +21,7 @@ from harness.data.samples import DataConfig, Samples
 from harness.data.streams import StreamBatches, why_no_state
 from harness.errors import ConfigError
 from harness.training import rng
-from tests.distributed.test_launch import DDP, SCRIPT, flags, launcher, run
+from tests.support.launching import DDP, SCRIPT, flags, launcher, run
 from tests.support.parity import TRAINING, assert_equal_runs, run_harness
 
 SIZE = 41

@@ -16,11 +16,10 @@ from harness.checkpoint.find import why_invalid
 from harness.distributed.fsdp2 import load_optimizer, optimizer_file, prepare_fsdp, read_optimizer
 from harness.errors import ConfigError
 from harness.train import main
-from tests.distributed.test_launch import DDP, ROOT
-from tests.distributed.test_zero import ARGUMENTS, finished, losses, rows, weights
+from tests.support.launching import DDP, FSDP2, FSDP2_OFFLOAD
 from tests.support.parity import as_flags, history, reset, run_harness
+from tests.support.two_processes import ARGUMENTS, finished, losses, rows, weights
 
-FSDP2, OFFLOADED = (ROOT / "launch_configs" / f"{name}.yaml" for name in ("fsdp2", "fsdp2_offload"))
 # The last steps are behind the best evaluation, whose weights are the final ones.
 LONG: dict[str, Any] = {
     "max_steps": 101,
@@ -109,7 +108,7 @@ class TestTwoProcesses:
         for name in ("model.safetensors", optimizer_file(0), optimizer_file(1)):
             assert (resumed / "checkpoint-100" / name).read_bytes() == (fsdp / "checkpoint-100" / name).read_bytes()
 
-    @pytest.mark.parametrize("config", [OFFLOADED, DDP], ids=lambda path: path.stem)
+    @pytest.mark.parametrize("config", [FSDP2_OFFLOAD, DDP], ids=lambda path: path.stem)
     def test_ddp_goes_on_from_fsdp_and_fsdp_from_ddp(self, config: Path, ddp: Path, fsdp: Path, tmp_path: Path) -> None:
         more = {"ddp_find_unused_parameters": False} if config == DDP else {}
         found = going_on(tmp_path, (fsdp if config == DDP else ddp) / "checkpoint-20", config, **more)
@@ -128,7 +127,7 @@ class TestTwoProcesses:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("config", [FSDP2, OFFLOADED], ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [FSDP2, FSDP2_OFFLOAD], ids=lambda path: path.stem)
 def test_fp16_keeps_its_scaler(config: Path, tmp_path: Path) -> None:
     whole = finished(config, tmp_path / "whole", fp16=True)
     assert (whole / "checkpoint-10" / "scaler.pt").is_file()

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from accelerate import Accelerator
@@ -27,27 +20,11 @@ from harness.distributed.launch import launcher_arguments, read_launch
 from harness.errors import ConfigError
 from harness.train import main
 from tests.support.faulty_training import Training
-from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history
+from tests.support.launching import DDP, PLAIN, ROOT, SCRIPT, flags, launcher, run, torchrun
+from tests.support.parity import TRAINING, assert_equal_runs, history
 from tests.support.wandb.file import read_all
 from tests.support.wandb_server import WandbServer
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = str(ROOT / "harness" / "train.py")
-# ddp.yaml is launched by most tests here. The others: test_zero.py (DeepSpeed), test_launch_configs.py.
-CONFIGS = [ROOT / "launch_configs" / f"{name}.yaml" for name in ("cpu_2", "ddp_bf16", "single")]
-SECONDS = 150
-# transformers prints a line to stdout when it is imported with WANDB_MODE=offline.
-NOT_INHERITED = (
-    "WANDB_MODE",
-    "ACCELERATE_",
-    "RANK",
-    "LOCAL_",
-    "WORLD_SIZE",
-    "MASTER_",
-    "FSDP_",
-    "TORCHELASTIC_",
-    "GROUP_",
-)
 # Two processes, and 117 samples: the last round is filled up.
 ARGUMENTS = {
     **TRAINING,
@@ -60,73 +37,6 @@ ARGUMENTS = {
     "save_steps": 3,
     "ddp_find_unused_parameters": False,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-def run(command: Sequence[str], *, cwd: Path = ROOT, **variables: str) -> Ended:
-    """Run to the end; a launch that hangs is ended with all its processes."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
-    environment = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=SECONDS)
-    finally:
-        if process.poll() is None:
-            for each in [*psutil.Process(process.pid).children(recursive=True), process]:  # ranks have their own groups
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            process.communicate()
-    return Ended(process.returncode, out, err)
-
-
-def free_port() -> int:
-    """Not one that the system gives to connections: it may do so again before the launcher listens."""
-    while True:
-        port = random.SystemRandom().randrange(10000, 32000)
-        with socket.socket() as tried, contextlib.suppress(OSError):
-            tried.bind(("127.0.0.1", port))
-            return port
-
-
-def launcher(config: Path, *options: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        f"--config_file={config}",
-        f"--main_process_port={free_port()}",
-        *options,
-    ]
-
-
-def torchrun(processes: int) -> list[str]:
-    options = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    return [sys.executable, "-m", "torch.distributed.run", *options]
-
-
-def flags(folder: Path, arguments: dict[str, Any]) -> list[str]:
-    return [
-        *as_flags(
-            {"task": "tests.support.tasks.parity_task:build", "report_to": "none", "output_dir": folder, **arguments}
-        )
-    ]
-
-
-DDP = ROOT / "launch_configs" / "ddp.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +114,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one_with_another_global_bat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", PLAIN, ids=lambda path: path.stem)
 def test_every_launch_config_trains(config: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     arguments = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "expect_num_processes": content["num_processes"]}

@@ -17,16 +17,27 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import is_deepspeed_available
 
 from harness.distributed.precision import FP8_CAPABILITY
-from tests.distributed import test_fsdp2 as test_fsdp
-from tests.distributed import test_launch, test_zero
-from tests.distributed.test_launch import DDP, ROOT, SCRIPT, Ended, flags, free_port, launcher, run
+from tests.support.launching import (
+    DDP,
+    FP16,
+    FSDP2,
+    FSDP2_OFFLOAD,
+    MULTI_NODE,
+    PLAIN,
+    ROOT,
+    SCRIPT,
+    ZERO,
+    Ended,
+    flags,
+    free_port,
+    launcher,
+    run,
+)
 
 FILES = sorted((ROOT / "launch_configs").iterdir())
-MULTI_NODE = sorted((ROOT / "launch_configs").glob("multi_node_*.yaml"))
 WITH_DEEPSPEED = [path for path in MULTI_NODE if "zero" in path.stem]
-FP16 = ROOT / "launch_configs" / "ddp_fp16.yaml"
 # By tests; those of fp16.yaml run where there is a GPU.
-LAUNCHED = {DDP, FP16, *test_launch.CONFIGS, *test_zero.CONFIGS, test_fsdp.FSDP2, test_fsdp.OFFLOADED, *MULTI_NODE}
+LAUNCHED = {DDP, FP16, FSDP2, FSDP2_OFFLOAD, *PLAIN, *ZERO, *MULTI_NODE}
 HAS_GPU = torch.accelerator.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs an accelerator, and this machine has none")
 has_fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP8_CAPABILITY

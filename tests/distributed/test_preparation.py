@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.test_launch import ROOT, SCRIPT, Ended, flags, free_port, run
+from tests.support.launching import ROOT, SCRIPT, Ended, flags, free_port, run
 from tests.support.preparing import SECONDS
 
 pytestmark = pytest.mark.slow

@@ -17,9 +17,9 @@ from accelerate.utils import is_deepspeed_available
 from transformers import AutoModelForCausalLM
 
 from harness.checkpoint.find import why_invalid
-from harness.tracking.rows.journal import COLUMNS
-from tests.distributed.test_launch import DDP, ROOT, SCRIPT, Ended, launcher, run
-from tests.support.parity import TIMING, TRAINING, as_flags, history
+from tests.support.launching import DDP, ROOT, SCRIPT, ZERO, launcher, run
+from tests.support.parity import as_flags, history
+from tests.support.two_processes import ARGUMENTS, finished, losses, rows, trained, weights
 
 pytestmark = [
     pytest.mark.deepspeed,
@@ -27,53 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not is_deepspeed_available(), reason="deepspeed is not installed"),
 ]
 
-CONFIGS = sorted(path for path in (ROOT / "launch_configs").glob("zero*.yaml"))
 ZERO1, ZERO2, ZERO3 = (ROOT / "launch_configs" / f"zero{stage}.yaml" for stage in (1, 2, 3))
-ARGUMENTS: dict[str, Any] = {
-    **TRAINING,
-    "task": "tests.support.tasks.parity_task:build",
-    "task_args": {"random_collator": True},
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 24,
-    "max_grad_norm": 0.9,
-    "eval_strategy": "steps",
-    "eval_steps": 6,
-    "save_strategy": "steps",
-    "save_steps": 10,
-    "expect_num_processes": 2,
-}
-
-
-def trained(config: Path, folder: Path, **more: Any) -> Ended:
-    arguments = {"report_to": "none", "output_dir": folder / "run", **ARGUMENTS, **more}
-    return run([*launcher(config), SCRIPT, *as_flags({k: v for k, v in arguments.items() if v is not None})])
-
-
-def finished(config: Path, folder: Path, **more: Any) -> Path:
-    ended = trained(config, folder, **more)
-    assert ended.code == 0, ended.err[-3000:]
-    assert ended.out.count("step 1/") <= 1, "one rank speaks"
-    assert "lr_scheduler.step" not in ended.err
-    return folder / "run"
-
-
-def losses(folder: Path) -> torch.Tensor:
-    return torch.tensor([event["loss"] for event in history(folder) if "loss" in event], dtype=torch.float64)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [
-        {name: value for name, value in json.loads(line).items() if name not in COLUMNS and not TIMING.search(name)}
-        for line in lines
-    ]
-
-
 WATCHED = {"report_to": "wandb", "wandb_mode": "offline", "wandb_watch": "all"}
 # On which one process and two must agree: nothing is drawn at random, and the data is a multiple of a step's.
 EXACT = {"task_args": {"dropout": 0.0, "size": 128}, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
@@ -132,7 +86,7 @@ def resumed(config: Path, whole: Path, folder: Path, **more: Any) -> None:
         assert torch.equal(model(tokens).logits, saved(tokens).logits)
 
 
-@pytest.mark.parametrize("name", [*(path.stem for path in CONFIGS), "divided"])
+@pytest.mark.parametrize("name", [*(path.stem for path in ZERO), "divided"])
 def test_each_launch_config_has_the_same_numbers_and_resumes_exactly(
     name: str, divided: Path, ddp: Path, tmp_path: Path
 ) -> None:

@@ -26,8 +26,8 @@ from transformers import (
 
 from harness.export.__main__ import main
 from harness.train import main as train
-from tests.distributed.test_launch import ROOT
 from tests.support.inputs import save_gpt_tokenizer, text_flags, write_text
+from tests.support.launching import ROOT
 from tests.support.parity import run_trainer
 
 GPT2 = {"vocab_size": 90, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 0}

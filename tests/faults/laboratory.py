@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.test_launch import DDP, SCRIPT, launcher
 from tests.faults import deaths, moments
 from tests.faults.compare import Verdict, compare_rows, compare_runs
 from tests.faults.life import HungError, Life, committed_steps, end_processes_of
 from tests.faults.plan import SMALL_DISK, Case, Configuration, Kill
+from tests.support.launching import DDP, SCRIPT, launcher
 from tests.support.parity import as_flags
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb_server import WandbServer

@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 
-from tests.distributed.test_launch import DDP, ROOT
-from tests.distributed.test_zero import finished, losses
+from tests.support.launching import DDP, ROOT
 from tests.support.parity import history
+from tests.support.two_processes import finished, losses
 
 pytestmark = [
     pytest.mark.deepspeed,

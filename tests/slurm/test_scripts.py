@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_readme import FLAGS
+from tests.support.pages import FLAGS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sbatch"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("tests/slurm/*.sh")])

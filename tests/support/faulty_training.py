@@ -15,6 +15,7 @@ from typing import Any
 
 from harness.train import main
 from tests.support.parity import TRAINING, as_flags, reset
+from tests.support.wandb import artifact_processes as processes
 from tests.support.wandb_server import ArtifactRecord, WandbServer
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +28,7 @@ WAIT_SECONDS = 150.0
 
 def environment(folder: Path, server: WandbServer | None, **variables: str) -> dict[str, str]:
     """The server's credentials or none, no settings and no home but `folder`'s. Rows are sent each second."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
-    places = {f"WANDB_{kind}_DIR": str(folder / "wandb-dirs" / kind) for kind in ("CONFIG", "CACHE", "DATA")}
-    home = {"HOME": str(folder / "home"), "NETRC": str(folder / "netrc"), "PYTHONPATH": str(ROOT)}
-    often = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
-    return {**kept, **places, **home, **often, **(server.environment() if server else {}), **variables}
+    return processes.environment(folder, server, **{"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1", **variables})
 
 
 class Training:

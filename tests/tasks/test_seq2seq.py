@@ -21,7 +21,7 @@ from harness.tasks import Task, TaskConfig
 from harness.tasks.scores.generated import TextScores
 from harness.tasks.text import seq2seq
 from harness.train import main
-from tests.distributed.test_launch import SCRIPT, run
+from tests.support.launching import SCRIPT, run
 
 ROOT = Path(__file__).parents[2]
 NOUNS, VERBS = ("cat", "dog", "hen", "cow"), ("sat", "ran", "slept")

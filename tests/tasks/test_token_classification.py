@@ -21,8 +21,8 @@ from harness.tasks import Task, TaskConfig
 from harness.tasks.scores.entities import EntityScores
 from harness.tasks.text import token_classification as ner
 from harness.train import main
-from tests.distributed.test_launch import ROOT, SCRIPT, run
 from tests.support.inputs import TINY_BERT, TINY_GPT, save_bert_tokenizer, save_gpt_tokenizer
+from tests.support.launching import ROOT, SCRIPT, run
 
 DDP = ROOT / "launch_configs" / "ddp.yaml"
 TAGS = ["B-PET", "B-PLACE", "I-PET", "O"]

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_launch import DDP, launcher
 from tests.support.faulty_training import ROOT, SCRIPT, STEPS, Training, committed, environment
+from tests.support.launching import DDP, launcher
 from tests.support.wandb.file import read_all
 from tests.support.wandb_server import API_KEY, WandbServer
 

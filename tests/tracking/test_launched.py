@@ -17,8 +17,8 @@ import torch
 from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 
-from tests.distributed.test_launch import DDP, ROOT, SCRIPT, launcher
 from tests.support.faulty_training import Training, committed
+from tests.support.launching import DDP, ROOT, SCRIPT, launcher
 from tests.support.wandb import seen as wandb_seen
 from tests.support.wandb.seen import Seen
 from tests.support.wandb_server import ArtifactRecord, RunRecord, WandbServer

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.test_launch import Ended, run
+from tests.support.launching import Ended, run
+from tests.support.pages import blocks
 from tests.support.parity import TIMING, TRAINING, as_flags, assert_equal_runs
 from tests.support.wandb_server import WandbServer
-from tests.test_readme import blocks
 
 ROOT = Path(__file__).parents[2]
 CLOCK = re.compile(rf"^_|{TIMING.pattern}")

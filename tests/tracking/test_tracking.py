@@ -20,6 +20,7 @@ import torch
 from harness.config import parse_sections
 from harness.errors import ConfigError
 from harness.tracking import TrackingConfig, WandbTracker, rewrite, run_config, store_configuration, trackers
+from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import WandbFile, read_all
 
 ROOT = Path(__file__).parents[2]
@@ -180,19 +181,11 @@ assert "wandb" not in sys.modules
 """.replace("SECRET", SECRET)
 
 
-def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """No credentials, no wandb settings, no home but `folder`'s."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
-    places = {f"WANDB_{kind}_DIR": str(folder / "wandb-dirs" / kind) for kind in ("CONFIG", "CACHE", "DATA")}
-    home = {"HOME": str(folder / "home"), "NETRC": str(folder / "netrc"), "PYTHONPATH": str(ROOT)}
-    return {**kept, **places, **home, "WANDB_SILENT": "true", **variables}
-
-
 def run(script: str, *argv: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     return subprocess.run(
         [sys.executable, "-c", script, *argv],
-        env=environment(folder, **variables),
+        env=environment(folder, WANDB_SILENT="true", **variables),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -269,7 +262,7 @@ def own_loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     try:
         result = subprocess.run(
             [sys.executable, "-c", OWN_LOOP, str(folder / "out")],
-            env=environment(folder),
+            env=environment(folder, WANDB_SILENT="true"),
             cwd=folder,
             stdin=terminal,
             capture_output=True,
@@ -394,7 +387,7 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
             script,
             tmp_path,
         ],
-        env=environment(tmp_path, WANDB_MODE="offline", OMP_NUM_THREADS="1"),
+        env=environment(tmp_path, WANDB_SILENT="true", WANDB_MODE="offline", OMP_NUM_THREADS="1"),
         cwd=tmp_path,
         capture_output=True,
         timeout=120,

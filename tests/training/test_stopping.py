@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.train import main
-from tests.distributed.test_launch import DDP, SCRIPT, launcher, run
+from tests.support.launching import DDP, SCRIPT, launcher, run
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history
 from tests.support.wandb.file import read_all
 

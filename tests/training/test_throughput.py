@@ -20,7 +20,7 @@ from harness.errors import ConfigError
 from harness.flags import parse
 from harness.tracking.rows.history import MEASURED
 from harness.training.throughput import Throughput, ThroughputConfig, as_text, peak_flops, precision_of
-from tests.distributed.test_launch import DDP, launcher, run
+from tests.support.launching import DDP, launcher, run
 from tests.support.parity import TASK, TIMING, TRAINING, as_flags, run_harness
 
 SPEED = "train/throughput"

@@ -18,8 +18,8 @@ from harness.train import main
 from harness.training.debug import DEBUG_DEFAULTS
 from harness.training.state import TrainState
 from harness.training.watchdog import DATA, STEP, Post, Watchdog, WatchdogConfig, advice, describe, late_ranks, limit
-from tests.distributed.test_launch import DDP, SCRIPT, launcher
 from tests.support.faulty_training import Training
+from tests.support.launching import DDP, SCRIPT, launcher
 from tests.support.parity import assert_equal_weights
 
 NEVER = float("inf")

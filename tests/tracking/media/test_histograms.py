@@ -24,10 +24,10 @@ from harness.errors import ConfigError
 from harness.tracking.media import histograms as module
 from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Histogram, Watch
-from tests.distributed.test_launch import run, torchrun
+from tests.support.launching import run, torchrun
+from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import read_all
 from tests.support.wandb.watch_pair import LOG_FREQ, NUM_STEPS, Odd
-from tests.tracking.test_tracking import environment
 
 ROW_LIMIT_BYTES = 10 * 2**20 - 100 * 2**10  # of wandb-core 0.31
 Rows = list[dict[str, dict[str, list[float]]]]
@@ -61,7 +61,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
     def pair(folder: Path) -> Path:
         """The same steps through the real wandb.watch, offline, and through ours."""
         command = [sys.executable, "-m", "tests.support.wandb.watch_pair", str(folder)]
-        ended = run(command, cwd=folder, **environment(folder, WANDB_MODE="offline"))
+        ended = run(command, cwd=folder, **environment(folder, WANDB_SILENT="true", WANDB_MODE="offline"))
         assert ended.code == 0, ended.err[-3000:]
         return folder
 

@@ -25,7 +25,6 @@ from harness.tasks.text import causal_lm, masked_lm
 from harness.tasks.text import sequence_classification as classification
 from harness.tracking.media.tables import SampleTables, is_due, last_evaluation
 from harness.training import rng
-from tests.distributed.test_launch import SCRIPT, run
 from tests.support.inputs import (
     SENTENCES,
     TINY_BERT,
@@ -36,6 +35,7 @@ from tests.support.inputs import (
     write_rows,
     write_text,
 )
+from tests.support.launching import SCRIPT, run
 from tests.support.parity import as_flags, assert_equal_runs, run_harness
 from tests.support.wandb.file import WandbFile, read_all
 

@@ -9,7 +9,7 @@ import pytest
 from harness.tracking.rows.fragments import collect, read_fragment
 from harness.tracking.rows.wandb_file import read_log
 from tests.support.wandb.file import read
-from tests.tracking.rows.test_server import records_of, written
+from tests.support.wandb.written import records_of, written
 
 
 def folder(root: Path, name: str) -> Path:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import struct
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb.proto import wandb_internal_pb2 as pb
 
 from harness.errors import RowsError
 from harness.tracking.rows import server as rows_module
@@ -19,6 +16,7 @@ from harness.tracking.rows.server import AtServer, deliver_rows, missing, online
 from harness.tracking.rows.wandb_file import TransactionLog, read_log
 from tests.support.wandb import artifact_processes as processes
 from tests.support.wandb import file as wandb_file
+from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
 
 UPLOAD = "python -m harness.tracking upload"
@@ -120,40 +118,6 @@ def test_only_the_rows_behind_the_servers_are_missing() -> None:
     for count in range(3, 8):
         at_server = AtServer(count=count, last=made_rows(0, count)[-1], summary={}, state="crashed")
         assert missing(life, at_server) == made_rows(count, 7 - count)
-
-
-def written(path: Path, records: list[Any], *, torn_bytes: int = 0) -> Path:
-    """A .wandb file: 7 bytes of header, then chunks in blocks of 32 KiB."""
-    data = bytearray(b":W&B" + bytes(3))
-    for record in records:
-        body = record.SerializeToString()
-        begun = False
-        while body or not begun:
-            left = 32768 - len(data) % 32768
-            if left < 7:
-                data += bytes(left)
-                continue
-            chunk, body = body[: left - 7], body[left - 7 :]
-            kind = bytes([(3 if body else 4) if begun else (2 if body else 1)])
-            data += struct.pack("<IHB", zlib.crc32(chunk, zlib.crc32(kind)), len(chunk), kind[0]) + chunk
-            begun = True
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(bytes(data[: len(data) - torn_bytes]))
-    return path
-
-
-def records_of(run_id: str, *, start: int, rows: int, size: int = 10) -> list[Any]:
-    records = [pb.Record(run=pb.RunRecord(run_id=run_id, project="p"))]
-    records[0].run.start_time.seconds = start
-    for step in range(rows):
-        items = {"_step": step, "text": "x" * size}
-        history = [pb.HistoryItem(nested_key=[name], value_json=json.dumps(value)) for name, value in items.items()]
-        summary = [pb.SummaryItem(nested_key=["nested", "step"], value_json=str(step))]
-        records += [
-            pb.Record(history=pb.HistoryRecord(item=history)),
-            pb.Record(summary=pb.SummaryRecord(update=summary)),
-        ]
-    return [*records, pb.Record(exit=pb.RunExitRecord(exit_code=3))]
 
 
 def test_a_log_longer_than_a_block_is_read_as_the_tests_own_reader_does(tmp_path: Path) -> None:
