@@ -31,10 +31,19 @@ from accelerate import Accelerator
 from harness.build import Session, assemble, build_run
 from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
 from harness.checkpoint.lock import Lock
-from harness.distributed.accelerator import agree, build_accelerator, idle_accelerators, is_first_rank, settle, tell_all
+from harness.distributed.accelerator import (
+    agree,
+    build_accelerator,
+    check_compile_backend,
+    idle_accelerators,
+    is_first_rank,
+    settle,
+    tell_all,
+)
 from harness.errors import ConfigError, HarnessError, StoppedError
 from harness.flags import Config, parse
 from harness.loop import Run, fit
+from harness.model import optim
 from harness.model.adapters import describe
 from harness.model.weights import whole_weights
 from harness.results import conclude, save_final
@@ -65,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.run.print_config:
             sys.stdout.write(config.as_yaml())
             return 0
+        check_names(config)
         run_command(config)
     except torch.OutOfMemoryError as error:
         remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
@@ -85,6 +95,13 @@ def _fail(code: int, message: str) -> int:
         time.sleep(SECONDS_FOR_RANK_ZERO)
         print(f"harness-train: {message} (not on rank zero)", file=sys.stderr, flush=True)
     return code
+
+
+def check_names(config: Config) -> None:
+    """Raise ConfigError for names that only the libraries know."""
+    optim.check_names(config.optim)
+    check_compile_backend(config.topology)
+    config.tracking.check_trackers()
 
 
 def run_command(config: Config) -> None:
