@@ -34,6 +34,7 @@ LAYERS = (
     ("build",),
     ("model_card",),
     ("results",),
+    ("execute",),
     ("train",),
     ("commands",),
     ("sync", "submit"),

@@ -188,11 +188,6 @@ def _check_processes(accelerator: Accelerator) -> None:
         )
 
 
-def is_first_rank() -> bool:
-    """Whether this process speaks for all, also before there is an Accelerator."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def is_running(pid: int, created_at: float) -> bool:
     """Whether that very process, created so many seconds after 1970, lives on this machine; a zombie does not."""
     try:
