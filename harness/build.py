@@ -17,8 +17,9 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from harness.checkpoint.arguments import recorded
 from harness.checkpoint.writer import Checkpoints
+from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
-from harness.data.samples import DataConfig, LengthGroups, Samples, build_eval_loader, first_samples, usable_samples
+from harness.data.samples import LengthGroups, Samples, build_eval_loader, first_samples, usable_samples
 from harness.distributed.accelerator import agree
 from harness.distributed.backend import AcceleratedStepper, Stepper, ZeroStepper, check_wrapped
 from harness.distributed.fsdp2 import check_sharded, is_fsdp, prepare_fsdp, shard_for_evaluation, writers_group

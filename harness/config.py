@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -177,6 +178,11 @@ def _as_argv(values: Mapping[str, Any]) -> list[str]:
         else:
             argv.append(f"--{name}={value}")
     return argv
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all, also before there is an Accelerator."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_secret(name: str) -> bool:

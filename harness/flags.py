@@ -8,26 +8,28 @@ from typing import Any
 
 import yaml
 
-from harness.checkpoint.find import CheckpointConfig
+from harness.checkpoint.flags import CheckpointConfig
 from harness.config import arg, parse_sections, read_yaml
-from harness.data.samples import DataConfig
-from harness.distributed.accelerator import TopologyConfig
+from harness.data.flags import DataConfig
+from harness.distributed.flags import TopologyConfig
 from harness.errors import ConfigError
-from harness.model.adapters import AdapterConfig
-from harness.model.optim import BY_METRIC, OptimConfig
-from harness.tasks import SHIPPED, TaskConfig
+from harness.model.flags import BY_METRIC, AdapterConfig, OptimConfig
+from harness.tasks.flags import SHIPPED, TaskConfig
 from harness.tracking import TrackingConfig
 from harness.tracking.flags import under_environment
-from harness.training.best import BestConfig
-from harness.training.console import ConsoleConfig
-from harness.training.debug import DEBUG_DEFAULTS, DebugConfig
-from harness.training.evaluation import EvaluationConfig
-from harness.training.loss import ModelingConfig
-from harness.training.metrics import MetricsConfig
-from harness.training.schedule import PlanConfig
-from harness.training.stopping import StoppingConfig
-from harness.training.throughput import ThroughputConfig
-from harness.training.watchdog import WatchdogConfig
+from harness.training.flags import (
+    DEBUG_DEFAULTS,
+    BestConfig,
+    ConsoleConfig,
+    DebugConfig,
+    EvaluationConfig,
+    MetricsConfig,
+    ModelingConfig,
+    PlanConfig,
+    StoppingConfig,
+    ThroughputConfig,
+    WatchdogConfig,
+)
 
 QUICKSTART = "quickstart"
 # Any of these says what to train; then nothing of the quickstart recipe is used.

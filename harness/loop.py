@@ -23,7 +23,8 @@ from harness.distributed.backend import Stepper, ZeroStepper
 from harness.distributed.fsdp2 import is_fsdp, optimizer_file, optimizer_shard
 from harness.distributed.zero import save_shards, zero_stage
 from harness.errors import CheckpointError, StoppedError
-from harness.model.optim import BY_METRIC, OptimConfig, current_learning_rate
+from harness.model.flags import BY_METRIC, OptimConfig
+from harness.model.optim import current_learning_rate
 from harness.model.weights import is_sharded, load_weights, save_model, whole_weights
 from harness.tracking import WandbTracker, rewrite
 from harness.tracking.media.tables import SampleTables, is_due, last_evaluation
@@ -31,7 +32,8 @@ from harness.training import rng
 from harness.training.best import BestModel
 from harness.training.console import Console
 from harness.training.evaluation import EvalSet, Evaluator
-from harness.training.loss import Loss, ModelingConfig
+from harness.training.flags import ModelingConfig
+from harness.training.loss import Loss
 from harness.training.metrics import Clock, Window, Work
 from harness.training.schedule import Due, Plan
 from harness.training.state import TrainState

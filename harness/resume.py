@@ -14,7 +14,7 @@ from harness.checkpoint.find import STATE_FILE, WEIGHTS, Found, find, list_check
 from harness.errors import ConfigError
 from harness.files import put_in_place, sync
 from harness.flags import Config
-from harness.tasks import TaskConfig
+from harness.tasks.flags import TaskConfig
 from harness.tracking.artifacts.download import (
     PREFIX,
     bring,

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from harness.config import RECIPES_DIR, Json
 from harness.errors import ConfigError
 from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SAY_WHAT_TO_TRAIN, SECTIONS, Config, parse
-from harness.training.debug import DEBUG_DEFAULTS
+from harness.training.flags import DEBUG_DEFAULTS
 
 HARNESS = Path(__file__).parent.parent / "harness"
 FLAGS = {field.name: (section, field) for section in SECTIONS for field in dataclasses.fields(section)}

@@ -35,6 +35,7 @@ LAYERS = (
     ("build",),
     ("model_card",),
     ("results",),
+    ("execute",),
     ("train",),
     ("commands",),
     ("sync", "submit"),

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.find import CheckpointConfig
+from harness.checkpoint.flags import CheckpointConfig
 from harness.errors import ConfigError
 from harness.slurm import FAILED, FILE, FINISHED, PREEMPTED, JobRecord, SlurmJob, slurm_job, time_limit_at
 from harness.train import main
-from harness.training.stopping import StoppingConfig, TimeLimit
+from harness.training.flags import StoppingConfig
+from harness.training.stopping import TimeLimit
 from tests.support.parity import TRAINING, as_flags
 from tests.support.wandb.file import read_all
 

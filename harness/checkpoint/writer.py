@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 
 from harness.checkpoint.content import Content, fresh
-from harness.checkpoint.find import FORMAT_VERSION, STATE_FILE, CheckpointConfig, list_checkpoints
+from harness.checkpoint.find import FORMAT_VERSION, STATE_FILE, list_checkpoints
+from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.host_copies import HostCopies
 from harness.checkpoint.lock import Lock
 from harness.errors import CheckpointError

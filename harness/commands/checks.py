@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 
 from harness.errors import ConfigError, UnreachableError
 from harness.flags import Config
-from harness.tasks import TaskConfig
+from harness.tasks.flags import TaskConfig
 from harness.tasks.text.glue import HUB_NAME
 from harness.tracking import TrackingConfig
 from harness.tracking.client import open_api

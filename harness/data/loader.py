@@ -18,7 +18,8 @@ from transformers.trainer_utils import seed_worker
 
 from harness.data.batches import BatchMaker, IndexedBatches, as_it_is
 from harness.data.digest import digest_of_samples
-from harness.data.samples import DataConfig, Samples, worker_options
+from harness.data.flags import DataConfig
+from harness.data.samples import Samples, worker_options
 from harness.data.streams import StreamBatches
 from harness.training import rng
 

@@ -17,73 +17,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import find_labels
 
-from harness.config import arg, at_least, choice
+from harness.data.flags import DataConfig
 from harness.errors import ConfigError
 
 # Its collator tells once what it hides, as a library does: heard with --log_level info.
 library_logger = logging.getLogger("transformers.trainer")
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Batches and how they are loaded."""
-
-    per_device_train_batch_size: int = arg(8, "Samples a device in a micro-batch.")
-    per_device_eval_batch_size: int = arg(8, "Samples a device in a batch of an evaluation.")
-    gradient_accumulation_steps: int = arg(1, "Micro-batches of a device in an optimizer step.")
-    train_sampling_strategy: str = arg("random", "Order of the training data: random, sequential, group_by_length.")
-    length_column_name: str = arg("length", "Column with the lengths for group_by_length; else they are measured.")
-    data_seed: int | None = arg(help="Seed of the order alone; default: --seed.")
-    dataloader_drop_last: bool = arg(False, "Leave out the last batch of an epoch if it is not full.")
-    dataloader_num_workers: int = arg(0, "Processes that load batches; 0: the main process does.")
-    dataloader_pin_memory: bool = arg(True, "Load into pinned memory.")
-    dataloader_persistent_workers: bool = arg(False, "Keep the worker processes between epochs.")
-    dataloader_prefetch_factor: int | None = arg(help="Batches each worker loads ahead; default: torch's 2.")
-    dataloader_multiprocessing_context: str | None = arg(help="How workers start: fork, spawn, forkserver.")
-    dataloader_in_order: bool = arg(True, "Keep the order of the batches with several workers.")
-    dataloader_seed_batches: bool = arg(
-        False,
-        "Seed each batch from --seed, epoch and number: what collators and samples draw at random resumes exactly "
-        "with workers too.",
-    )
-    remove_unused_columns: bool = arg(True, "Hide the columns that the model's forward does not take.")
-    ignore_data_skip: bool = arg(False, "On resume begin the epoch's data anew: fast, but not the same run.")
-    allow_changed_data_order: bool = arg(
-        False, "Resume even if the global batch, the data or its order has changed: some samples come twice or never."
-    )
-    overfit_batches: int | None = arg(help="Train and evaluate on the first N batches only, to see the loss go to 0.")
-
-    def __post_init__(self) -> None:
-        at_least(
-            1,
-            per_device_train_batch_size=self.per_device_train_batch_size,
-            per_device_eval_batch_size=self.per_device_eval_batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            dataloader_prefetch_factor=self.dataloader_prefetch_factor,
-            overfit_batches=self.overfit_batches,
-        )
-        at_least(0, dataloader_num_workers=self.dataloader_num_workers, data_seed=self.data_seed)
-        choice(
-            "train_sampling_strategy",
-            self.train_sampling_strategy,
-            ("random", "sequential", "group_by_length"),
-        )
-        if self.dataloader_multiprocessing_context is not None:
-            allowed = ("fork", "spawn", "forkserver")
-            choice("dataloader_multiprocessing_context", self.dataloader_multiprocessing_context, allowed)
-        if self.dataloader_num_workers == 0:
-            for name in ("prefetch_factor", "multiprocessing_context"):
-                if getattr(self, f"dataloader_{name}") is not None:
-                    raise ConfigError(f"--dataloader_{name} needs --dataloader_num_workers of 1 or more.")
-            if self.dataloader_persistent_workers:
-                raise ConfigError("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more.")
-        if not self.dataloader_in_order:
-            raise ConfigError(
-                "--dataloader_in_order=false makes the order of the data depend on timing, so no run could be "
-                "resumed or repeated; leave it out."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

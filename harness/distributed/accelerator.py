@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -22,8 +22,9 @@ from accelerate.utils import (
 )
 
 import harness
-from harness.config import arg, at_least, choice
+from harness.config import choice
 from harness.distributed.compiled_ops import remove_stale_lock
+from harness.distributed.flags import TopologyConfig
 from harness.distributed.fsdp2 import set_up_fsdp
 from harness.distributed.launch import Launch, find_launch, where
 from harness.distributed.precision import check_fp8, check_precision, check_result, set_tf32
@@ -38,63 +39,13 @@ SUPPORTED = (
     DistributedType.DEEPSPEED,
     DistributedType.FSDP,
 )
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TopologyConfig:
-    """Devices, precision, DDP. How many processes there are belongs to the launch config."""
-
-    use_cpu: bool = arg(False, "Train on the CPU even if there is an accelerator.")
-    expect_num_processes: int | None = arg(help="Refuse to start unless the launcher started so many processes.")
-    bf16: bool = arg(False, "Mixed precision with bfloat16.")
-    fp16: bool = arg(False, "Mixed precision with float16 and loss scaling.")
-    tf32: bool | None = arg(help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True)
-    seed: int = arg(42, "Seed of all random generators.")
-    full_determinism: bool = arg(False, "Deterministic kernels where there are any; slower.")
-    torch_compile: bool = arg(False, "Compile the model with torch.compile.")
-    torch_compile_backend: str | None = arg(help="Backend of torch.compile; turns it on. Default: inductor.")
-    torch_compile_mode: str | None = arg(help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}.")
-    ddp_backend: str | None = arg(help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl.")
-    ddp_timeout: int = arg(1800, "Seconds until a collective that hangs raises.")
-    ddp_find_unused_parameters: bool | None = arg(
-        help="Default: true unless activations are checkpointed.", nargs="?", const=True
-    )
-    ddp_bucket_cap_mb: int | None = arg(help="Size of DDP's gradient buckets in MB.")
-    ddp_broadcast_buffers: bool | None = arg(help="Broadcast buffers before each forward.", nargs="?", const=True)
-    ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", nargs="?", const=True)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:  # numpy's limits
-            raise ConfigError(f"--seed={self.seed}: use 0 or more, up to {2**32 - 1}.")
-        at_least(
-            1,
-            expect_num_processes=self.expect_num_processes,
-            ddp_timeout=self.ddp_timeout,
-            ddp_bucket_cap_mb=self.ddp_bucket_cap_mb,
-        )
-        if self.bf16 and self.fp16:
-            raise ConfigError("--bf16 and --fp16 exclude each other; give one of them.")
-        if self.torch_compile_mode is not None:
-            choice("torch_compile_mode", self.torch_compile_mode, COMPILE_MODES)
-        if self.torch_compile_backend is not None:
-            choice(
-                "torch_compile_backend",
-                self.torch_compile_backend,
-                torch.compiler.list_backends(exclude_tags=()),
-            )
-        if self.ddp_backend is not None:
-            choice("ddp_backend", self.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
-
-    @property
-    def compiles(self) -> bool:
-        """Whether to compile: asked for, or a backend or a mode was given."""
-        return self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
-
-    @property
-    def mixed_precision(self) -> str | None:
-        """What the flags ask for; None leaves it to the launch config."""
-        return "bf16" if self.bf16 else "fp16" if self.fp16 else None
+def check_compile_backend(config: TopologyConfig) -> None:
+    """Raise ConfigError for a backend that torch does not know."""
+    if config.torch_compile_backend is not None:
+        backends = torch.compiler.list_backends(exclude_tags=())
+        choice("torch_compile_backend", config.torch_compile_backend, backends)
 
 
 def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool) -> Accelerator:
@@ -235,11 +186,6 @@ def _check_processes(accelerator: Accelerator) -> None:
             f"distributed_type: {accelerator.distributed_type.value} is not supported by this version; "
             f"use launch_configs/ddp.yaml or single.yaml, or change {where('distributed_type')}."
         )
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all, also before there is an Accelerator."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_running(pid: int, created_at: float) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import _is_peft_model
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-from harness.config import Json, arg, at_least
 from harness.errors import ConfigError
+from harness.model.flags import LORA_ALPHA, LORA_DROPOUT, LORA_R, AdapterConfig
 
 INSTALL = "pip install 'accelerate-harness[peft]'"
 # Beside an adapter: a config.json would say to Transformers that the model itself is there.
@@ -35,77 +33,6 @@ TASK_TYPES = {
     "SEQ_2_SEQ_LM": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "AutoModelForSeq2SeqLM"),
     "CAUSAL_LM": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
 }
-LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # TRL's defaults
-
-
-class PeftJson(Json):
-    """A configuration of peft's, written as JSON or as the name of a file or folder that holds it."""
-
-    def __init__(self, value: Any = ()) -> None:
-        if isinstance(value, str) and not value.lstrip().startswith("{"):
-            path = Path(value).expanduser()
-            path = path / ADAPTER_CONFIG_NAME if path.is_dir() else path
-            try:
-                value = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise argparse.ArgumentTypeError(f"{path} can't be read: {error}") from error
-        try:
-            super().__init__(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}; write a JSON object, or name a file of one") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Which adapter is trained, in TRL's names and with its defaults; None of them: the whole model is trained."""
-
-    use_peft: bool | None = arg(
-        help="Train a LoRA adapter. --lora_* and --peft_config turn it on too; false turns it off.",
-        nargs="?",
-        const=True,
-    )
-    lora_r: int | None = arg(help=f"Rank of LoRA's matrices; default: {LORA_R}.")
-    lora_alpha: int | None = arg(help=f"LoRA's scale, over its rank; default: {LORA_ALPHA}.")
-    lora_dropout: float | None = arg(help=f"Dropout before LoRA's matrices; default: {LORA_DROPOUT}.")
-    lora_target_modules: list[str] | None = arg(
-        help="Modules that get a LoRA: names, a pattern, or all-linear; default: peft's for the architecture.",
-        nargs="+",
-    )
-    lora_modules_to_save: list[str] | None = arg(
-        help="Modules that are trained and saved whole; a new classification head always is.", nargs="+"
-    )
-    peft_config: PeftJson | None = arg(
-        help='Any adapter of peft, as JSON ({"peft_type": "IA3"}) or a file; in place of --lora_*.'
-    )
-    save_merged_model: bool = arg(
-        False, "At the end also write the whole model, with the adapter merged into it, to OUTPUT_DIR/merged."
-    )
-
-    def __post_init__(self) -> None:
-        at_least(1, lora_r=self.lora_r, lora_alpha=self.lora_alpha)
-        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"--lora_dropout={self.lora_dropout}: use 0 to below 1.")
-        if self.peft_config is None or not self.is_on:
-            return
-        if self._lora_flags:
-            raise ConfigError(
-                f"--peft_config and --{self._lora_flags[0]} both describe the adapter: give one of them, "
-                'as in --peft_config \'{"peft_type": "LORA", "r": 8}\'.'
-            )
-        if "peft_type" not in self.peft_config:
-            raise ConfigError("--peft_config has no peft_type; name one of peft's, e.g. LORA or IA3.")
-
-    @property
-    def _lora_flags(self) -> list[str]:
-        return [
-            name for name in self.__dataclass_fields__ if name.startswith("lora_") and getattr(self, name) is not None
-        ]
-
-    @property
-    def is_on(self) -> bool:
-        """Whether a new adapter is trained."""
-        given = self.peft_config is not None or bool(self._lora_flags)
-        return given if self.use_peft is None else self.use_peft
 
 
 def is_adapted(model: torch.nn.Module) -> bool:

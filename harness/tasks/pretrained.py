@@ -16,7 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from harness.errors import ConfigError
 from harness.model.adapters import MODEL_CONFIG_FILE, adapter_config, load_adapter
-from harness.tasks import TaskConfig
+from harness.tasks.flags import TaskConfig
 
 
 def load_tokenizer(config: TaskConfig, **options: Any) -> Any:

@@ -17,7 +17,8 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from harness.tasks import Task, TaskConfig
+from harness.tasks import Task
+from harness.tasks.flags import TaskConfig
 from harness.tasks.text import causal_lm
 
 FORMAT = 1  # of the files made here; a new number makes them anew

@@ -14,7 +14,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from harness.errors import ConfigError
-from harness.tasks import TaskConfig
+from harness.tasks.flags import TaskConfig
 
 logger = logging.getLogger(__name__)
 

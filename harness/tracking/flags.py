@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
-
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import LoggerType
 
 from harness.config import arg, at_least, choice
 from harness.errors import ConfigError
@@ -105,13 +103,8 @@ class TrackingConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in self.report_to:
-            choice("report_to", name, ("none", "all", *sorted(LOGGER_TYPE_TO_CLASS)))
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ConfigError(f"--report_to {' '.join(self.report_to)}: none stands alone.")
-        for name in self.tracker_names():
-            if name not in _installed():
-                raise ConfigError(f"--report_to={name}: the package is not installed; run `pip install {name}`.")
         at_least(
             1,
             wandb_keep_checkpoints=self.wandb_keep_checkpoints,
@@ -145,7 +138,19 @@ class TrackingConfig:
     @property
     def uses_wandb(self) -> bool:
         """Whether there will be a W&B run."""
-        return "wandb" in self.tracker_names() and not self.wandb_disabled
+        # Not by `tracker_names`: the parser asks, and does not wait for accelerate.
+        is_named = "wandb" in self.report_to or ("all" in self.report_to and find_spec("wandb") is not None)
+        return is_named and not self.wandb_disabled
+
+    def check_trackers(self) -> None:
+        """Raise ConfigError for a tracker that accelerate does not know or that is not installed."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        for name in self.report_to:
+            choice("report_to", name, ("none", "all", *sorted(LOGGER_TYPE_TO_CLASS)))
+        for name in self.tracker_names():
+            if name not in _installed():
+                raise ConfigError(f"--report_to={name}: the package is not installed; run `pip install {name}`.")
 
     def tracker_names(self) -> list[str]:
         """What `report_to` stands for: each tracker once."""
@@ -222,6 +227,9 @@ def _switch(variable: str, value: str) -> bool:
 
 def _installed() -> list[str]:
     """The trackers that can be used, W&B first; those that a user registered have no package to look for."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
     found = {str(name) for name in get_available_trackers()}
     known = {str(name) for name in LoggerType}
     return sorted(

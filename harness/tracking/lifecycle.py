@@ -33,6 +33,7 @@ def trackers(
 
     Raises ConfigError, on every rank alike, for variables that W&B doesn't understand and for a lack of credentials.
     """
+    config.check_trackers()
     chosen: list[str | WandbTracker] = [name for name in config.tracker_names() if name != "wandb"]
     if not config.uses_wandb:
         return chosen

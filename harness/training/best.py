@@ -5,40 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from harness.config import arg, at_least
-from harness.errors import ConfigError
+from harness.training.flags import BestConfig
 from harness.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BestConfig:
-    """The best model and early stopping, with the meaning of the Trainer and its EarlyStoppingCallback."""
-
-    load_best_model_at_end: bool = arg(False, "End with the weights of the best evaluation.")
-    metric_for_best_model: str | None = arg(help="The metric that decides, with or without eval_; default: loss.")
-    greater_is_better: bool | None = arg(
-        help="Default: true unless the metric's name ends with loss.", nargs="?", const=True
-    )
-    early_stopping_patience: int | None = arg(help="Stop after so many evaluations without a better one.")
-    early_stopping_threshold: float = arg(0.0, "How much better an evaluation must be to count.")
-
-    def __post_init__(self) -> None:
-        at_least(1, early_stopping_patience=self.early_stopping_patience)
-        at_least(0, early_stopping_threshold=self.early_stopping_threshold)
-        if self.early_stopping_threshold and self.early_stopping_patience is None:
-            raise ConfigError("--early_stopping_threshold does nothing without --early_stopping_patience; give both.")
-
-    def metric(self, *, wanted: bool) -> str | None:
-        """The metric's name with eval_, or None if none decides; `wanted` if something else needs one."""
-        name = self.metric_for_best_model
-        if name is None and (wanted or self.load_best_model_at_end):
-            name = "loss"
-        return name if name is None or name.startswith("eval_") else f"eval_{name}"
 
 
 class BestModel:

@@ -8,41 +8,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
 
-from harness.config import arg, choice
+from harness.training.flags import ConsoleConfig
 
-LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 TIMING_SUFFIXES = ("_runtime", "_samples_per_second", "_steps_per_second")
 # Known to the caller's rate, or too long for a line; they are in the tracker and in the history.
 NOT_IN_A_LINE = ("num_input_tokens_seen", "train_tokens_per_second", "total_flos")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConsoleConfig:
-    """How much is said, and by which process."""
-
-    disable_tqdm: bool | None = arg(
-        help="No progress bar; default: none if --log_level is error or critical.", nargs="?", const=True
-    )
-    log_level: str = arg("passive", f"Level of the main process: {', '.join(LOG_LEVELS)}. passive: info for ours only.")
-    log_level_replica: str = arg("warning", "Level of the other processes, same values.")
-    log_on_each_node: bool = arg(True, "With several nodes, let the first process of each use --log_level.")
-
-    def __post_init__(self) -> None:
-        choice("log_level", self.log_level, LOG_LEVELS)
-        choice("log_level_replica", self.log_level_replica, LOG_LEVELS)
-
-    @property
-    def shows_progress(self) -> bool:
-        """The answer to --disable_tqdm, or what follows from the log level where it isn't given."""
-        if self.disable_tqdm is None:
-            return self.log_level not in ("error", "critical")
-        return not self.disable_tqdm
 
 
 def set_up_logging(config: ConsoleConfig, *, is_main: bool, is_local_main: bool) -> None:

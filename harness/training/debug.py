@@ -5,53 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.debug_utils import DebugUnderflowOverflow
 
-from harness.config import arg, choice
 from harness.errors import NonFiniteError
+from harness.training.flags import DebugConfig
 
-# What a bare --debug gives to the flags that were not given.
-DEBUG_DEFAULTS: dict[str, Any] = {
-    "max_train_samples": 64,
-    "max_eval_samples": 16,
-    "max_steps": 4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "load_best_model_at_end": False,
-    "report_to": ["none"],
-    "dataloader_num_workers": 0,
-    "full_determinism": True,
-    "disable_tqdm": True,
-    "slow_step_seconds": 0.0,  # somebody at breakpoint() takes his time
-}
 SHOWN_TOKENS = 60
 SLOWEST_SHOWN = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class DebugConfig:
-    """Debugging."""
-
-    debug: str = arg(
-        "",
-        "Bare: few samples and steps, nothing saved or tracked, all shown, stop at NaN. "
-        "underflow_overflow: the Trainer's report of activations.",
-        nargs="?",
-        const="on",
-    )
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "debug", {"true": "on", "false": ""}.get(self.debug.lower(), self.debug))
-        choice("debug", self.debug, ("", "on", "underflow_overflow"))
-
-    @property
-    def is_on(self) -> bool:
-        """Whether this is the debugging mode, not the Trainer's report."""
-        return self.debug == "on"
 
 
 @contextmanager

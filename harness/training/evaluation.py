@@ -14,27 +14,12 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
-from harness.config import arg
-from harness.errors import ConfigError
 from harness.tasks import Generate, Metrics
 
 Batch = Mapping[str, Any]
 # (model, batch, number of items) -> (loss, outputs); and the batches of a window -> number of items.
 LossOf = Callable[[torch.nn.Module, Batch, "torch.Tensor | None"], "tuple[torch.Tensor, Any]"]
 ItemsOf = Callable[[list[Batch]], "torch.Tensor | None"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """How evaluations are done."""
-
-    prediction_loss_only: bool = arg(False, "Compute the loss alone, no other metric.")
-    bf16_full_eval: bool = arg(False, "With --do_eval or --do_predict: evaluate in bfloat16 after the training.")
-    fp16_full_eval: bool = arg(False, "With --do_eval or --do_predict: evaluate in float16 after the training.")
-
-    def __post_init__(self) -> None:
-        if self.bf16_full_eval and self.fp16_full_eval:
-            raise ConfigError("--bf16_full_eval and --fp16_full_eval exclude each other; give one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)

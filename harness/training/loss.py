@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,80 +16,12 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import align_special_tokens, unwrap_peft_model
 from transformers.utils import find_labels
 
-from harness.config import Json, arg, at_least
 from harness.errors import ConfigError
 from harness.tasks import LossFunction
+from harness.training.flags import ModelingConfig
 
 Batch = Mapping[str, Any]
-# What Transformers takes, and what torch.utils.checkpoint does of plain values.
-CHECKPOINTING = (
-    *("use_reentrant", "every_n_layers", "offload", "preserve_rng_state"),
-    *("determinism_check", "debug", "early_stop"),
-)
 HAVE_NO_KERNELS = ("cpu", "mps")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelingConfig:
-    """What is done to the model, and how its loss and gradients are treated."""
-
-    activation_checkpointing: bool | None = arg(
-        help="Compute activations again in the backward pass: less memory, more time.", nargs="?", const=True
-    )
-    activation_checkpointing_kwargs: Json | None = arg(help="JSON: use_reentrant, every_n_layers, offload, ...")
-    gradient_checkpointing: bool | None = arg(
-        help="The older name of --activation_checkpointing.", nargs="?", const=True
-    )
-    gradient_checkpointing_kwargs: Json | None = arg(help="The older name of --activation_checkpointing_kwargs.")
-    use_liger_kernel: bool = arg(False, "Use Liger's kernels; needs liger-kernel.")
-    liger_kernel_config: Json | None = arg(help='JSON for Liger: {"rope": true, "swiglu": false, ...}.')
-    use_cache: bool = arg(False, "Let the model keep keys and values for generation while it trains.")
-    neftune_noise_alpha: float | None = arg(help="Noise on the embeddings (NEFTune, arXiv 2310.05914), e.g. 5.")
-    label_smoothing_factor: float = arg(0.0, "Label smoothing; 0 is off.")
-    average_tokens_across_devices: bool = arg(True, "Divide the loss by the number of items on all devices.")
-    max_grad_norm: float = arg(1.0, "Clip the norm of the gradients; 0 is off.")
-    torch_empty_cache_steps: int | None = arg(help="Empty the device's cache every N steps.")
-
-    def __post_init__(self) -> None:
-        at_least(
-            0,
-            neftune_noise_alpha=self.neftune_noise_alpha,
-            label_smoothing_factor=self.label_smoothing_factor,
-            max_grad_norm=self.max_grad_norm,
-        )
-        at_least(1, torch_empty_cache_steps=self.torch_empty_cache_steps)
-        self._check_kwargs()
-        if self.label_smoothing_factor > 1:
-            raise ConfigError(f"--label_smoothing_factor={self.label_smoothing_factor}: use 0 to 1.")
-
-    def _check_kwargs(self) -> None:
-        name = "activation" if self.activation_checkpointing_kwargs is not None else "gradient"
-        given = self.checkpointing_kwargs
-        flag = f"--{name}_checkpointing_kwargs={dict(given)}"
-        if given and self.activation_checkpointing is None and self.gradient_checkpointing is None:
-            raise ConfigError(f"{flag} does nothing without --{name}_checkpointing; give both.")
-        if self.liger_kernel_config is not None and not self.use_liger_kernel:
-            raise ConfigError("--liger_kernel_config does nothing without --use_liger_kernel; give both.")
-        for key in given:
-            if key not in CHECKPOINTING:
-                raise ConfigError(f"{flag}: {key} is not known; use {', '.join(CHECKPOINTING)}.")
-        every = given.get("every_n_layers", 1)
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ConfigError(f"{flag}: every_n_layers is a number of layers, 1 or more.")
-        for key, value in given.items():
-            if key not in ("every_n_layers", "determinism_check") and not isinstance(value, bool):
-                raise ConfigError(f"{flag}: {key} is true or false.")
-
-    @property
-    def checkpointing_kwargs(self) -> dict[str, Any]:
-        """What the checkpointing is given, under either name."""
-        return dict(self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {})
-
-    @property
-    def checkpoints_activations(self) -> bool:
-        """Whether either name turns it on."""
-        first = self.activation_checkpointing
-        return bool(self.gradient_checkpointing if first is None else first)
 
 
 def prepare_model(

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
-from harness.config import arg, choice
 from harness.distributed.zero import num_parameters
 from harness.errors import ConfigError
+from harness.training.flags import MetricsConfig
 from harness.training.state import TrainState
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
-    """What is counted."""
-
-    logging_nan_inf_filter: bool = arg(True, "Show a loss that is not finite as the mean of the others.")
-    include_num_input_tokens_seen: str = arg(
-        "no", "Count the tokens of the input: no, all, non_padding; bare: all.", nargs="?", const="all"
-    )
-
-    def __post_init__(self) -> None:
-        # The Trainer takes a boolean here too.
-        aliases = {"true": "all", "false": "no"}
-        value = aliases.get(self.include_num_input_tokens_seen.lower(), self.include_num_input_tokens_seen)
-        choice("include_num_input_tokens_seen", value, ("no", "all", "non_padding"))
-        object.__setattr__(self, "include_num_input_tokens_seen", value)
 
 
 class Window:

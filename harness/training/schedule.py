@@ -6,48 +6,9 @@ import math
 import sys
 from dataclasses import dataclass
 
-from harness.config import arg, at_least, choice
 from harness.errors import ConfigError
+from harness.training.flags import PlanConfig
 from harness.training.state import TrainState
-
-INTERVALS = ("no", "steps", "epoch")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """Length and cadence, with the Trainer's names and defaults."""
-
-    num_train_epochs: float = arg(3.0, "Epochs to train; a fraction ends inside an epoch.")
-    max_steps: int = arg(-1, "Optimizer steps to train; above 0 it replaces --num_train_epochs.")
-    logging_strategy: str = arg("steps", "When to log: no, steps, epoch.")
-    logging_steps: float = arg(500, "Steps between logs; below 1: a share of all steps.")
-    logging_first_step: bool = arg(False, "Log the first step too.")
-    eval_strategy: str = arg("no", "When to evaluate: no, steps, epoch.")
-    eval_steps: float | None = arg(help="Steps between evaluations; below 1: a share. Default: --logging_steps.")
-    eval_delay: float = arg(0, "Epochs or steps to wait before the first evaluation.")
-    eval_on_start: bool = arg(False, "Evaluate before the first step.")
-    save_strategy: str = arg("steps", "When to save a checkpoint: no, steps, epoch, best.")
-    save_steps: float = arg(500, "Steps between checkpoints; below 1: a share of all steps.")
-
-    def __post_init__(self) -> None:
-        choice("logging_strategy", self.logging_strategy, INTERVALS)
-        choice("eval_strategy", self.eval_strategy, INTERVALS)
-        choice("save_strategy", self.save_strategy, (*INTERVALS, "best"))
-        at_least(0, eval_delay=self.eval_delay)
-        if not math.isfinite(self.num_train_epochs) or (self.max_steps <= 0 and self.num_train_epochs <= 0):
-            raise ConfigError(f"--num_train_epochs={self.num_train_epochs}: use more than 0, or give --max_steps.")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ConfigError(f"--max_steps={self.max_steps}: use 1 or more, or leave it out to count epochs.")
-        for kind in ("logging", "eval", "save"):
-            steps = getattr(self, f"{kind}_steps")
-            if getattr(self, f"{kind}_strategy") != "steps" or steps is None:
-                continue
-            if not 0 < steps < math.inf:
-                raise ConfigError(f"--{kind}_steps={steps}: use 1 or more, or a share of all steps below 1.")
-            if steps > 1 and steps != int(steps):
-                raise ConfigError(f"--{kind}_steps={steps}: use a whole number, or a share of all steps below 1.")
-        if self.save_strategy == "best" and self.eval_strategy == "no":
-            raise ConfigError("--save_strategy=best needs evaluations: give --eval_strategy steps or epoch.")
 
 
 @dataclass(frozen=True, kw_only=True)

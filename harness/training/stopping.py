@@ -7,34 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
 
-from harness.config import arg, at_least
 from harness.signals import SIGNALS
+from harness.training.flags import StoppingConfig
 
 PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
 PREEMPTED_FILE = "preempted"
 # The greatest reason wins where ranks have different ones.
 NONE, REQUESTED, TIME_LIMIT, PREEMPTED, SHUT_OUT = 0, 1, 2, 3, 4
 SECONDS_BETWEEN_LOOKS = 1.0  # at the lock, a file that may be on a network
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoppingConfig:
-    """When a training ends before its plan."""
-
-    time_limit_margin_seconds: float = arg(
-        60.0,
-        "Under SLURM save and stop so long before the job's time limit, beside the time that a save and the longest "
-        "step take; 0: leave the limit alone.",
-    )
-
-    def __post_init__(self) -> None:
-        at_least(0, time_limit_margin_seconds=self.time_limit_margin_seconds)
 
 
 class TimeLimit:

@@ -9,14 +9,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 
-from harness.config import arg
-from harness.errors import ConfigError
+from harness.training.flags import ThroughputConfig
 
 T = TypeVar("T")
 SPEED, MEMORY = "train/throughput", "train/memory"
@@ -44,19 +42,6 @@ PEAKS: tuple[tuple[str, tuple[str, ...], float], ...] = (
     (r"AMD Instinct MI250X", HALF, 191.5e12),  # a device is one of the card's two halves
     (r"AMD Instinct MI300X", HALF, 1307e12),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThroughputConfig:
-    """What the speed is compared with."""
-
-    peak_flops: float | None = arg(
-        help="Peak of one device in FLOP/s, e.g. 312e12, for train/throughput/mfu; default: that of a known card."
-    )
-
-    def __post_init__(self) -> None:
-        if self.peak_flops is not None and not 1e9 <= self.peak_flops < math.inf:
-            raise ConfigError(f"--peak_flops={self.peak_flops:g}: give FLOP/s of one device, 1e9 or more, e.g. 312e12.")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

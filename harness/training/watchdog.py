@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
-from harness.config import arg, at_least
+from harness.training.flags import WatchdogConfig
 from harness.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -35,19 +35,6 @@ LOOKS = 4
 NEAR_TIMEOUT = 0.8
 STORE_TIMEOUT = timedelta(seconds=10)
 SHOWN_RANKS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchdogConfig:
-    """When a step is called slow."""
-
-    slow_step_seconds: float = arg(
-        60.0,
-        "Warn, and name the late rank, if a step takes longer than this and than ten times the usual; 0: never.",
-    )
-
-    def __post_init__(self) -> None:
-        at_least(0, slow_step_seconds=self.slow_step_seconds)
 
 
 @dataclass(kw_only=True)

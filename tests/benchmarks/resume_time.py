@@ -31,7 +31,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments, set_seed
 
-from harness.data.samples import DataConfig, usable_samples
+from harness.data.flags import DataConfig
+from harness.data.samples import usable_samples
 from harness.data.streams import StreamBatches
 from harness.files import digest_of
 from harness.tasks import Task, TaskConfig

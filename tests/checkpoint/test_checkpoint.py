@@ -20,7 +20,6 @@ import torch
 from harness.checkpoint.content import Content
 from harness.checkpoint.find import (
     STATE_FILE,
-    CheckpointConfig,
     check_output_dir,
     choose_output_dir,
     find,
@@ -29,6 +28,7 @@ from harness.checkpoint.find import (
     rng_file,
     why_invalid,
 )
+from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.writer import Checkpoints
 from harness.errors import CheckpointError, ConfigError
 from harness.train import main

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.checkpoint.content import Content
-from harness.checkpoint.find import CheckpointConfig, list_checkpoints, why_invalid
+from harness.checkpoint.find import list_checkpoints, why_invalid
+from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.writer import Checkpoints
 from harness.errors import CheckpointError
 from harness.files import digest_of

@@ -14,8 +14,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
-from harness.data.samples import DataConfig, Samples
+from harness.data.samples import Samples
 from harness.training import rng
 from tests.support.inputs import TINY_BERT, save_bert_tokenizer, write_text
 from tests.support.launching import DDP, SCRIPT, flags, launcher, run

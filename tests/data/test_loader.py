@@ -18,8 +18,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from harness.data.digest import digest_of_samples
+from harness.data.flags import DataConfig
 from harness.data.loader import RankBatches, TrainLoader, step_groups
-from harness.data.samples import DataConfig, LengthGroups, Samples, build_eval_loader, first_samples, usable_samples
+from harness.data.samples import LengthGroups, Samples, build_eval_loader, first_samples, usable_samples
 from harness.errors import ConfigError
 from harness.training import rng
 

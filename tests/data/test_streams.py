@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset
 
+from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
-from harness.data.samples import DataConfig, Samples
+from harness.data.samples import Samples
 from harness.data.streams import StreamBatches, why_no_state
 from harness.errors import ConfigError
 from harness.training import rng

@@ -17,9 +17,9 @@ from harness.checkpoint.lock import Lock
 from harness.distributed.accelerator import build_accelerator
 from harness.distributed.backend import check_wrapped
 from harness.errors import ConfigError
+from harness.execute import run_on
 from harness.flags import parse
 from harness.tasks import TaskConfig, resolve
-from harness.train import run_on
 from tests.support.parity import TASK, TRAINING, as_flags, assert_equal_runs, history, reset
 
 # A schedule that shows each step that it makes, and saves between two overflows.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from harness.checkpoint.content import Content
-from harness.checkpoint.find import CheckpointConfig
+from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.writer import Checkpoints
 from tests.faults.compare import Verdict, compare_rows, compare_runs
 from tests.faults.plan import STEPS

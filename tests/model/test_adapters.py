@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from harness.errors import ConfigError
 from harness.export.__main__ import main as export
 from harness.flags import parse
-from harness.model.adapters import AdapterConfig, add_adapter, merged_model
+from harness.model.adapters import add_adapter, merged_model
+from harness.model.flags import AdapterConfig
 from harness.tasks import TaskConfig, resolve
 from harness.train import main
 from tests.support.inputs import TINY_BERT, labelled, save_bert_tokenizer, save_gpt, write_rows, write_text

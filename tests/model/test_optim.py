@@ -21,14 +21,13 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 
 from harness.errors import ConfigError
+from harness.model.flags import BY_METRIC, UNSUPPORTED_OPTIMIZERS, OptimConfig
 from harness.model.optim import (
-    BY_METRIC,
     OPTIMIZERS,
     SCHEDULERS,
-    UNSUPPORTED_OPTIMIZERS,
-    OptimConfig,
     build_optimizer,
     build_scheduler,
+    check_names,
     current_learning_rate,
     decay_parameter_names,
 )
@@ -186,4 +185,4 @@ def test_arguments_that_the_schedule_lacks_are_refused() -> None:
 )
 def test_impossible_values_are_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        OptimConfig(**values)
+        check_names(OptimConfig(**values))

@@ -16,12 +16,14 @@ import datasets
 import torch
 from accelerate import Accelerator
 
+from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
-from harness.data.samples import DataConfig, LengthGroups, Samples, build_eval_loader, usable_samples
+from harness.data.samples import LengthGroups, Samples, build_eval_loader, usable_samples
 from harness.distributed.accelerator import settle
 from harness.tasks import TaskConfig
 from harness.training.evaluation import EvalSet, Evaluator
-from harness.training.loss import Loss, ModelingConfig
+from harness.training.flags import ModelingConfig
+from harness.training.loss import Loss
 from tests.support.tasks import parity_task, recording_task
 
 SIZES, BATCH_SIZES, KINDS = (7, 8, 13), (1, 2, 4), ("map", "stream", "grouped")

@@ -480,11 +480,11 @@ class TestTrackers:
 
     def test_an_unknown_tracker_is_refused_with_the_known_ones(self) -> None:
         with pytest.raises(ConfigError, match=r"wandb_ is not known; use one of: none, all, .*tensorboard.*Did you"):
-            TrackingConfig(report_to=["wandb_"])
+            trackers(TrackingConfig(report_to=["wandb_"]), dir="out")
 
     def test_a_tracker_that_is_not_installed_is_refused_with_the_remedy(self) -> None:
         with pytest.raises(ConfigError, match="pip install aim"):
-            TrackingConfig(report_to=["aim"])
+            trackers(TrackingConfig(report_to=["aim"]), dir="out")
 
     def test_none_with_others_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="none stands alone"):

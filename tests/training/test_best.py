@@ -9,7 +9,8 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from harness.errors import ConfigError
-from harness.training.best import BestConfig, BestModel
+from harness.training.best import BestModel
+from harness.training.flags import BestConfig
 from harness.training.state import TrainState
 
 

@@ -23,7 +23,8 @@ import pytest
 
 from harness.config import parse_sections
 from harness.errors import ConfigError
-from harness.training.console import Console, ConsoleConfig, _make_handler
+from harness.training.console import Console, _make_handler
+from harness.training.flags import ConsoleConfig
 
 Terminal = Callable[[], Callable[[], str]]
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,8 @@ EVALUATION = {
 
 LEVELS = """
 import json, logging, sys
-from harness.training.console import ConsoleConfig, set_up_logging
+from harness.training.flags import ConsoleConfig
+from harness.training.console import set_up_logging
 import datasets, transformers
 from huggingface_hub.utils import are_progress_bars_disabled
 

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from harness.errors import ConfigError
-from harness.training.metrics import Clock, MetricsConfig, Window, Work
+from harness.training.flags import MetricsConfig
+from harness.training.metrics import Clock, Window, Work
 from harness.training.state import TrainState
 
 FINITE, BAD = [1.5, 0.7, 2.25, 1.1], [1.5, math.nan, 0.7, math.inf, 2.0, -math.inf]

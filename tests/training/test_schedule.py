@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from harness.errors import ConfigError
-from harness.training.schedule import Due, Plan, PlanConfig, resolve_plan
+from harness.training.flags import PlanConfig
+from harness.training.schedule import Due, Plan, resolve_plan
 from harness.training.state import TrainState
 
 

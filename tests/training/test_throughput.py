@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 from harness.errors import ConfigError
 from harness.flags import parse
 from harness.tracking.rows.history import MEASURED
-from harness.training.throughput import Throughput, ThroughputConfig, as_text, peak_flops, precision_of
+from harness.training.flags import ThroughputConfig
+from harness.training.throughput import Throughput, as_text, peak_flops, precision_of
 from tests.support.launching import DDP, launcher, run
 from tests.support.parity import TASK, TIMING, TRAINING, as_flags, run_harness
 

@@ -15,9 +15,9 @@ import pytest
 
 from harness.errors import ConfigError
 from harness.train import main
-from harness.training.debug import DEBUG_DEFAULTS
+from harness.training.flags import DEBUG_DEFAULTS, WatchdogConfig
 from harness.training.state import TrainState
-from harness.training.watchdog import DATA, STEP, Post, Watchdog, WatchdogConfig, advice, describe, late_ranks, limit
+from harness.training.watchdog import DATA, STEP, Post, Watchdog, advice, describe, late_ranks, limit
 from tests.support.faulty_training import Training
 from tests.support.launching import DDP, SCRIPT, launcher
 from tests.support.parity import assert_equal_weights

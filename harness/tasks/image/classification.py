@@ -16,7 +16,8 @@ from transformers.utils import is_vision_available
 
 from harness.config import choice
 from harness.errors import ConfigError
-from harness.tasks import Task, TaskConfig
+from harness.tasks import Task
+from harness.tasks.flags import TaskConfig
 from harness.tasks.labels import SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import recognised
 from harness.tasks.pretrained import load_config, load_image_processor, load_model

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, default_data_collator
 
-from harness.tasks import Task, TaskConfig
+from harness.tasks import Task
+from harness.tasks.flags import TaskConfig
 from harness.tasks.predictions import continued
 from harness.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, longest_sequence
 from harness.tasks.rows import (

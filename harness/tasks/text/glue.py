@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from harness.config import choice
-from harness.tasks import TaskConfig
+from harness.tasks.flags import TaskConfig
 
 HUB_NAME = "nyu-mll/glue"
 

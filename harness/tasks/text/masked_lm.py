@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
 from harness.errors import ConfigError
-from harness.tasks import Task, TaskConfig
+from harness.tasks import Task
+from harness.tasks.flags import TaskConfig
 from harness.tasks.predictions import restored
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
 from harness.tasks.rows import (

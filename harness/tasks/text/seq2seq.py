@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
 from harness.errors import ConfigError
-from harness.tasks import Task, TaskConfig
+from harness.tasks import Task
+from harness.tasks.flags import TaskConfig
 from harness.tasks.predictions import written
 from harness.tasks.pretrained import (
     check_length,

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from harness.config import choice
 from harness.errors import ConfigError
-from harness.tasks import Metrics, Task, TaskConfig
+from harness.tasks import Metrics, Task
+from harness.tasks.flags import TaskConfig
 from harness.tasks.labels import MULTI, REGRESSION, SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import classified
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from harness.errors import ConfigError
-from harness.tasks import Task, TaskConfig
+from harness.tasks import Task
+from harness.tasks.flags import TaskConfig
 from harness.tasks.labels import MULTI, SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import tagged
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length

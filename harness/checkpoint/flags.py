@@ -1,0 +1,71 @@
+"""The flags of a run's folder, what it keeps, and what it goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harness.config import arg
+from harness.errors import ConfigError
+from harness.slurm import SlurmJob, slurm_job
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where a run lives and what it keeps."""
+
+    output_dir: str | None = arg(
+        help="Folder of the run; default: a fresh one under runs/, in a SLURM job runs/job-ID."
+    )
+    save_total_limit: int | None = arg(help="Keep so many checkpoints: the newest, and the best one.")
+    save_only_model: bool = arg(False, "Save the weights alone: such a checkpoint can't be resumed.")
+    async_save: bool = arg(True, "Write checkpoints in the background, from copies in host memory.")
+    resume_from_checkpoint: str | None = arg(
+        help="A checkpoint's folder, or wandb:ENTITY/PROJECT/NAME:ALIAS (wandb: alone: the run's newest); true: the "
+        "newest in --output_dir; auto: the newest, or a fresh start; false: no resume. Default: false, and auto for a "
+        "requeued SLURM job.",
+        nargs="?",
+        const="true",
+    )
+
+    allow_changed_arguments: bool = arg(False, "Resume even if arguments that decide the numbers have changed.")
+
+    def __post_init__(self) -> None:
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ConfigError(
+                f"--save_total_limit={self.save_total_limit} would delete the checkpoint just written; "
+                "use 1 or more, or leave it out to keep all."
+            )
+        resume = self.resume_from_checkpoint
+        if resume is not None and resume.lower() in ("true", "auto", "false"):
+            object.__setattr__(self, "resume_from_checkpoint", resume.lower())
+        needs_folder = self.resume_from_checkpoint in ("true", "auto") and not _has_a_folder(slurm_job())
+        if needs_folder and self.output_dir is None:
+            raise ConfigError(
+                f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "
+                "give it, or a checkpoint's folder."
+            )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is something to go on from, or may be."""
+        return self.resume_from_checkpoint not in (None, "false")
+
+    def in_job(self, job: SlurmJob) -> CheckpointConfig:
+        """What holds in a SLURM job: a folder of its own and, once it was requeued, its newest checkpoint."""
+        if self.output_dir is None and _has_a_folder(job):
+            return replace(self, output_dir=str(job.output_dir)).in_job(job)
+        resume = self.resume_from_checkpoint
+        if job.restart_count == 0 or self.output_dir is None or resume in ("true", "auto", "false"):
+            return self
+        from harness.checkpoint.find import list_checkpoints
+
+        # A checkpoint of another run is where the first life began, not where the next one goes on.
+        if resume is not None and not list_checkpoints(Path(self.output_dir).expanduser()):
+            return self
+        return replace(self, resume_from_checkpoint="auto")
+
+
+def _has_a_folder(job: SlurmJob | None) -> bool:
+    """Whether the job alone says where its run lives: not where somebody types one command after the other."""
+    return job is not None and job.is_batch

@@ -1,0 +1,60 @@
+"""The flags of devices, precision and DDP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.config import arg, at_least, choice
+from harness.errors import ConfigError
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyConfig:
+    """Devices, precision, DDP. How many processes there are belongs to the launch config."""
+
+    use_cpu: bool = arg(False, "Train on the CPU even if there is an accelerator.")
+    expect_num_processes: int | None = arg(help="Refuse to start unless the launcher started so many processes.")
+    bf16: bool = arg(False, "Mixed precision with bfloat16.")
+    fp16: bool = arg(False, "Mixed precision with float16 and loss scaling.")
+    tf32: bool | None = arg(help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True)
+    seed: int = arg(42, "Seed of all random generators.")
+    full_determinism: bool = arg(False, "Deterministic kernels where there are any; slower.")
+    torch_compile: bool = arg(False, "Compile the model with torch.compile.")
+    torch_compile_backend: str | None = arg(help="Backend of torch.compile; turns it on. Default: inductor.")
+    torch_compile_mode: str | None = arg(help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}.")
+    ddp_backend: str | None = arg(help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl.")
+    ddp_timeout: int = arg(1800, "Seconds until a collective that hangs raises.")
+    ddp_find_unused_parameters: bool | None = arg(
+        help="Default: true unless activations are checkpointed.", nargs="?", const=True
+    )
+    ddp_bucket_cap_mb: int | None = arg(help="Size of DDP's gradient buckets in MB.")
+    ddp_broadcast_buffers: bool | None = arg(help="Broadcast buffers before each forward.", nargs="?", const=True)
+    ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", nargs="?", const=True)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # numpy's limits
+            raise ConfigError(f"--seed={self.seed}: use 0 or more, up to {2**32 - 1}.")
+        at_least(
+            1,
+            expect_num_processes=self.expect_num_processes,
+            ddp_timeout=self.ddp_timeout,
+            ddp_bucket_cap_mb=self.ddp_bucket_cap_mb,
+        )
+        if self.bf16 and self.fp16:
+            raise ConfigError("--bf16 and --fp16 exclude each other; give one of them.")
+        if self.torch_compile_mode is not None:
+            choice("torch_compile_mode", self.torch_compile_mode, COMPILE_MODES)
+        if self.ddp_backend is not None:
+            choice("ddp_backend", self.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
+
+    @property
+    def compiles(self) -> bool:
+        """Whether to compile: asked for, or a backend or a mode was given."""
+        return self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """What the flags ask for; None leaves it to the launch config."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else None

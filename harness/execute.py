@@ -1,0 +1,199 @@
+"""
+What a command line asks for, once it is understood: find, assemble, train, evaluate, show.
+
+Everything heavy is imported here, so that `harness.train` can parse and refuse without waiting for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from harness.build import Session, assemble, build_run
+from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
+from harness.checkpoint.lock import Lock
+from harness.distributed.accelerator import (
+    agree,
+    build_accelerator,
+    check_compile_backend,
+    idle_accelerators,
+    settle,
+    tell_all,
+)
+from harness.errors import ConfigError, StoppedError
+from harness.flags import Config
+from harness.loop import Run, fit
+from harness.model import optim
+from harness.model.adapters import describe
+from harness.model.weights import whole_weights
+from harness.results import conclude, save_final
+from harness.resume import bring_checkpoint, find_checkpoint
+from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
+from harness.snapshot import restore
+from harness.tracking import run_config, trackers
+from harness.tracking.artifacts.download import record_use
+from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
+from harness.training.console import set_up_logging
+from harness.training.debug import describe_batch, watch_training
+from harness.training.state import TrainState
+from harness.training.stopping import PREEMPTED_FILE
+
+logger = logging.getLogger("harness")
+
+
+def check_names(config: Config) -> None:
+    """Raise ConfigError for names that only the libraries know."""
+    optim.check_names(config.optim)
+    check_compile_backend(config.topology)
+    config.tracking.check_trackers()
+
+
+def run_command(config: Config) -> None:
+    """Collective: everything that a command line asks for."""
+    job = slurm_job()
+    if job is not None and config.run.trains:
+        config = replace(config, checkpoint=config.checkpoint.in_job(job))
+    checkpoints_activations = config.modeling.checkpoints_activations
+    accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
+    try:
+        with Lock() as lock:
+            run_on(accelerator, config, lock)
+    except StoppedError:
+        accelerator.wait_for_everyone()  # a launcher ends all when one has ended: rank zero is still closing
+        raise
+    finally:
+        settle()
+    accelerator.end_training()
+
+
+def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
+    """Collective: find, assemble, train, evaluate, show."""
+    set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
+    if (idle := idle_accelerators(accelerator)) > 0:
+        logger.warning("%d more accelerators are idle; to use them: accelerate launch --multi_gpu ...", idle)
+    found, output_dir = tell_all(accelerator, lambda: locate(config, lock))
+    record = JobRecord(output_dir, slurm_job() if config.run.trains and accelerator.is_main_process else None)
+    stop_if_finished(accelerator, record)
+    for reason in found.passed_over:
+        logger.warning("Passed over %s.", reason)
+    # Absolute: a wandb-core that an earlier run of this process has started may have another working directory.
+    chosen = trackers(config.tracking, dir=str(output_dir.absolute()), resumes=config.checkpoint.resumes)
+    session = assemble(config, accelerator, output_dir, weights=found.path)
+    state = TrainState()
+    tracker = wandb_tracker(chosen)
+    run = build_run(session, state, tracker) if config.run.trains else None
+    if run is not None and found.path is not None:
+        restore_together(run, state, found.path)
+    tell_all(accelerator, lambda: begin_output(session, lock, record, from_step=state.global_step))
+    if run is not None:
+        run.checkpoints.lock = lock
+    configuration = run_config(session.task.model, config.flat())
+    open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
+    record_use(tracker.tracker, [*session.artifacts, *([found.artifact] if found.artifact else [])])
+    exit_code, how = 1, FAILED
+    rows: list[tuple[str, str]] = []
+    try:
+        trained = train(session, run, state) if run is not None else {}
+        rows = conclude(session, run, state, trained)
+        accelerator.wait_for_everyone()  # nobody waits for rank zero's last uploads
+        exit_code, how = 0, FINISHED
+    except StoppedError as stopped:
+        exit_code, how = stopped.exit_code, PREEMPTED if stopped.was_preempted else STOPPED
+        if accelerator.is_main_process and stopped.was_preempted:
+            (output_dir / PREEMPTED_FILE).touch()
+        raise
+    finally:
+        session.console.close()
+        # A launcher ends all ranks when one has ended: how the run ended is told before that.
+        with run.stop.listening() if run is not None and exit_code != 0 else nullcontext():
+            is_shut_out = lock.is_lost()
+            close_trackers(accelerator, exit_code=exit_code, is_shut_out=is_shut_out)
+            if not is_shut_out:
+                record.end(how)
+        session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
+
+
+def stop_if_finished(accelerator: Accelerator, record: JobRecord) -> None:
+    """Collective: raise StoppedError, with exit code 0, if an earlier life of this SLURM job has done all."""
+    if tell_all(accelerator, record.says_finished):
+        message = f"The training of this job is complete, there is nothing left to do: {record.path.parent}."
+        raise StoppedError(message, exit_code=0, was_preempted=False)
+
+
+def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
+    """
+    Rank zero: the checkpoint to go on from, and the folder of the run. Raises ConfigError.
+
+    Writes nothing but the lock, and that where something is: who still writes there must not while it is read. And a
+    checkpoint that W&B has.
+    """
+    output_dir = choose_output_dir(config.checkpoint)
+    artifact = find_checkpoint(config, output_dir)
+    try:
+        if artifact is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        if config.run.trains and config.checkpoint.resumes and output_dir.is_dir():
+            lock.take(output_dir)
+    except OSError as error:
+        raise ConfigError(f"--output_dir={output_dir} can't be written to: {error}.") from error
+    if artifact is None:
+        found = find(config.checkpoint, output_dir)
+    else:
+        found = bring_checkpoint(config, artifact, output_dir, token=lock.token)
+    check_output_dir(output_dir, may_hold_run=found.path is not None or not config.run.trains)
+    return found, output_dir
+
+
+def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: int) -> None:
+    """Rank zero: make the folder of the run and write the configuration into it: the first thing written."""
+    try:
+        session.output_dir.mkdir(parents=True, exist_ok=True)
+        if session.config.run.trains:  # an evaluation alone leaves the trained run's as it is
+            lock.take(session.output_dir)
+            if left := remove_leftovers(session.output_dir):
+                logger.info("Removed what saves that did not end have left: %s.", ", ".join(left))
+            (session.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
+            record.begin(from_step=from_step)
+            (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output_dir={session.output_dir} can't be written to: {error}.") from error
+
+
+def restore_together(run: Run, state: TrainState, path: Path) -> None:
+    """Collective: every rank restores, or none goes on. Raises ConfigError on all."""
+    accelerator = run.accelerator
+    failure: ConfigError | None = None
+    try:
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        restore(run, state, read(path, ranks=ranks, device=accelerator.device))
+    except ConfigError as error:
+        failure = error
+    if (message := agree(accelerator, failure)) is not None:
+        raise ConfigError(message) from failure
+    run.console.line(f"Going on from {path}, step {state.global_step} of {run.plan.max_steps}.")
+
+
+def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
+    """Collective: the training, then the final model and state in the folder of the run."""
+    console, config = session.console, session.config
+    console.start(run.plan.max_steps, state.global_step, "step")
+    if adapter := describe(session.task.model):
+        console.line(adapter)
+    if config.debug.is_on:
+        console.line(describe_batch(run.loader.peek(), session.task.processing_class))
+    run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
+    with run.stop.listening():
+        try:
+            with watch_training(config.debug, session.task.model, console.line), run.watchdog.watching():
+                results = fit(run, state)
+        finally:
+            run.checkpoints.wait()  # whatever ends the training: what it was saving becomes whole
+    console.close()
+    weights = whole_weights(session.task.model)
+    run.checkpoints.together(lambda: save_final(session, run, state, weights) if run.checkpoints.is_writer else None)
+    run.checkpoints.check_last()
+    return results
