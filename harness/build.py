@@ -20,10 +20,9 @@ from harness.checkpoint.writer import Checkpoints
 from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
 from harness.data.samples import LengthGroups, Samples, build_eval_loader, first_samples, usable_samples
-from harness.distributed.accelerator import agree
 from harness.distributed.backend import AcceleratedStepper, Stepper, ZeroStepper, check_wrapped
 from harness.distributed.fsdp2 import check_sharded, is_fsdp, prepare_fsdp, shard_for_evaluation, writers_group
-from harness.distributed.ranks import is_first, main_process_first
+from harness.distributed.ranks import agree, is_first, main_process_first
 from harness.distributed.zero import fill_config, is_zero, zero_stage
 from harness.errors import ConfigError
 from harness.flags import Config

@@ -16,14 +16,8 @@ from accelerate import Accelerator
 from harness.build import Session, assemble, build_run
 from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
 from harness.checkpoint.lock import Lock
-from harness.distributed.accelerator import (
-    agree,
-    build_accelerator,
-    check_compile_backend,
-    idle_accelerators,
-    settle,
-    tell_all,
-)
+from harness.distributed.accelerator import build_accelerator, check_compile_backend
+from harness.distributed.ranks import agree, idle_accelerators, settle, tell_all
 from harness.errors import ConfigError, StoppedError
 from harness.flags import Config
 from harness.loop import Run, fit

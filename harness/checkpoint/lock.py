@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from harness.distributed.accelerator import is_running
+from harness.distributed.ranks import is_running
 from harness.errors import ConfigError
 from harness.files import write_whole
 from harness.slurm import SlurmJob, slurm_job

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.lock import SILENCE_SECONDS, is_held
-from harness.distributed.accelerator import is_running
+from harness.distributed.ranks import is_running
 from harness.errors import BusyError, ConfigError, DeliveryError, ParcelError, RowsError, UnreachableError
 from harness.tracking.client import open_api
 from harness.tracking.run import identity as identities

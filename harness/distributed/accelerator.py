@@ -1,23 +1,18 @@
-"""Processes and devices: build the Accelerator, check that the launch is what it seems, agree among ranks."""
+"""Processes and devices: build the Accelerator, check that the launch is what it seems."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import (
     GradientAccumulationPlugin,
     TorchDynamoPlugin,
-    broadcast_object_list,
-    gather_object,
     is_deepspeed_available,
 )
 
@@ -29,8 +24,6 @@ from harness.distributed.fsdp2 import set_up_fsdp
 from harness.distributed.launch import Launch, find_launch, where
 from harness.distributed.precision import check_fp8, check_precision, check_result, set_tf32
 from harness.errors import ConfigError
-
-Answer = TypeVar("Answer")
 
 SUPPORTED = (
     DistributedType.NO,
@@ -188,63 +181,7 @@ def _check_processes(accelerator: Accelerator) -> None:
         )
 
 
-def is_running(pid: int, created_at: float) -> bool:
-    """Whether that very process, created so many seconds after 1970, lives on this machine; a zombie does not."""
-    try:
-        process = psutil.Process(pid)
-        return bool(abs(process.create_time() - created_at) < 1 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
-def idle_accelerators(accelerator: Accelerator) -> int:
-    """How many devices of this machine a single process leaves unused."""
-    if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
-        return 0
-    return int(torch.accelerator.device_count()) - 1
-
-
 def software() -> dict[str, str | int]:
     """What the last bits of a number hang on beside the data: versions and, on the CPU, the number of threads."""
     versions: dict[str, str | int] = {name: version(name) for name in ("accelerate", "torch", "transformers")}
     return versions | {"accelerate-harness": harness.__version__, "num_threads": torch.get_num_threads()}
-
-
-def settle() -> None:
-    """
-    Local: let gloo's threads free the tensors of the last collective; call it before a process may end.
-
-    They need the interpreter's lock for that, and torch's destructor of the process group waits for them while it
-    holds the lock: a rank that ends right after a collective then hangs for ever (seen with torch 2.13).
-    """
-    if torch.distributed.is_initialized():
-        time.sleep(0.1)
-
-
-def tell_all(accelerator: Accelerator, answer: Callable[[], Answer]) -> Answer:
-    """
-    Collective: rank zero alone runs `answer`; every rank gets its result, or its ConfigError.
-
-    The result must be picklable: it goes through torch.distributed's object broadcast among our own ranks.
-    """
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = answer()
-        except ConfigError as error:
-            outcome[1] = str(error)
-    if accelerator.num_processes > 1:
-        outcome = broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise ConfigError(outcome[1])
-    result: Answer = outcome[0]
-    return result
-
-
-def agree(accelerator: Accelerator, error: BaseException | None) -> str | None:
-    """Collective: the first error message of any rank, the same on all; None if no rank has one."""
-    message = None if error is None else f"{error}" or type(error).__name__
-    if accelerator.num_processes == 1:
-        return message
-    messages: list[str | None] = gather_object([message])
-    return next((found for found in messages if found is not None), None)

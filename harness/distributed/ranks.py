@@ -1,20 +1,78 @@
-"""Ranks take turns: the first prepares, the others find what it has made, and what one raises ends all."""
+"""What ranks tell each other: an answer of rank zero's, an error of any, and whose turn it is to prepare."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import psutil
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
-from harness.distributed.accelerator import agree
 from harness.errors import ConfigError, RankError
 
 Answer = TypeVar("Answer")
 
 # Its own traceback comes first, before the launcher ends all ranks or the others say that it failed.
 SECONDS_FOR_TRACEBACK = 3.0
+
+
+def is_running(pid: int, created_at: float) -> bool:
+    """Whether that very process, created so many seconds after 1970, lives on this machine; a zombie does not."""
+    try:
+        process = psutil.Process(pid)
+        return bool(abs(process.create_time() - created_at) < 1 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def idle_accelerators(accelerator: Accelerator) -> int:
+    """How many devices of this machine a single process leaves unused."""
+    if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
+        return 0
+    return int(torch.accelerator.device_count()) - 1
+
+
+def settle() -> None:
+    """
+    Local: let gloo's threads free the tensors of the last collective; call it before a process may end.
+
+    They need the interpreter's lock for that, and torch's destructor of the process group waits for them while it
+    holds the lock: a rank that ends right after a collective then hangs for ever (seen with torch 2.13).
+    """
+    if torch.distributed.is_initialized():
+        time.sleep(0.1)
+
+
+def tell_all(accelerator: Accelerator, answer: Callable[[], Answer]) -> Answer:
+    """
+    Collective: rank zero alone runs `answer`; every rank gets its result, or its ConfigError.
+
+    The result must be picklable: it goes through torch.distributed's object broadcast among our own ranks.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = answer()
+        except ConfigError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ConfigError(outcome[1])
+    result: Answer = outcome[0]
+    return result
+
+
+def agree(accelerator: Accelerator, error: BaseException | None) -> str | None:
+    """Collective: the first error message of any rank, the same on all; None if no rank has one."""
+    message = None if error is None else f"{error}" or type(error).__name__
+    if accelerator.num_processes == 1:
+        return message
+    messages: list[str | None] = gather_object([message])
+    return next((found for found in messages if found is not None), None)
 
 
 def is_first(accelerator: Accelerator, *, local: bool) -> bool:

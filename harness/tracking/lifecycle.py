@@ -10,7 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
-from harness.distributed.accelerator import software, tell_all
+from harness.distributed.accelerator import software
+from harness.distributed.ranks import tell_all
 from harness.slurm import slurm_job
 from harness.tracking.flags import TrackingConfig, check_environment
 from harness.tracking.recorded import launch_config, store_configuration

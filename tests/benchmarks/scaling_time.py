@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import get_scheduler, set_seed
 
-from harness.distributed.accelerator import settle
+from harness.distributed.ranks import settle
 from harness.train import main
 from tests.benchmarks import step_time
 

@@ -11,7 +11,7 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from harness.distributed.accelerator import settle
+from harness.distributed.ranks import settle
 from harness.tasks import TaskConfig
 from tests.faults.task import build
 from tests.support.tasks.parity_task import TokenAccuracy

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
 from harness.data.samples import LengthGroups, Samples, build_eval_loader, usable_samples
-from harness.distributed.accelerator import settle
+from harness.distributed.ranks import settle
 from harness.tasks import TaskConfig
 from harness.training.evaluation import EvalSet, Evaluator
 from harness.training.flags import ModelingConfig

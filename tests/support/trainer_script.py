@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from harness.distributed.accelerator import settle
+from harness.distributed.ranks import settle
 from tests.support.parity import run_trainer
 
 

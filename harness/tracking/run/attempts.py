@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.distributed.accelerator import is_running
+from harness.distributed.ranks import is_running
 from harness.errors import ConfigError
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.rows.fragments import TORN, collect, mark_synced

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from harness.distributed.accelerator import is_running
+from harness.distributed.ranks import is_running
 from harness.tracking.run.open import failures
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.distributed.accelerator import settle
+from harness.distributed.ranks import settle
 from harness.tracking.media.histograms import Watch
 
 ACCUMULATION, BATCH_SIZE, NUM_STEPS = 4, 3, 2
