@@ -13,19 +13,20 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from harness.build import Session, assemble, build_run
-from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, read, remove_leftovers
+from harness.build import assemble, build_run
+from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, remove_leftovers
 from harness.checkpoint.lock import Lock
-from harness.distributed.accelerator import build_accelerator, check_compile_backend
-from harness.distributed.ranks import agree, idle_accelerators, settle, tell_all
+from harness.distributed.accelerator import build_accelerator, check_compile_backend, choose_backend
+from harness.distributed.ranks import idle_accelerators, settle, tell_all
 from harness.errors import ConfigError, StoppedError
 from harness.flags import Config
-from harness.loop import Run, fit
+from harness.loop import fit
 from harness.model import optim
 from harness.model.adapters import describe
 from harness.model.weights import whole_weights
 from harness.results import conclude, save_final
 from harness.resume import bring_checkpoint, find_checkpoint
+from harness.session import Run, Session
 from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
 from harness.snapshot import restore
 from harness.tracking import run_config, trackers
@@ -66,6 +67,7 @@ def run_command(config: Config) -> None:
 
 def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     """Collective: find, assemble, train, evaluate, show."""
+    backend = choose_backend(accelerator)
     set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
     if (idle := idle_accelerators(accelerator)) > 0:
         logger.warning("%d more accelerators are idle; to use them: accelerate launch --multi_gpu ...", idle)
@@ -76,12 +78,12 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         logger.warning("Passed over %s.", reason)
     # Absolute: a wandb-core that an earlier run of this process has started may have another working directory.
     chosen = trackers(config.tracking, dir=str(output_dir.absolute()), resumes=config.checkpoint.resumes)
-    session = assemble(config, accelerator, output_dir, weights=found.path)
+    session = assemble(config, backend, output_dir, weights=found.path)
     state = TrainState()
     tracker = wandb_tracker(chosen)
     run = build_run(session, state, tracker) if config.run.trains else None
     if run is not None and found.path is not None:
-        restore_together(run, state, found.path)
+        restore(run, state, found.path)
     tell_all(accelerator, lambda: begin_output(session, lock, record, from_step=state.global_step))
     if run is not None:
         run.checkpoints.lock = lock
@@ -157,20 +159,6 @@ def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: 
         raise ConfigError(f"--output_dir={session.output_dir} can't be written to: {error}.") from error
 
 
-def restore_together(run: Run, state: TrainState, path: Path) -> None:
-    """Collective: every rank restores, or none goes on. Raises ConfigError on all."""
-    accelerator = run.accelerator
-    failure: ConfigError | None = None
-    try:
-        ranks = (accelerator.process_index, accelerator.num_processes)
-        restore(run, state, read(path, ranks=ranks, device=accelerator.device))
-    except ConfigError as error:
-        failure = error
-    if (message := agree(accelerator, failure)) is not None:
-        raise ConfigError(message) from failure
-    run.console.line(f"Going on from {path}, step {state.global_step} of {run.plan.max_steps}.")
-
-
 def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     """Collective: the training, then the final model and state in the folder of the run."""
     console, config = session.console, session.config
@@ -187,7 +175,7 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
         finally:
             run.checkpoints.wait()  # whatever ends the training: what it was saving becomes whole
     console.close()
-    weights = whole_weights(session.task.model)
+    weights = whole_weights(session.task.model, session.backend)
     run.checkpoints.together(lambda: save_final(session, run, state, weights) if run.checkpoints.is_writer else None)
     run.checkpoints.check_last()
     return results

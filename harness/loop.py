@@ -3,76 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.memory import clear_device_cache
 
-from harness.checkpoint.content import Content
-from harness.checkpoint.writer import Checkpoints
-from harness.data.loader import Batch, TrainLoader, step_groups
-from harness.distributed.accelerator import software
-from harness.distributed.backend import Stepper, ZeroStepper
-from harness.distributed.fsdp2 import is_fsdp, optimizer_file, optimizer_shard
-from harness.distributed.zero import save_shards, zero_stage
+from harness.data.loader import Batch, step_groups
 from harness.errors import CheckpointError, StoppedError
-from harness.model.flags import BY_METRIC, OptimConfig
+from harness.model.flags import BY_METRIC
 from harness.model.optim import current_learning_rate
-from harness.model.weights import is_sharded, load_weights, save_model, whole_weights
-from harness.tracking import WandbTracker, rewrite
-from harness.tracking.media.tables import SampleTables, is_due, last_evaluation
-from harness.training import rng
-from harness.training.best import BestModel
-from harness.training.console import Console
-from harness.training.evaluation import EvalSet, Evaluator
-from harness.training.flags import ModelingConfig
-from harness.training.loss import Loss
-from harness.training.metrics import Clock, Window, Work
-from harness.training.schedule import Due, Plan
+from harness.model.weights import load_weights
+from harness.session import Run
+from harness.snapshot import save
+from harness.tracking import rewrite
+from harness.tracking.media.tables import is_due, last_evaluation
+from harness.training.schedule import Due
 from harness.training.state import TrainState
-from harness.training.stopping import NONE, PREEMPTED_EXIT_CODE, REQUESTED, SHUT_OUT, TIME_LIMIT, Stop
-from harness.training.throughput import Throughput, as_text
-from harness.training.watchdog import END, EVALUATION, REPORT, SAVE, Watchdog
+from harness.training.stopping import PREEMPTED_EXIT_CODE, StopReason
+from harness.training.throughput import as_text
+from harness.training.watchdog import END, EVALUATION, REPORT
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """All that a training needs, built once by train.py. `model` is the wrapped one."""
-
-    accelerator: Accelerator
-    model: torch.nn.Module
-    processing_class: Any
-    loss: Loss
-    optimizer: AcceleratedOptimizer
-    scheduler: Any
-    stepper: Stepper
-    loader: TrainLoader
-    plan: Plan
-    evaluator: Evaluator
-    eval_sets: tuple[EvalSet, ...]
-    best: BestModel
-    checkpoints: Checkpoints
-    window: Window
-    work: Work
-    throughput: Throughput
-    clock: Clock
-    console: Console
-    tracker: WandbTracker
-    tables: SampleTables | None
-    stop: Stop
-    watchdog: Watchdog
-    modeling: ModelingConfig
-    optim: OptimConfig
-    arguments: Mapping[str, Any]
 
 
 def fit(run: Run, state: TrainState) -> dict[str, float]:
@@ -82,34 +34,43 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
         evaluate(run, state, at_start=True)
     run.model.train()
     run.throughput.begin()
-    if state.is_ended and is_over(run, state):  # resumed from the checkpoint of the end
-        return finish(run, state)
-    for epoch in range(run.loader.epoch_index, run.plan.num_train_epochs):
-        windows = step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps)
-        for window in run.watchdog.drawn(run.throughput.drawn(windows), state):
-            if is_over(run, state):  # resumed from the last step, before what belongs to the end
-                break
+    for epoch in epochs_left(run, state):
+        for window in steps_left(run, state, epoch):
             train_step(run, state, window)
             state.global_step += 1
             state.epoch = epoch + run.loader.batches_drawn / run.plan.batches_per_epoch
             run.console.advance(state.global_step)
             follow(run, state, run.plan.at_step(state))
-            if is_over(run, state):
-                break
             heed_stop(run, state)
         if run.loader.batches_drawn == 0:
             run.console.line(f"The stream has ended at step {state.global_step} of {run.plan.max_steps}.")
             break
         run.loader.finish_epoch()
         follow(run, state, run.plan.at_epoch_end(state), ends_epoch=True)
-        if is_over(run, state):
-            break
     return finish(run, state)
 
 
 def is_over(run: Run, state: TrainState) -> bool:
     """Whether the plan is fulfilled or early stopping has struck."""
     return state.should_stop or state.global_step >= run.plan.max_steps
+
+
+def epochs_left(run: Run, state: TrainState) -> Iterator[int]:
+    """The epochs to train, until the training is over and what belongs to an epoch's end is done."""
+    for epoch in range(run.loader.epoch_index, run.plan.num_train_epochs):
+        if state.is_ended and is_over(run, state):  # now, or in the checkpoint that it has gone on from
+            return
+        yield epoch
+
+
+def steps_left(run: Run, state: TrainState, epoch: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step in what is left of an epoch, until the training is over."""
+    windows = step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps)
+    for window in run.watchdog.drawn(run.throughput.drawn(windows), state):
+        if not is_over(run, state):  # as it may be from the start: gone on from the last step, before an epoch's end
+            yield window
+        if is_over(run, state):
+            return
 
 
 def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
@@ -193,8 +154,7 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
         run.console.evaluation(outcome.metrics, step=state.global_step)
         metrics |= outcome.metrics
     if run.tables is not None and is_due(state.epoch, previous, run.tracker.config.wandb_eval_samples_freq):
-        model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
-        run.tracker.log_media(run.tables.make(model, epoch=state.epoch), step=state.global_step)
+        run.tracker.log_media(run.tables.make(run.bare_model, epoch=state.epoch), step=state.global_step)
     run.model.train()
     if at_start:  # nothing has been learnt yet: the Trainer compares nothing with it
         return False
@@ -203,74 +163,21 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     return run.best.update(metrics, state)
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Collective: copy what checkpoint-N is made of; it is written while the training goes on."""
-    run.watchdog.at(SAVE, state.global_step)
-    run.checkpoints.settle()
-    run.work.settle_flos(state)
-    state.num_skipped_steps += run.stepper.take_skipped()
-    if run.work.counts != "no":
-        run.work.settle_tokens(state)
-    best, known = run.checkpoints.path_of(state.best_global_step or 0), state.best_model_checkpoint
-    if state.best_global_step == state.global_step or best.is_dir():
-        state.best_model_checkpoint = str(best)
-    elif known is not None and not Path(known).is_dir():  # its save has failed
-        state.best_model_checkpoint = None
-    world_size = run.accelerator.num_processes
-    files = {"scheduler.pt": run.scheduler.state_dict()}
-    shards, rank_files = None, {}
-    if isinstance(run.stepper, ZeroStepper):
-        shards = partial(save_shards, run.model, step=state.global_step)
-    elif is_fsdp(run.accelerator):
-        rank_files = {optimizer_file(run.accelerator.process_index): optimizer_shard(run.optimizer)}
-    else:
-        files["optimizer.pt"] = run.optimizer.state_dict()
-    if run.accelerator.scaler is not None:
-        files["scaler.pt"] = run.accelerator.scaler.state_dict()
-    model = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
-    content = Content(
-        step=state.global_step,
-        weights=whole_weights(model),
-        are_copies=is_sharded(model),
-        write_model=lambda folder, weights: save_model(
-            model, run.processing_class, folder, as_published=False, weights=weights
-        ),
-        files=files,
-        write_shards=shards,
-        rank_files=rank_files,
-        trainer_state=state.trainer_state(early_stopping=run.best.early_stopping),
-        # One file a rank: the Trainer reads its own keys from it and leaves ours alone.
-        rank_state=rng.capture(world_size=world_size)
-        | {"harness": {"data": run.loader.rng_state_dict(), "window": run.window.state_dict()}},
-        shared={
-            "state": state.state_dict(),
-            "data": run.loader.state_dict(),
-            "software": software(),
-            "optim": run.optim.optim,
-            "zero_stage": zero_stage(run.accelerator),
-            "arguments": run.arguments,
-            "tracking": run.tracker.state_dict(),
-        },
-        others=run.tracker.files_of_checkpoint(),
-    )
-    is_best = state.best_global_step == state.global_step
-    log = run.tracker.checkpoint_logger(step=state.global_step, epoch=state.epoch, is_best=is_best)
-    run.checkpoints.save(content, best=state.best_model_checkpoint, then=log)
-
-
 def heed_stop(run: Run, state: TrainState) -> None:
     """
     Collective: if the ranks have agreed to stop, save and raise StoppedError.
 
     Or CheckpointError, if another process has taken the folder and the W&B run over: nothing more is theirs.
     """
-    reason = run.stop.agreed()
-    if reason == NONE:
+    if is_over(run, state):  # it ends anyway
         return
-    if reason == SHUT_OUT:
+    reason = run.stop.agreed()
+    if reason == StopReason.NONE:
+        return
+    if reason == StopReason.SHUT_OUT:
         where = f"step {state.global_step} of {run.plan.max_steps}"
         raise CheckpointError(f"Another process has taken over {run.checkpoints.output_dir}: this one ends at {where}.")
-    if reason != REQUESTED:
+    if reason != StopReason.REQUESTED:
         run.tracker.mark_preempting()
     saves = run.plan.config.save_strategy != "no"
     run.checkpoints.settle()
@@ -279,13 +186,13 @@ def heed_stop(run: Run, state: TrainState) -> None:
         run.checkpoints.check_last()
     where = f"step {state.global_step} of {run.plan.max_steps}"
     done = f"saved; go on with --resume_from_checkpoint true --output_dir {run.checkpoints.output_dir}"
-    if reason != REQUESTED:
+    if reason != StopReason.REQUESTED:
         code = PREEMPTED_EXIT_CODE if saves else 1
-        why = "The job's time limit is near: stopped" if reason == TIME_LIMIT else "Preempted"
+        why = "The job's time limit is near: stopped" if reason == StopReason.TIME_LIMIT else "Preempted"
         message = f"{why} at {where}: {done if saves else 'nothing is saved with --save_strategy no'}."
     else:
         code, message = 0, f"Stopped from the W&B app at {where}: {done if saves else 'nothing was saved'}."
-    raise StoppedError(message, exit_code=code, was_preempted=reason != REQUESTED)
+    raise StoppedError(message, exit_code=code, was_preempted=reason != StopReason.REQUESTED)
 
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:
@@ -307,7 +214,7 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
         logger.warning("The best checkpoint %s was not saved: the weights stay those of the last step.", best)
         best = state.best_model_checkpoint = None
     if best is not None and run.best.config.load_best_model_at_end:
-        load_weights(run.accelerator.unwrap_model(run.model, keep_torch_compile=False), Path(best))
+        load_weights(run.bare_model, Path(best))
     if best is not None and run.checkpoints.config.save_total_limit == 1:
         run.accelerator.wait_for_everyone()  # nobody may still read what is deleted
         run.checkpoints.keep_only(best)

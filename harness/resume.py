@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.find import STATE_FILE, WEIGHTS, Found, find, list_checkpoints, why_invalid
+from harness.checkpoint.find import Found, find, list_checkpoints
+from harness.checkpoint.layout import STATE_FILE, WEIGHTS, step_of, why_invalid
 from harness.errors import ConfigError
 from harness.files import put_in_place, sync
 from harness.flags import Config
@@ -76,14 +77,14 @@ def _newer_here(config: Config, artifact: Any, output_dir: Path) -> Found | None
         return None
     if here.path is None or not _is_same_run(artifact, here.path):
         return None
-    return here if _step(here.path) > (alias_of_step(artifact) or 0) else None
+    return here if step_of(here.path) > (alias_of_step(artifact) or 0) else None
 
 
 def _bring(artifact: Any, output_dir: Path, token: str) -> Path:
     """The folder checkpoint-N with the very files of the artifact: as it was there, or downloaded and verified."""
     name = artifact.qualified_name
     for path in list_checkpoints(output_dir):
-        if alias_of_step(artifact) in (None, _step(path)) and is_there(artifact, path) and why_invalid(path) is None:
+        if alias_of_step(artifact) in (None, step_of(path)) and is_there(artifact, path) and why_invalid(path) is None:
             return path
     partial = output_dir / f"download.{token}.partial"
     logger.info("Downloading %s (%.1f MB) to %s.", name, artifact.size / 1e6, output_dir)
@@ -113,10 +114,6 @@ def _is_same_run(artifact: Any, checkpoint: Path) -> bool:
     content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     run_id = (content.get("tracking", {}).get("run") or {}).get("run_id")
     return run_id is not None and run_id == artifact.metadata.get("run_id")
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removesuffix(".replaced").rpartition("-")[2])
 
 
 def models_from_wandb(config: TaskConfig, tracking: TrackingConfig) -> tuple[TaskConfig, tuple[str, ...]]:

@@ -1,153 +1,330 @@
-"""Going on: a checkpoint put back into a run that is built, and what may differ between the two."""
+"""
+What a checkpoint holds of a run, part by part: each declares here what a save takes and what a resume makes of it.
+
+The weights alone are loaded elsewhere: by `assemble`, into a model that nothing has wrapped yet.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from harness.checkpoint.arguments import Changes, compare
-from harness.checkpoint.find import Saved, describe_change
-from harness.data.position import at_step, converted, has_other_layout, why_other_order
+from harness.checkpoint.layout import SCALER_FILE, SCHEDULER_FILE, Saved, read
+from harness.checkpoint.writer import Content
+from harness.data.position import at_step, converted, describe_change, has_other_layout, why_other_order
 from harness.distributed.accelerator import software
-from harness.distributed.backend import ZeroStepper
-from harness.distributed.fsdp2 import has_optimizer_shards, is_fsdp, load_optimizer, read_optimizer
-from harness.distributed.zero import LATEST_FILE, load_shards, zero_stage
+from harness.distributed.ranks import agree, ranks_of
+from harness.distributed.zero import LATEST_FILE
 from harness.errors import ConfigError
-from harness.loop import Run
+from harness.model.weights import save_model, whole_weights
+from harness.session import Run
+from harness.training import rng
 from harness.training.state import TRAINER_STATE_FILE, TrainState
+from harness.training.watchdog import SAVE
 
 logger = logging.getLogger(__name__)
 
 
-def restore(run: Run, state: TrainState, saved: Saved) -> None:
-    """
-    Local: put a checkpoint, ours or a Trainer's, into a run whose weights are already loaded.
-
-    Raises ConfigError if the data's order would not be the one that was saved.
-    """
-    state.load_trainer_state(saved.path / TRAINER_STATE_FILE)
-    state.load_state_dict(saved.shared.get("state", {}))
-    patience = run.best.config.early_stopping_patience
-    state.should_stop = patience is not None and state.early_stopping_patience_counter >= patience
-    best = state.best_model_checkpoint
-    if best is not None and not Path(best).is_dir():  # as in a run that was moved, or came from W&B
-        beside = saved.path.with_name(Path(best).name)
-        state.best_model_checkpoint = str(beside) if beside.is_dir() else None
-        if not beside.is_dir():
-            logger.warning("The best checkpoint %s is gone; it can't be loaded at the end.", best)
-    _restore_optimizer(run, saved)
-    if run.accelerator.scaler is not None and "scaler.pt" in saved.files:
-        run.accelerator.scaler.load_state_dict(saved.files["scaler.pt"])
-    if change := describe_change(saved.shared.get("software", {}), software()):
-        logger.warning("%s was saved with %s: numbers may differ in their last bits.", saved.path, change)
-    changes, other_numbers = _check_changes(run, saved)
-    if changes.told:
-        run.console.line(f"Other arguments than those of {saved.path.name}: {', '.join(changes.told)}.")
-    run.tracker.load_state_dict(saved.shared.get("tracking", {}), saved.path, changes=other_numbers)
-    position, is_exact = _position(run, state, saved)
-    if saved.rank_state is None:
-        logger.warning("%s has no random state for this rank: the run goes on, but not to the bit.", saved.path)
-        run.loader.load_position(position)
-    else:
-        ours = saved.rank_state.get("harness", {})
-        # What was drawn ahead elsewhere is another batch here.
-        run.loader.load_state_dict(position, ours.get("data", {}) if is_exact else {}, saved.rank_state)
-        if saved.other_ranks and "window" in ours:
-            run.window.load_state_dicts([other["harness"]["window"] for other in saved.other_ranks])
-        elif "window" in ours:
-            run.window.load_state_dict(ours["window"])
-    if reason := run.loader.why_read_again:
-        count = run.loader.batches_drawn
-        run.console.line(f"The stream is read again up to its position, {count} batches of a rank: {reason}.")
+def save(run: Run, state: TrainState) -> None:
+    """Collective: copy what checkpoint-N is made of; it is written while the training goes on."""
+    run.watchdog.at(SAVE, state.global_step)
+    run.checkpoints.settle()
+    run.work.settle_flos(state)
+    state.num_skipped_steps += run.stepper.take_skipped()
+    if run.work.counts != "no":
+        run.work.settle_tokens(state)
+    best, known = run.checkpoints.path_of(state.best_global_step or 0), state.best_model_checkpoint
+    if state.best_global_step == state.global_step or best.is_dir():
+        state.best_model_checkpoint = str(best)
+    elif known is not None and not Path(known).is_dir():  # its save has failed
+        state.best_model_checkpoint = None
+    content = take(run, state)
+    is_best = state.best_global_step == state.global_step
+    log = run.tracker.checkpoint_logger(step=state.global_step, epoch=state.epoch, is_best=is_best)
+    run.checkpoints.save(content, best=state.best_model_checkpoint, then=log)
 
 
-def _check_changes(run: Run, saved: Saved) -> tuple[Changes, str]:
-    """
-    What differs from the arguments of the checkpoint, and what of that makes other numbers.
-
-    Raises ConfigError for all at once that is not allowed.
-    """
-    changes = compare(saved.shared.get("arguments", {}), run.arguments)
-    other_order = why_other_order(saved.shared.get("data", {}), run.loader.state_dict())
-    problems = []
-    if changes.refused and not run.checkpoints.config.allow_changed_arguments:
-        problems.append(
-            f"{saved.path} was saved with other arguments ({', '.join(changes.refused)}), so the run would not go on "
-            "as it began: give those it was saved with, or --allow_changed_arguments."
-        )
-    if other_order and not run.loader.config.allow_changed_data_order:
-        problems.append(
-            f"{saved.path} was saved with {other_order}, so the data would come in another order: "
-            "use the same values, or give --allow_changed_data_order."
-        )
-    if problems:
-        raise ConfigError(" ".join(problems))
-    return changes, "; ".join(
-        [*changes.refused, *([f"{saved.path.name} was saved with {other_order}"] * bool(other_order))]
+def take(run: Run, state: TrainState) -> Content:
+    """Collective: what a checkpoint of this instant holds; tensors are those of the training, unless it is sharded."""
+    model = run.bare_model
+    content = Content(
+        step=state.global_step,
+        weights=whole_weights(model, run.backend),
+        are_copies=run.backend.is_sharded,
+        write_model=lambda folder, weights: save_model(
+            model, run.processing_class, folder, as_published=False, weights=weights
+        ),
     )
+    for part in parts(run, state):
+        part.save(content)
+    return content
 
 
-def _position(run: Run, state: TrainState, saved: Saved) -> tuple[Mapping[str, int], bool]:
-    """Where the data goes on, and whether in the very batches of the checkpoint."""
-    position, now = saved.shared.get("data"), run.loader.state_dict()
-    other_order = why_other_order(position or {}, now)
-    if other_order:
-        run.console.line(f"The data goes on in another order, {saved.path.name} was saved with {other_order}.")
-    if position is None or other_order:  # a Trainer's counts optimizer steps
-        accumulation = run.loader.config.gradient_accumulation_steps
-        steps = at_step(state.global_step, updates_per_epoch=run.plan.updates_per_epoch, accumulation=accumulation)
-        return steps, position is None
-    if has_other_layout(position, now):
-        run.console.line(
-            "The same samples come in the same steps, in other batches: the numbers are equal up to rounding, "
-            "as long as nothing is drawn at random (dropout, random collators)."
-        )
-        return converted(position, now), False
-    return position, True
+def restore(run: Run, state: TrainState, path: Path) -> None:
+    """
+    Collective: put a checkpoint, ours or a Trainer's, into a run that has its weights already; on all ranks or none.
 
-
-def _restore_optimizer(run: Run, saved: Saved) -> None:
-    was, now = saved.shared.get("optim", run.optim.optim), run.optim.optim
-    interchangeable = {"adamw_torch", "adamw_torch_fused"}
-    if was != now and not {was, now} <= interchangeable:
-        raise ConfigError(f"{saved.path} was saved with --optim {was}, not {now}: its state does not fit; give {was}.")
-    was_stage, stage = (
-        saved.shared.get("zero_stage", int((saved.path / LATEST_FILE).is_file())),
-        zero_stage(run.accelerator),
-    )
-    if stage and saved.shared.get("world_size", run.accelerator.num_processes) != run.accelerator.num_processes:
-        raise ConfigError(
-            f"{saved.path} was saved by {saved.shared['world_size']} processes, and as many have to read the shards of "
-            "DeepSpeed's: launch so many, or start from its weights with --model_name_or_path."
-        )
-    if was_stage != stage:
-        raise ConfigError(
-            f"{saved.path} was saved with {_described(was_stage)}, not {_described(stage)}: "
-            "use the launch config that it was saved with."
-        )
+    Raises ConfigError, on all of them, for one that does not fit.
+    """
+    failure: ConfigError | None = None
     try:
-        if isinstance(run.stepper, ZeroStepper):
-            load_shards(run.model, saved.path)
-        elif is_fsdp(run.accelerator) or has_optimizer_shards(saved.path):
-            _restore_from_shards(run, saved)
+        saved = read(path, ranks=ranks_of(run.accelerator), device=run.accelerator.device)
+        for part in parts(run, state):
+            part.load(saved)
+    except ConfigError as error:
+        failure = error
+    if (message := agree(run.accelerator, failure)) is not None:
+        raise ConfigError(message) from failure
+    run.console.line(f"Going on from {path}, step {state.global_step} of {run.plan.max_steps}.")
+
+
+class Part(Protocol):
+    """A part of a checkpoint. What it has saved it loads; what a Trainer or an older version lacks it goes without."""
+
+    def save(self, content: Content) -> None:
+        """Local: put what is to be saved into the content."""
+        ...
+
+    def load(self, saved: Saved) -> None:
+        """Local: put back what was saved; `ZeRO`'s optimizer is collective. Raises ConfigError if it does not fit."""
+        ...
+
+
+def parts(run: Run, state: TrainState) -> tuple[Part, ...]:
+    """All of them, in the order in which they are loaded: the data's place follows from the counters."""
+    return (
+        Counters(run, state),
+        Optimizer(run),
+        Scaler(run),
+        Software(),
+        Arguments(run),
+        Tracking(run),
+        Data(run, state),
+        LossWindow(run),
+    )
+
+
+@dataclass(frozen=True)
+class Counters:
+    """The Trainer's state and history, and of ours what that has no place for."""
+
+    run: Run
+    state: TrainState
+
+    def save(self, content: Content) -> None:
+        """Into trainer_state.json, and `state` of harness_state.json."""
+        content.trainer_state = self.state.trainer_state(early_stopping=self.run.best.early_stopping)
+        content.shared["state"] = self.state.state_dict()
+
+    def load(self, saved: Saved) -> None:
+        """Patience and the best checkpoint are looked at anew: flags may differ, and the folder may have moved."""
+        state = self.state
+        state.load_trainer_state(saved.path / TRAINER_STATE_FILE)
+        state.load_state_dict(saved.shared.get("state", {}))
+        patience = self.run.best.config.early_stopping_patience
+        state.should_stop = patience is not None and state.early_stopping_patience_counter >= patience
+        best = state.best_model_checkpoint
+        if best is not None and not Path(best).is_dir():  # as in a run that was moved, or came from W&B
+            beside = saved.path.with_name(Path(best).name)
+            state.best_model_checkpoint = str(beside) if beside.is_dir() else None
+            if not beside.is_dir():
+                logger.warning("The best checkpoint %s is gone; it can't be loaded at the end.", best)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer, in the files of its backend, and its schedule."""
+
+    run: Run
+
+    def save(self, content: Content) -> None:
+        """Into the Trainer's files, a file a rank under FSDP2, or DeepSpeed's shards."""
+        run = self.run
+        found = run.backend.save_optimizer(run.model, run.optimizer, step=content.step)
+        content.files |= {SCHEDULER_FILE: run.scheduler.state_dict(), **found.files}
+        content.rank_files, content.write_shards = found.rank_files, found.write_shards
+        content.shared |= {"optim": run.optim.optim, "zero_stage": run.backend.zero_stage}
+
+    def load(self, saved: Saved) -> None:
+        """Of the same --optim, and under the same stage of ZeRO."""
+        self._check(saved)
+        run = self.run
+        try:
+            run.backend.load_optimizer(run.model, run.optimizer, saved.path, saved.files)
+            run.scheduler.load_state_dict(saved.files[SCHEDULER_FILE])
+        except (ValueError, KeyError, RuntimeError) as error:
+            reason = f"{saved.path} holds the state of another optimizer or schedule ({error})"
+            raise ConfigError(f"{reason}; give the flags it was saved with.") from error
+
+    def _check(self, saved: Saved) -> None:
+        was, now = saved.shared.get("optim", self.run.optim.optim), self.run.optim.optim
+        interchangeable = {"adamw_torch", "adamw_torch_fused"}
+        if was != now and not {was, now} <= interchangeable:
+            raise ConfigError(
+                f"{saved.path} was saved with --optim {was}, not {now}: its state does not fit; give {was}."
+            )
+        stage, num_processes = self.run.backend.zero_stage, self.run.accelerator.num_processes
+        was_stage = saved.shared.get("zero_stage", int((saved.path / LATEST_FILE).is_file()))
+        if stage and saved.shared.get("world_size", num_processes) != num_processes:
+            raise ConfigError(
+                f"{saved.path} was saved by {saved.shared['world_size']} processes, and as many have to read the "
+                "shards of DeepSpeed's: launch so many, or start from its weights with --model_name_or_path."
+            )
+        if was_stage != stage:
+            was, now = (f"DeepSpeed ZeRO-{each}" if each else "no DeepSpeed" for each in (was_stage, stage))
+            raise ConfigError(
+                f"{saved.path} was saved with {was}, not {now}: use the launch config that it was saved with."
+            )
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """The scale of the loss under fp16, where Accelerate keeps it."""
+
+    run: Run
+
+    def save(self, content: Content) -> None:
+        """Into the Trainer's file."""
+        if self.run.accelerator.scaler is not None:
+            content.files[SCALER_FILE] = self.run.accelerator.scaler.state_dict()
+
+    def load(self, saved: Saved) -> None:
+        """If both have one."""
+        if self.run.accelerator.scaler is not None and SCALER_FILE in saved.files:
+            self.run.accelerator.scaler.load_state_dict(saved.files[SCALER_FILE])
+
+
+class Software:
+    """What the last bits of a number hang on."""
+
+    def save(self, content: Content) -> None:
+        """Into harness_state.json."""
+        content.shared["software"] = software()
+
+    def load(self, saved: Saved) -> None:
+        """A warning if it is another."""
+        if change := describe_change(saved.shared.get("software", {}), software()):
+            logger.warning("%s was saved with %s: numbers may differ in their last bits.", saved.path, change)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the run was asked for."""
+
+    run: Run
+
+    def save(self, content: Content) -> None:
+        """Into harness_state.json."""
+        content.shared["arguments"] = self.run.arguments
+
+    def load(self, saved: Saved) -> None:
+        """Tell what differs; raise ConfigError for all at once that is not allowed, the order of the data too."""
+        run, (changes, other_order) = self.run, _changes(self.run, saved)
+        problems = []
+        if changes.refused and not run.checkpoints.config.allow_changed_arguments:
+            problems.append(
+                f"{saved.path} was saved with other arguments ({', '.join(changes.refused)}), so the run would not go "
+                "on as it began: give those it was saved with, or --allow_changed_arguments."
+            )
+        if other_order and not run.loader.config.allow_changed_data_order:
+            problems.append(
+                f"{saved.path} was saved with {other_order}, so the data would come in another order: "
+                "use the same values, or give --allow_changed_data_order."
+            )
+        if problems:
+            raise ConfigError(" ".join(problems))
+        if changes.told:
+            run.console.line(f"Other arguments than those of {saved.path.name}: {', '.join(changes.told)}.")
+
+
+def _changes(run: Run, saved: Saved) -> tuple[Changes, str]:
+    """Which arguments differ from those of the checkpoint, and what makes the data come in another order."""
+    changes = compare(saved.shared.get("arguments", {}), run.arguments)
+    return changes, why_other_order(saved.shared.get("data", {}), run.loader.state_dict())
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """How many rows the run has, in W&B and in its journal."""
+
+    run: Run
+
+    def save(self, content: Content) -> None:
+        """Into harness_state.json, and a copy of the journal."""
+        content.shared["tracking"] = self.run.tracker.state_dict()
+        content.others = self.run.tracker.files_of_checkpoint()
+
+    def load(self, saved: Saved) -> None:
+        """With what makes other numbers than before: rows beyond the checkpoint would not be written again then."""
+        changes, other_order = _changes(self.run, saved)
+        told = [*changes.refused, *([f"{saved.path.name} was saved with {other_order}"] if other_order else [])]
+        self.run.tracker.load_state_dict(saved.shared.get("tracking", {}), saved.path, changes="; ".join(told))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The place in the data, and the random generators, which belong to it."""
+
+    run: Run
+    state: TrainState
+
+    def save(self, content: Content) -> None:
+        """Into harness_state.json; the generators into a file a rank: the Trainer's, with our own part beside its."""
+        content.shared["data"] = self.run.loader.state_dict()
+        content.rank_state |= rng.capture(world_size=self.run.accelerator.num_processes)
+        content.rank_state["harness"] = {"data": self.run.loader.rng_state_dict()}
+
+    def load(self, saved: Saved) -> None:
+        """In the very batches of the checkpoint, if they are as large and as many; else at the same samples."""
+        run, (position, is_exact) = self.run, self._position(saved)
+        if saved.rank_state is None:
+            logger.warning("%s has no random state for this rank: the run goes on, but not to the bit.", saved.path)
+            run.loader.load_position(position)
         else:
-            run.optimizer.load_state_dict(saved.files["optimizer.pt"])
-        run.scheduler.load_state_dict(saved.files["scheduler.pt"])
-    except (ValueError, KeyError, RuntimeError) as error:
-        reason = f"{saved.path} holds the state of another optimizer or schedule ({error})"
-        raise ConfigError(f"{reason}; give the flags it was saved with.") from error
+            # What was drawn ahead elsewhere is another batch here.
+            run.loader.load_state_dict(position, saved.ours.get("data", {}) if is_exact else {}, saved.rank_state)
+        if reason := run.loader.why_read_again:
+            count = run.loader.batches_drawn
+            run.console.line(f"The stream is read again up to its position, {count} batches of a rank: {reason}.")
+
+    def _position(self, saved: Saved) -> tuple[Mapping[str, int], bool]:
+        """Where the data goes on, and whether in the very batches of the checkpoint."""
+        run, position, now = self.run, saved.shared.get("data"), self.run.loader.state_dict()
+        other_order = why_other_order(position or {}, now)
+        if other_order:
+            run.console.line(f"The data goes on in another order, {saved.path.name} was saved with {other_order}.")
+        if position is None or other_order:  # a Trainer's counts optimizer steps
+            updates, accumulation = run.plan.updates_per_epoch, run.loader.config.gradient_accumulation_steps
+            steps = at_step(self.state.global_step, updates_per_epoch=updates, accumulation=accumulation)
+            return steps, position is None
+        if has_other_layout(position, now):
+            run.console.line(
+                "The same samples come in the same steps, in other batches: the numbers are equal up to rounding, "
+                "as long as nothing is drawn at random (dropout, random collators)."
+            )
+            return converted(position, now), False
+        return position, True
 
 
-def _restore_from_shards(run: Run, saved: Saved) -> None:
-    """Into shards, or from them, whatever the number of ranks then and now."""
-    if has_optimizer_shards(saved.path):
-        ranks = (run.accelerator.process_index, run.accelerator.num_processes)
-        parts = read_optimizer(saved.path, ranks=ranks, is_sharded=is_fsdp(run.accelerator))
-    else:
-        parts = [saved.files["optimizer.pt"]]
-    load_optimizer(run.optimizer, parts)
+@dataclass(frozen=True)
+class LossWindow:
+    """The losses that no report has shown yet."""
 
+    run: Run
 
-def _described(stage: int) -> str:
-    return f"DeepSpeed ZeRO-{stage}" if stage else "no DeepSpeed"
+    def save(self, content: Content) -> None:
+        """Beside the generators: each rank has its own."""
+        content.rank_state["harness"]["window"] = self.run.window.state_dict()
+
+    def load(self, saved: Saved) -> None:
+        """This rank's, or what those of another number of ranks come to; a Trainer keeps none."""
+        if "window" not in saved.ours:
+            return
+        if saved.other_ranks:
+            self.run.window.load_state_dicts([other["harness"]["window"] for other in saved.other_ranks])
+        else:
+            self.run.window.load_state_dict(saved.ours["window"])

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from harness.flags import parse
-from harness.model_card import write_model_card
+from harness.results import write_model_card
 from harness.training.state import TrainState
 from tests.support.parity import CASES, TASK, TRAINING, as_flags
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.checkpoint.find import why_invalid
+from harness.checkpoint.layout import why_invalid
 from harness.errors import ConfigError
 from harness.tracking.artifacts.download import check_manifest
 from tests.faults.deaths import small_disk

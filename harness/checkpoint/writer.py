@@ -6,25 +6,73 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from harness.checkpoint.content import Content, fresh
-from harness.checkpoint.find import FORMAT_VERSION, STATE_FILE, list_checkpoints
+from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.host_copies import HostCopies
+from harness.checkpoint.layout import FORMAT_VERSION, STATE_FILE, rng_file
 from harness.checkpoint.lock import Lock
 from harness.errors import CheckpointError
 from harness.files import digest_of, put_in_place, sync, write_json
+from harness.training.state import TRAINER_STATE_FILE
 
 logger = logging.getLogger(__name__)
 
 LONG_WAIT_SECONDS = 1.0
+
+
+@dataclass(kw_only=True)
+class Content:
+    """
+    What a save writes, filled part by part (snapshot.py).
+
+    - weights, write_model: tensors, and what writes them into a folder; nobody else writes to those that `are_copies`.
+    - files: torch states by name. trainer_state: the Trainer's JSON. shared: ours, plain values.
+    - others: files by name, and what writes each.
+    - rank_state: this rank's alone: generators, and what it has not reported.
+    - rank_files: torch states by name that this rank writes itself, in the background: none on any rank, or some on
+      each.
+    - write_shards: collective; each rank writes its own part into the folder, before the training goes on.
+    """
+
+    step: int
+    weights: Mapping[str, torch.Tensor]
+    write_model: Callable[[Path, Mapping[str, torch.Tensor]], object]
+    are_copies: bool = False
+    files: dict[str, Any] = field(default_factory=dict)
+    trainer_state: Mapping[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    rank_state: dict[str, Any] = field(default_factory=dict)
+    rank_files: Mapping[str, Any] = field(default_factory=dict)
+    write_shards: Callable[[Path], None] | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether ranks write into the folder beside its writer."""
+        return self.write_shards is not None or bool(self.rank_files)
+
+    def write(self, folder: Path, rank_states: Sequence[Mapping[str, Any]], *, only_model: bool) -> None:
+        """Rank zero: the files that are its to write; the folder is made, unless ranks have already met in it."""
+        if not self.is_shared:
+            _fresh(folder)
+        self.write_model(folder, self.weights)
+        write_json(folder / TRAINER_STATE_FILE, self.trainer_state)
+        if only_model:
+            return
+        for name, state in self.files.items():
+            torch.save(state, folder / name)
+        for name, write in self.others.items():
+            write(folder / name)
+        for i, state in enumerate(rank_states):
+            torch.save(dict(state), folder / rng_file(i, len(rank_states)))
 
 
 class Checkpoints:
@@ -97,7 +145,7 @@ class Checkpoints:
         if self.is_writer or content.rank_files:
             if self.config.async_save:
                 own = {} if content.are_copies else dict(content.weights)
-                own, *copies = self._copies.copy((own, dict(content.files), dict(content.rank_files), rank_states))
+                own, *copies = self._copies.copy((own, content.files, dict(content.rank_files), rank_states))
                 files, rank_files, rank_states = copies
                 content = replace(content, weights=own or content.weights, files=files, rank_files=rank_files)
             arguments = (content, rank_states, partial, best, then)
@@ -111,7 +159,7 @@ class Checkpoints:
     def _begin_together(self, content: Content) -> Path | None:
         """Collective: make the folder, and write the shards; None if not all could, which is like the writer's."""
         partial = Path(self.gather(str(self._partial(content.step)))[0])  # rank zero's: it has the lock
-        acts = [fresh if self.is_writer else lambda _: None, content.write_shards or (lambda _: None)]
+        acts = [_fresh if self.is_writer else lambda _: None, content.write_shards or (lambda _: None)]
         message: str | None = None
         for act in acts:
             error: Exception | None = None
@@ -332,3 +380,10 @@ def _of_disk(error: Exception) -> Exception:
     words = ("I/O error", "iostream error", "PytorchStreamWriter", "inline_container", "file write failed")
     is_of_disk = any(each in str(error) for each in words)
     return OSError(str(error)) if is_of_disk else error
+
+
+def _fresh(folder: Path) -> None:
+    """An empty folder, whatever was there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)

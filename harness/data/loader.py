@@ -21,6 +21,7 @@ from harness.data.digest import digest_of_samples
 from harness.data.flags import DataConfig
 from harness.data.samples import Samples, worker_options
 from harness.data.streams import StreamBatches
+from harness.distributed.ranks import ranks_of
 from harness.training import rng
 
 Batch = dict[str, Any]
@@ -97,7 +98,7 @@ class TrainLoader:
         self.num_samples: int | None = None
         self.num_batches: int | None = None
         self.stream: StreamBatches | None = None
-        ranks = (accelerator.process_index, accelerator.num_processes)
+        ranks = ranks_of(accelerator)
         batch_size, drop_last = config.per_device_train_batch_size, config.dataloader_drop_last
         options: dict[str, Any] = {
             "batch_size": None,  # the samples of a batch are put together by what makes it

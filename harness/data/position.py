@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.checkpoint.find import describe_change
 from harness.data.loader import RankBatches
 
 Position = Mapping[str, Any]
 # Their product is the global batch: the samples of an optimizer step.
 LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 WHERE = ("epoch", "batches")
+
+
+def describe_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between the values a position was counted in and today's; empty if nothing does."""
+    return ", ".join(
+        f"{name} {saved[name]} (now {now[name]})"
+        for name in now
+        if name not in WHERE and name in saved and saved[name] != now[name]
+    )
 
 
 def has_other_layout(saved: Position, now: Position) -> bool:

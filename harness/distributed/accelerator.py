@@ -18,11 +18,14 @@ from accelerate.utils import (
 
 import harness
 from harness.config import choice
+from harness.distributed.backend import Backend
 from harness.distributed.compiled_ops import remove_stale_lock
 from harness.distributed.flags import TopologyConfig
-from harness.distributed.fsdp2 import set_up_fsdp
+from harness.distributed.fsdp2 import FSDP2, set_up_fsdp
 from harness.distributed.launch import Launch, find_launch, where
 from harness.distributed.precision import check_fp8, check_precision, check_result, set_tf32
+from harness.distributed.replicated import Replicated
+from harness.distributed.zero import Zero
 from harness.errors import ConfigError
 
 SUPPORTED = (
@@ -87,6 +90,14 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
     return accelerator
 
 
+def choose_backend(accelerator: Accelerator) -> Backend:
+    """Local: how model and optimizer lie on the ranks, as the launch says."""
+    if accelerator.is_fsdp2:
+        return FSDP2(accelerator)
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return Zero(accelerator) if is_deepspeed else Replicated(accelerator)
+
+
 def _launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -131,6 +142,8 @@ def _check_deepspeed(config: TopologyConfig) -> None:
             "pip install 'accelerate-harness[deepspeed]', or use launch_configs/ddp.yaml, or change "
             f"{where('distributed_type')}."
         )
+    if config.compiles:
+        raise ConfigError("--torch_compile is not supported with DeepSpeed by this version; leave it out.")
     if config.use_cpu and torch.accelerator.is_available():
         raise ConfigError(
             "--use_cpu (or use_cpu: true) turns DeepSpeed off; leave it out, or use launch_configs/ddp.yaml."

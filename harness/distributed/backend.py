@@ -1,23 +1,48 @@
-"""Backward and optimizer step: as Accelerate wraps them, or as DeepSpeed's engine does them."""
+"""
+How model and optimizer lie on the ranks, and what hangs on it: to prepare, to step, to save, to load.
+
+There are three: whole on each rank (replicated.py), in shards of FSDP2 (fsdp2.py), divided by DeepSpeed's ZeRO
+(zero.py). `choose_backend` (accelerator.py) tells them apart; nobody else does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import is_deepspeed_available
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from harness.distributed.launch import where
 from harness.errors import ConfigError
 
-# What `prepare` has to make of a model.
-DDP_TYPES = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """What the flags say of an optimizer step: samples of a micro-batch, micro-batches, and where it is clipped."""
+
+    batch_size: int
+    accumulation: int
+    max_grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFiles:
+    """
+    What is to be written of an optimizer: by rank zero `files`, by each rank its `rank_files`, torch states by name.
+
+    `write_shards` is collective: ranks write into a folder together, before the training goes on.
+    """
+
+    files: Mapping[str, Any] = field(default_factory=dict)
+    rank_files: Mapping[str, Any] = field(default_factory=dict)
+    write_shards: Callable[[Path], None] | None = None
 
 
 class Stepper(Protocol):
@@ -37,7 +62,7 @@ class Stepper(Protocol):
         """How many steps have changed nothing since it was asked last; reads the device if the loss is scaled."""
         ...
 
-    def micro_batch(self, *, is_last: bool) -> Any:
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """A context for forward and backward of a micro-batch; gradients are reduced over the ranks by the last one."""
         ...
 
@@ -54,134 +79,83 @@ class Stepper(Protocol):
         ...
 
 
-class AcceleratedStepper:
-    """On one device, with DDP or FSDP2, in the Trainer's order."""
+class Backend(Protocol):
+    """One of the three ways. It keeps nothing of what it prepares: model and optimizer are given to it."""
 
-    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
-        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.num_skipped: torch.Tensor | int = 0
+    accelerator: Accelerator
 
     @property
-    def scales_loss(self) -> bool:
-        """Whether accelerate has a loss scaler."""
-        return self.accelerator.scaler is not None
+    def is_sharded(self) -> bool:
+        """Whether a rank holds a part of the weights only: it takes all ranks to run the model, or to save it."""
+        ...
 
     @property
-    def was_skipped(self) -> bool:
+    def zero_stage(self) -> int:
+        """The stage of ZeRO, 0 without DeepSpeed: a checkpoint is gone on from under the same."""
+        ...
+
+    def prepare(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, size: StepSize
+    ) -> tuple[torch.nn.Module, AcceleratedOptimizer, Stepper]:
+        """Collective: model and optimizer, wrapped for a training, and what makes its steps. Raises ConfigError."""
+        ...
+
+    def prepare_for_evaluation(self, model: torch.nn.Module, size: StepSize) -> torch.nn.Module:
+        """Collective: the model, wrapped as far as an evaluation without a training needs it. Raises ConfigError."""
+        ...
+
+    def whole(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Collective: a model's tensors whole; if it is sharded, as copies in host memory, on rank zero alone."""
+        ...
+
+    def save_optimizer(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> OptimizerFiles:
+        """Local: what a checkpoint holds of the optimizer, of `step` optimizer steps; `model` is the wrapped one."""
+        ...
+
+    def load_optimizer(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, files: Mapping[str, Any]
+    ) -> None:
         """
-        Whether accelerate says that the loss scaler has skipped the last step, for the schedule as in the Trainer.
+        Collective: take back what `save_optimizer` gave, from a checkpoint's folder; `files` of it are read already.
 
-        It does not see what a fused optimizer skips by itself.
+        Raises ConfigError, or ValueError, KeyError or RuntimeError for the state of another optimizer.
         """
-        return bool(self.accelerator.optimizer_step_was_skipped)
+        ...
 
-    def take_skipped(self) -> int:
-        """All of them, a fused optimizer's too."""
-        taken, self.num_skipped = int(self.num_skipped), 0
-        return taken
+    def gradient_function(self) -> Callable[[torch.nn.Parameter], torch.Tensor | None] | None:
+        """
+        Local: what gives, collectively, a parameter's whole gradient between the last backward of a step and the step.
 
-    @contextmanager
-    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Without a reduction over the ranks, unless it is the last one, or gradients are sharded."""
-        self.accelerator.gradient_state._set_sync_gradients(is_last)
-        # FSDP2 would keep whole gradients on each device until then: what it is taken for is memory.
-        reduces = is_last or self.accelerator.is_fsdp2
-        with nullcontext() if reduces else self.accelerator.no_sync(self.model):
-            yield
+        None where that is the parameter's `grad`. Raises ConfigError where gradients can't be seen.
+        """
+        ...
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accelerate's, with its loss scaler."""
-        self.accelerator.backward(loss)
+    def writers_agreement(self) -> Callable[[BaseException | None], str | None]:
+        """
+        Collective: what makes writers' threads agree, while their main threads do something else: see `ranks.agree`.
 
-    def step(self, max_grad_norm: float) -> torch.Tensor | float:
-        """Clip over all parameters in the model's order, then step."""
-        limit = max_grad_norm or float("inf")
-        norm: torch.Tensor | float = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # the same on all ranks already
-        if (scaler := self.accelerator.scaler) is None:
-            self.optimizer.step()
-            return norm
-        one = torch.ones((), device=self.accelerator.device)
-        scale = scaler.scale(one)
-        self.optimizer.step()
-        self.num_skipped = self.num_skipped + (scaler.scale(one) < scale)  # on the device: only an overflow lowers it
-        return norm
-
-    def zero_grad(self) -> None:
-        """Of the model: frozen parameters have none."""
-        self.model.zero_grad()
+        It does nothing where rank zero is the one writer.
+        """
+        ...
 
 
-class ZeroStepper:
+def no_agreement(error: BaseException | None) -> None:
+    """What rank zero needs to agree with itself."""
+
+
+def check_wrapped(model: torch.nn.Module, wrapper: type[torch.nn.Module], kind: DistributedType) -> None:
     """
-    With DeepSpeed, whose engine reduces, clips and steps in one.
-
-    Accelerate's `backward` steps too; here the engine is asked for each by itself, so that the loop stays what it is
-    and the gradients of a step can be looked at before it is made.
-    """
-
-    def __init__(self, engine: Any, optimizer: AcceleratedOptimizer) -> None:
-        self.engine, self.optimizer = engine, optimizer
-        self.num_skipped = 0
-
-    @property
-    def scales_loss(self) -> bool:
-        """Whether the engine trains with fp16."""
-        return bool(self.engine.fp16_enabled())
-
-    @property
-    def was_skipped(self) -> bool:
-        """Whether the loss scaler has skipped the last step."""
-        return not self.engine.was_step_applied()
-
-    def take_skipped(self) -> int:
-        """All of them."""
-        taken, self.num_skipped = self.num_skipped, 0
-        return taken
-
-    @contextmanager
-    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Tell the engine whether the step follows."""
-        self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
-        yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """The engine's, without a division by the accumulation: the loss has it already."""
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-    def step(self, max_grad_norm: float) -> torch.Tensor | float:  # noqa: ARG002 - in the engine's configuration
-        """Reduce, clip, step and forget the gradients; the limit is that of the engine's configuration."""
-        self.engine.step()
-        self.optimizer.step()  # does nothing; the schedule warns unless it was called
-        self.num_skipped += self.was_skipped
-        norm: torch.Tensor | float | None = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else norm
-
-    def zero_grad(self) -> None:
-        """The engine has done it."""
-
-
-def check_wrapped(model: torch.nn.Module, kind: DistributedType) -> None:
-    """
-    See that `prepare` has wrapped a model as the launch says; raises ConfigError.
+    See that `prepare` has made a model part of what the launch says; raises ConfigError.
 
     Accelerate leaves a model as it is that has nothing to train or lies on several devices: with several processes
     each would then train a copy of its own.
     """
-    wrapped = getattr(model, "_orig_mod", model)  # torch.compile's
-    if kind in DDP_TYPES:
-        is_right, wanted = isinstance(wrapped, DistributedDataParallel), "DistributedDataParallel"
-    elif kind == DistributedType.DEEPSPEED and is_deepspeed_available():
-        from deepspeed import DeepSpeedEngine
-
-        is_right, wanted = isinstance(wrapped, DeepSpeedEngine), "DeepSpeed's engine"
-    else:
-        return
-    if not is_right:
-        trainable = sum(parameter.requires_grad for parameter in wrapped.parameters())
+    found = getattr(model, "_orig_mod", model)  # torch.compile's
+    if not isinstance(found, wrapper):
+        trainable = sum(parameter.requires_grad for parameter in found.parameters())
         raise ConfigError(
-            f"distributed_type: {kind.value} should have made the model part of {wanted}, but it is a bare "
-            f"{type(wrapped).__name__} with {trainable} parameters to train: each process would train a copy of its "
+            f"distributed_type: {kind.value} should have made the model part of a {wrapper.__name__}, but it is a bare "
+            f"{type(found).__name__} with {trainable} parameters to train: each process would train a copy of its "
             "own. Give the model parameters to train and place it on one device, or start one process: change "
             f"{where('num_processes')}."
         )

@@ -19,6 +19,11 @@ Answer = TypeVar("Answer")
 SECONDS_FOR_TRACEBACK = 3.0
 
 
+def ranks_of(accelerator: Accelerator) -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return accelerator.process_index, accelerator.num_processes
+
+
 def is_running(pid: int, created_at: float) -> bool:
     """Whether that very process, created so many seconds after 1970, lives on this machine; a zombie does not."""
     try:

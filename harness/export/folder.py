@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from harness.checkpoint.find import why_damaged
+from harness.checkpoint.layout import why_damaged
 from harness.errors import ConfigError
 from harness.export.sources import Weight, is_adapter, read_weights
 from harness.files import sync

@@ -244,9 +244,8 @@ def merged_model(folder: Path) -> torch.nn.Module:
     if kind is None:
         raise ConfigError(f"{folder}: its model {base} is of the class {name}, which Transformers does not have.")
     options = {"revision": found["revision"]} if found.get("revision") else {}
-    if (
-        file := folder / MODEL_CONFIG_FILE
-    ).is_file():  # with another head than the base has: the adapter brings its own
+    file = folder / MODEL_CONFIG_FILE
+    if file.is_file():  # with another head than the base has: the adapter brings its own
         options |= {"config": transformers.AutoConfig.from_pretrained(file), "ignore_mismatched_sizes": True}
     try:
         model = kind.from_pretrained(base, **options)

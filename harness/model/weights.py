@@ -5,46 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness.distributed.fsdp2 import fill, is_cut, joined
-from harness.distributed.zero import gathered, is_divided, whole_shape
+from harness.distributed.backend import Backend
+from harness.distributed.sharding import fill, is_part, whole_shape
 from harness.errors import ConfigError
 from harness.model.adapters import is_adapted, load_tensors, tensors_of, write_adapter
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether a rank holds only a part of the weights, so that it takes all ranks to run the model or to save it."""
-    return isinstance(model, FSDPModule) or any(is_divided(parameter) for parameter in model.parameters())
-
-
-def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def whole_weights(model: torch.nn.Module, backend: Backend) -> dict[str, torch.Tensor]:
     """
     Collective: what is saved of the unwrapped model: its state dict, or its adapter's weights alone.
 
-    If it is sharded, rank zero gets copies in host memory, made one layer at a time, and the others nothing.
+    If it is sharded, rank zero gets copies in host memory and the others nothing.
     """
-    own = _own(model)
-    if not is_sharded(model):
-        return {name: tensor.detach() for name, tensor in own.items()}
-    is_main = torch.distributed.get_rank() == 0
-    copies: dict[int, torch.Tensor] = {}  # tied parameters are copied once
-    for _, group in groupby(own.items(), key=lambda item: item[0].rpartition(".")[0]):
-        layer = [tensor for _, tensor in group if id(tensor) not in copies]
-        with gathered(layer):
-            for tensor in layer:
-                whole = joined(tensor.detach())
-                copies[id(tensor)] = whole.to("cpu", copy=True) if is_main else torch.empty(0)
-    return {name: copies[id(tensor)] for name, tensor in own.items()} if is_main else {}
+    return backend.whole(_own(model))
 
 
 def _own(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -150,19 +132,14 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], file: Path) -> None:
     with safe_open(file, framework="pt") as tensors, torch.no_grad():
         names = list(tensors.keys())
-        whole = [name for name in names if not (is_divided(own[name]) or is_cut(own[name]))]
-        undivided = {name: tensors.get_tensor(name) for name in whole}
+        whole = {name: tensors.get_tensor(name) for name in names if not is_part(own[name])}
         if is_adapted(model):
-            load_tensors(model, undivided)
+            load_tensors(model, whole)
         else:
-            model.load_state_dict(undivided, strict=False)
+            model.load_state_dict(whole, strict=False)
         for name in names:
-            if is_cut(into := own[name]):
-                fill(into, tensors.get_slice(name))
-            elif is_divided(own[name]):
-                with gathered([own[name]], written_by=0):
-                    if torch.distributed.get_rank() == 0:
-                        own[name].copy_(tensors.get_tensor(name))
+            if is_part(own[name]):
+                fill(own[name], tensors.get_slice(name))
 
 
 def _check_fit(own: Mapping[str, torch.Tensor], files: Iterable[Path], folder: Path) -> None:
@@ -185,4 +162,4 @@ def _check_fit(own: Mapping[str, torch.Tensor], files: Iterable[Path], folder: P
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return id(tensor) if is_divided(tensor) or is_cut(tensor) else tensor.data_ptr()
+    return id(tensor) if is_part(tensor) else tensor.data_ptr()

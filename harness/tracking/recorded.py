@@ -11,7 +11,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 
 from harness.config import is_secret, masked, plain
-from harness.distributed import zero
+from harness.distributed import sharding
 
 # Of the environment nothing else is recorded: it holds keys.
 LAUNCH_PREFIXES = ("ACCELERATE_", "SLURM_JOB", "SLURM_RESTART_COUNT")
@@ -90,5 +90,5 @@ def model_config(model: torch.nn.Module) -> Mapping[str, Any] | None:
 
 def num_parameters(model: torch.nn.Module) -> int:
     """What `model.num_parameters()` says, or the elements of its parameters."""
-    count = zero.num_parameters(model)
-    return sum(zero.whole_shape(parameter).numel() for parameter in model.parameters()) if count is None else count
+    count = sharding.num_parameters(model)
+    return sum(sharding.whole_shape(parameter).numel() for parameter in model.parameters()) if count is None else count

@@ -17,7 +17,7 @@ from accelerate.state import PartialState
 from accelerate.tracking import GeneralTracker
 
 from harness.config import masked, plain
-from harness.distributed.zero import gradient_function
+from harness.distributed.accelerator import choose_backend
 from harness.tracking.artifacts.log import Artifacts, Delivery, open_artifacts
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.media.graph import log_graph
@@ -158,7 +158,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 max_tensors=self.config.wandb_watch_max_tensors,
                 patterns=self.config.wandb_watch_patterns or (),
                 is_main=PartialState().is_main_process,
-                gradient_of=None if accelerator is None else gradient_function(accelerator),
+                gradient_of=None if accelerator is None else choose_backend(accelerator).gradient_function(),
             )
             self._tell(lambda: log_graph(self._run, unwrapped))
         self._num_parameters, self._architecture = num_parameters(unwrapped), str(unwrapped)

@@ -15,11 +15,7 @@ from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
 from harness.tasks import Generate, Metrics
-
-Batch = Mapping[str, Any]
-# (model, batch, number of items) -> (loss, outputs); and the batches of a window -> number of items.
-LossOf = Callable[[torch.nn.Module, Batch, "torch.Tensor | None"], "tuple[torch.Tensor, Any]"]
-ItemsOf = Callable[[list[Batch]], "torch.Tensor | None"]
+from harness.training.loss import Batch, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +58,14 @@ class Evaluator:
         self,
         accelerator: Accelerator,
         *,
-        loss: LossOf,
-        num_items: ItemsOf,
-        label_names: list[str],
+        loss: Loss,
         metrics: Callable[[], Metrics] | None,
         generate: Generate | None,
         drops_non_finite: bool,
-        counts_all_ranks: bool,
     ) -> None:
-        self.counts_all_ranks = counts_all_ranks
         self.generate = generate if metrics is not None else None  # the loss alone needs no texts
-        self.accelerator, self.loss, self.num_items = accelerator, loss, num_items
-        self.label_names, self.metrics, self.drops_non_finite = label_names, metrics, drops_non_finite
+        self.accelerator, self.loss, self.metrics = accelerator, loss, metrics
+        self.drops_non_finite = drops_non_finite
 
     def metric_names(self) -> set[str]:
         """
@@ -81,7 +73,7 @@ class Evaluator:
 
         Not its times: each rank has its own, and what is decided by them would not be agreed.
         """
-        loss = {"loss"} if self.label_names else set()  # without labels there is none, as in the Trainer
+        loss = {"loss"} if self.loss.label_names else set()  # without labels there is none, as in the Trainer
         return {*loss, *(self.metrics().names if self.metrics is not None else ())}
 
     @torch.no_grad()
@@ -101,7 +93,7 @@ class Evaluator:
             if labels is None and self.generate is None:
                 outputs = model(**batch)
             elif labels is not None:
-                num_items = self.num_items([batch])
+                num_items = self.loss.num_items([batch])
                 loss, outputs = self.loss(model, batch, num_items)
                 loss = loss.mean()
                 losses.append(self.accelerator.gather_for_metrics(loss.repeat(data.batch_size)))
@@ -133,14 +125,14 @@ class Evaluator:
             is_real = is_real.to(self.accelerator.device).unsqueeze(1)
             names = [name for name in ("labels", "shift_labels") if name in batch]
             batch = {**batch, **{name: torch.where(is_real, batch[name], -100) for name in names}}
-            counted = self.num_items([batch])
+            counted = self.loss.num_items([batch])
             num_items = num_items if counted is None else counted
             loss = self.loss(model, batch, num_items)[0].mean()
         # A rank of which nothing counts has a mean over nothing.
         return torch.stack([torch.where(num_items > 0, loss * num_items, 0.0), num_items])
 
     def _labels(self, batch: Batch) -> Any:
-        labels = tuple(batch.get(name) for name in self.label_names)
+        labels = tuple(batch.get(name) for name in self.loss.label_names)
         if not labels or any(label is None for label in labels):
             return None
         return labels[0] if len(labels) == 1 else labels
@@ -177,7 +169,7 @@ class Evaluator:
             return {}
         # Each rank has added the items of all ranks, with a loss that is scaled to their mean; or its own alone.
         group = prefix.replace("_", "/", 1) if "_" in prefix else prefix
-        num_tokens = summed[1] / (self.accelerator.num_processes if self.counts_all_ranks else 1)
+        num_tokens = summed[1] / (self.accelerator.num_processes if self.loss.across_devices else 1)
         return {f"{group}/loss_per_token": summed[0] / summed[1], f"{group}/num_tokens": num_tokens}
 
 

@@ -122,9 +122,8 @@ class Loss:
         total = torch.stack(counts).sum()
         if self.across_devices and self.accelerator.num_processes > 1:
             total = self.accelerator.gather(total.to(self.accelerator.device)).sum()
-        return (
-            total.to(self.accelerator.device) / 1
-        )  # a float, as the Trainer's division by the parallel sizes makes it
+        # A float, as the Trainer's division by the parallel sizes makes it.
+        return total.to(self.accelerator.device) / 1
 
     def _targets(self, batch: Batch) -> torch.Tensor:
         targets: torch.Tensor = batch["shift_labels"] if "shift_labels" in batch else batch["labels"]

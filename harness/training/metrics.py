@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
-from harness.distributed.zero import num_parameters
+from harness.distributed.sharding import num_parameters
 from harness.errors import ConfigError
 from harness.training.flags import MetricsConfig
 from harness.training.state import TrainState

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from enum import IntEnum
 from types import FrameType
 
 import torch
@@ -17,9 +18,17 @@ from harness.training.flags import StoppingConfig
 
 PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
 PREEMPTED_FILE = "preempted"
-# The greatest reason wins where ranks have different ones.
-NONE, REQUESTED, TIME_LIMIT, PREEMPTED, SHUT_OUT = 0, 1, 2, 3, 4
 SECONDS_BETWEEN_LOOKS = 1.0  # at the lock, a file that may be on a network
+
+
+class StopReason(IntEnum):
+    """Why to stop. The greatest one wins where ranks have different ones."""
+
+    NONE = 0
+    REQUESTED = 1
+    TIME_LIMIT = 2
+    PREEMPTED = 3
+    SHUT_OUT = 4
 
 
 class TimeLimit:
@@ -99,8 +108,8 @@ class Stop:
             )
             yield
 
-    def agreed(self) -> int:
-        """Collective: NONE, REQUESTED, TIME_LIMIT, PREEMPTED or SHUT_OUT, the same on all ranks."""
+    def agreed(self) -> StopReason:
+        """Collective: why to stop, or NONE; the same on all ranks."""
         reason = self._reason()
         if self._is_alone:
             return reason
@@ -111,21 +120,21 @@ class Stop:
         )
         return answer
 
-    def _reason(self) -> int:
+    def _reason(self) -> StopReason:
         if time.monotonic() - self._looked_at > SECONDS_BETWEEN_LOOKS:
             self._looked_at = time.monotonic()
             if self.is_shut_out():
-                return SHUT_OUT
+                return StopReason.SHUT_OUT
         if self._signalled.is_set():
-            return PREEMPTED
+            return StopReason.PREEMPTED
         if self.time_limit is not None and self.time_limit.is_near(steps_ahead=0 if self._is_alone else 1):
-            return TIME_LIMIT
-        return REQUESTED if self.requested() else NONE
+            return StopReason.TIME_LIMIT
+        return StopReason.REQUESTED if self.requested() else StopReason.NONE
 
-    def settled(self) -> int:
+    def settled(self) -> StopReason:
         """Collective: wait for the exchange under way, if there is one, and return what it came to."""
         if self._pending is None:
-            return NONE
+            return StopReason.NONE
         self._pending.wait()
         self._pending = None
-        return int(self._flag.item())
+        return StopReason(int(self._flag.item()))

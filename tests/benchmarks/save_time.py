@@ -23,9 +23,11 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from harness.build import assemble, build_run
 from harness.data.loader import step_groups
-from harness.distributed.accelerator import build_accelerator
+from harness.distributed.accelerator import build_accelerator, choose_backend
 from harness.flags import parse
-from harness.loop import Run, save, train_step
+from harness.loop import train_step
+from harness.session import Run
+from harness.snapshot import save
 from harness.tracking.lifecycle import wandb_tracker
 from harness.training.state import TrainState
 from tests.benchmarks.log_model_time import build, collate
@@ -69,7 +71,7 @@ def with_harness(folder: Path) -> tuple[Run, Callable[[], None], Callable[[], No
     flags = ["--task=tests.benchmarks.log_model_time:build", "--per_device_train_batch_size=1", "--max_steps=1000"]
     config = parse([*flags, f"--output_dir={folder}", "--report_to=none", "--use_cpu", f"--save_total_limit={KEPT}"])
     accelerator = build_accelerator(config.topology, activation_checkpointing=False)
-    session, state = assemble(config, accelerator, folder, weights=None), TrainState()
+    session, state = assemble(config, choose_backend(accelerator), folder, weights=None), TrainState()
     run = build_run(session, state, wandb_tracker([]))
     run.model.train()
     windows = (window for epoch in range(1000) for window in step_groups(run.loader.epoch(epoch), 1))

@@ -17,19 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checkpoint.content import Content
-from harness.checkpoint.find import (
-    STATE_FILE,
-    check_output_dir,
-    choose_output_dir,
-    find,
-    list_checkpoints,
-    read,
-    rng_file,
-    why_invalid,
-)
+from harness.checkpoint.find import check_output_dir, choose_output_dir, find, list_checkpoints
 from harness.checkpoint.flags import CheckpointConfig
-from harness.checkpoint.writer import Checkpoints
+from harness.checkpoint.layout import STATE_FILE, read, rng_file, why_invalid
+from harness.checkpoint.writer import Checkpoints, Content
 from harness.errors import CheckpointError, ConfigError
 from harness.train import main
 from harness.training.state import TRAINER_STATE_FILE

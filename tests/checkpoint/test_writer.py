@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.checkpoint.content import Content
-from harness.checkpoint.find import list_checkpoints, why_invalid
+from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.flags import CheckpointConfig
-from harness.checkpoint.writer import Checkpoints
+from harness.checkpoint.layout import why_invalid
+from harness.checkpoint.writer import Checkpoints, Content
 from harness.errors import CheckpointError
 from harness.files import digest_of
 from harness.train import main

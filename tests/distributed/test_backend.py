@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from harness.checkpoint.lock import Lock
 from harness.distributed.accelerator import build_accelerator
-from harness.distributed.backend import check_wrapped
+from harness.distributed.backend import StepSize
+from harness.distributed.replicated import Replicated
 from harness.errors import ConfigError
 from harness.execute import run_on
 from harness.flags import parse
@@ -119,15 +121,22 @@ def group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def prepare(model: Any, kind: DistributedType) -> None:
+    """Prepare under an accelerate that wraps nothing."""
+    accelerator: Any = SimpleNamespace(distributed_type=kind, prepare=lambda *objects: objects)
+    optimizer = torch.optim.SGD(model.parameters())
+    Replicated(accelerator).prepare(model, optimizer, StepSize(batch_size=1, accumulation=1, max_grad_norm=1.0))
+
+
 @pytest.mark.usefixtures("group")
 def test_a_model_that_is_not_wrapped_as_the_launch_says_is_refused() -> None:
     bare = torch.nn.Linear(2, 1)
     wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
     for kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        check_wrapped(wrapped, kind)
-        check_wrapped(torch.compile(wrapped, backend="eager"), kind)
+        prepare(wrapped, kind)
+        prepare(torch.compile(wrapped, backend="eager"), kind)
         with pytest.raises(ConfigError, match=r"DistributedDataParallel, but it is a bare Linear with 2 parameters"):
-            check_wrapped(bare, kind)
+            prepare(bare, kind)
         with pytest.raises(ConfigError, match="bare Linear"):
-            check_wrapped(torch.compile(bare, backend="eager"), kind)
-    check_wrapped(bare, DistributedType.NO)
+            prepare(torch.compile(bare, backend="eager"), kind)
+    prepare(bare, DistributedType.NO)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from harness.checkpoint.find import why_invalid
-from harness.distributed.fsdp2 import load_optimizer, optimizer_file, prepare_fsdp, read_optimizer
+from harness.checkpoint.layout import why_invalid
+from harness.distributed.fsdp2 import prepare_fsdp
+from harness.distributed.optimizer_shards import load_optimizer, optimizer_file, read_optimizer
 from harness.errors import ConfigError
 from harness.train import main
 from tests.support.launching import DDP, FSDP2, FSDP2_OFFLOAD

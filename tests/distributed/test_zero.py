@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import is_deepspeed_available
 from transformers import AutoModelForCausalLM
 
-from harness.checkpoint.find import why_invalid
+from harness.checkpoint.layout import why_invalid
 from tests.support.launching import DDP, ROOT, SCRIPT, ZERO, launcher, run
 from tests.support.parity import as_flags, history
 from tests.support.two_processes import ARGUMENTS, finished, losses, rows, trained, weights

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.checkpoint.find import list_checkpoints, read, why_invalid
-from harness.distributed.fsdp2 import has_optimizer_shards, optimizer_file, read_optimizer
+from harness.checkpoint.find import list_checkpoints
+from harness.checkpoint.layout import read, why_invalid
+from harness.distributed.optimizer_shards import has_optimizer_shards, optimizer_file, read_optimizer
 from harness.distributed.zero import load_shard
 from tests.faults.plan import STEPS
 from tests.support.parity import TIMING, history

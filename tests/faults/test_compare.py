@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.checkpoint.content import Content
 from harness.checkpoint.flags import CheckpointConfig
-from harness.checkpoint.writer import Checkpoints
+from harness.checkpoint.writer import Checkpoints, Content
 from tests.faults.compare import Verdict, compare_rows, compare_runs
 from tests.faults.plan import STEPS
 

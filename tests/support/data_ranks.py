@@ -91,12 +91,9 @@ def found_on(accelerator: Accelerator) -> dict[str, Any]:
         evaluator = Evaluator(
             accelerator,
             loss=loss,
-            num_items=loss.num_items,
-            label_names=loss.label_names,
             metrics=lambda seen=seen: seen,  # type: ignore[misc]
             generate=None,
             drops_non_finite=False,
-            counts_all_ranks=True,
         )
         prepared = build_eval_loader(samples(3), config, accelerator)
         outcome = evaluator.run(model, EvalSet(prefix="eval", loader=prepared, batch_size=batch_size))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness.distributed.zero import whole_shape
+from harness.distributed.sharding import whole_shape
 from harness.tracking.media.histograms import unwrapped
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.config import at_least, choice
-from harness.distributed.zero import gathered
+from harness.distributed.sharding import gathered, is_cut, local_part
 from harness.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -129,11 +128,11 @@ class Watch:
     def _sources(self, grad_scale: float) -> Iterator[_Source]:
         for name, parameter in self._parameters if self._log != "parameters" else ():
             gradient = parameter.grad if self._gradient_of is None else self._gradient_of(parameter)
-            if gradient is not None and (self._is_main or isinstance(gradient, DTensor)):
+            if gradient is not None and (self._is_main or is_cut(gradient)):
                 yield _source(f"gradients/{name}", gradient, grad_scale)
         for name, parameter in self._parameters if self._log != "gradients" else ():
             with gathered([parameter]):  # until it is drawn
-                if self._is_main or isinstance(parameter, DTensor):
+                if self._is_main or is_cut(parameter):
                     yield _source(f"parameters/{name}", parameter, 1.0)
 
 
@@ -150,11 +149,7 @@ class _Source:
 
 
 def _source(key: str, tensor: torch.Tensor, scale: float) -> _Source:
-    shards: tuple[ProcessGroup, ...] = ()
-    if isinstance(tensor, DTensor):  # FSDP2's; along a dimension where it is replicated each rank has it all
-        mesh = tensor.device_mesh
-        shards = tuple(mesh.get_group(i) for i, placement in enumerate(tensor.placements) if placement.is_shard())
-        tensor = tensor.to_local()
+    tensor, shards = local_part(tensor)
     values = tensor.detach()
     if values.is_sparse:
         values = values.coalesce().values()

@@ -1,0 +1,123 @@
+"""What a command works with: a Session, and a Run if it trains. Both are put together by build.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers.trainer_utils import unwrap_peft_model
+
+from harness.checkpoint.writer import Checkpoints
+from harness.data.loader import TrainLoader
+from harness.data.samples import LengthGroups, Samples, build_eval_loader, usable_samples
+from harness.distributed.backend import Backend, Stepper, StepSize
+from harness.flags import Config
+from harness.model.flags import OptimConfig
+from harness.tasks import Task
+from harness.tracking import WandbTracker
+from harness.tracking.media.tables import SampleTables
+from harness.training.best import BestModel
+from harness.training.console import Console
+from harness.training.evaluation import EvalSet, Evaluator
+from harness.training.flags import ModelingConfig
+from harness.training.loss import Loss
+from harness.training.metrics import Clock, Window, Work
+from harness.training.schedule import Plan
+from harness.training.stopping import Stop
+from harness.training.throughput import Throughput
+from harness.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a command works with, whether it trains or not. `artifacts` are versions in W&B that the model is from."""
+
+    config: Config
+    accelerator: Accelerator
+    backend: Backend
+    task: Task
+    loss: Loss
+    evaluator: Evaluator
+    output_dir: Path
+    console: Console
+    artifacts: tuple[str, ...]
+
+    @property
+    def step_size(self) -> StepSize:
+        """What the flags say of an optimizer step."""
+        data = self.config.data
+        return StepSize(
+            batch_size=data.per_device_train_batch_size,
+            accumulation=data.gradient_accumulation_steps,
+            max_grad_norm=self.config.modeling.max_grad_norm,
+        )
+
+    def eval_sets(self) -> tuple[EvalSet, ...]:
+        """The validation sets, ready: one as `eval`, several as `eval_<name>`."""
+        dataset = self.task.eval_dataset
+        if dataset is None:
+            return ()
+        if not isinstance(dataset, Mapping):
+            return (self.eval_set(dataset, "eval"),)
+        return tuple(self.eval_set(part, f"eval_{name}") for name, part in dataset.items())
+
+    def eval_set(self, dataset: Any, prefix: str) -> EvalSet:
+        """One set to evaluate or to predict on."""
+        config, seed = self.config.data, self.config.topology.seed
+        batch_size = config.per_device_eval_batch_size
+        samples = self.samples(dataset, batch_size, seed=seed if config.data_seed is None else config.data_seed)
+        return EvalSet(
+            prefix=prefix, loader=build_eval_loader(samples, config, self.accelerator), batch_size=batch_size
+        )
+
+    def samples(self, dataset: Any, group_size: int, *, seed: int | None) -> Samples:
+        """A data set as the model takes it; where lengths are grouped, in groups of that size."""
+        task, config = self.task, self.config.data
+        group = None
+        if config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
+            names = getattr(task.processing_class, "model_input_names", None) or ["input_ids"]
+            group = LengthGroups(size=group_size, input_name=names[0], seed=seed)
+        return usable_samples(dataset, task.data_collator, unwrap_peft_model(task.model), config, group=group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that a training needs. `model` is the wrapped one."""
+
+    accelerator: Accelerator
+    backend: Backend
+    model: torch.nn.Module
+    processing_class: Any
+    loss: Loss
+    optimizer: AcceleratedOptimizer
+    scheduler: Any
+    stepper: Stepper
+    loader: TrainLoader
+    plan: Plan
+    evaluator: Evaluator
+    eval_sets: tuple[EvalSet, ...]
+    best: BestModel
+    checkpoints: Checkpoints
+    window: Window
+    work: Work
+    throughput: Throughput
+    clock: Clock
+    console: Console
+    tracker: WandbTracker
+    tables: SampleTables | None
+    stop: Stop
+    watchdog: Watchdog
+    modeling: ModelingConfig
+    optim: OptimConfig
+    arguments: Mapping[str, Any]
+
+    @property
+    def bare_model(self) -> torch.nn.Module:
+        """The model inside of all that wraps it, torch.compile too."""
+        bare: torch.nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return bare
