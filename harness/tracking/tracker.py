@@ -18,20 +18,19 @@ from accelerate.tracking import GeneralTracker
 
 from harness.config import masked, plain
 from harness.distributed.zero import gradient_function
-from harness.tracking.artifacts.log import Artifacts, Delivery, open_artifacts
+from harness.tracking.artifacts.log import Artifacts, open_artifacts
+from harness.tracking.artifacts.queue import UploadResult
+from harness.tracking.client import failures, one_line, separate_randomness
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Watch
 from harness.tracking.recorded import model_config, num_parameters
 from harness.tracking.rows.history import History
-from harness.tracking.rows.journal import FILE as JOURNAL
-from harness.tracking.rows.journal import revived
-from harness.tracking.rows.names import SUMMARY_ONLY, rewrite
-from harness.tracking.rows.report import UPLOAD, count_rows, describe_delivery
-from harness.tracking.run.attempts import Lives
-from harness.tracking.run.close import PREEMPTED_SECONDS, end_run, summary_numbers
-from harness.tracking.run.open import failures, is_notebook, one_line, open_run, where
-from harness.tracking.run.randomness import separate_randomness
+from harness.tracking.rows.journal import JOURNAL_FILE, SUMMARY_ONLY, revived, rewrite
+from harness.tracking.rows.server import count_rows
+from harness.tracking.run.attempts import Attempts
+from harness.tracking.run.close import PREEMPTED_SECONDS, UPLOAD, describe_delivery, end_run, summary_numbers
+from harness.tracking.run.open import is_notebook, open_run, where
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +43,9 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     - config: all that the --wandb_* flags say; default: the WANDB_* variables. run_name, log_model and watch are the
       commonest of them.
-    - output_dir: the folder of the checkpoints, where an earlier life of the run may have left uploads; default: where
+    - output_dir: the folder of the checkpoints, where an earlier attempt may have left uploads; default: where
       wandb keeps its files.
-    - lives: what makes one run, with each row once, of all lives of a training that resumes; its caller saves and
+    - attempts: what makes one run, with each row once, of all attempts at a training that resumes; its caller saves and
       loads the tracker's state. Without it each start is a run, as WANDB_RUN_ID and WANDB_RESUME say.
     - init_kwargs: anything else that `wandb.init` takes: project, id, resume, group, dir ...
 
@@ -67,7 +66,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         log_model: str | None = None,
         watch: str | None = None,
         output_dir: str | Path | None = None,
-        lives: Lives | None = None,
+        attempts: Attempts | None = None,
         **init_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self.config = TrackingConfig.from_environment(**changes) if config is None else replace(config, **changes)
         self._init_kwargs = {**self.config.init_kwargs(), **init_kwargs}
         self._output_dir = None if output_dir is None else Path(output_dir)
-        self._lives = lives
+        self._attempts = attempts
         self._history: History | None = None
         self._run: Any = None
         self._artifacts: Artifacts | None = None
@@ -121,10 +120,10 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._is_own = wandb.run is None
         if not self._is_own:
             self._run = wandb.run
-        elif self._lives is None:
+        elif self._attempts is None:
             self._run = open_run(self.config, self._init_kwargs, stop=self._on_stop)
         else:
-            self._run, self._history = self._lives.open(self.config, self._init_kwargs, stop=self._on_stop)
+            self._run, self._history = self._attempts.open(self.config, self._init_kwargs, stop=self._on_stop)
         self._begin()
         self._tell(self._define_metrics)
 
@@ -225,15 +224,15 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, in JSON types: the rows so far, the run, histograms that wait for a row."""
-        if self._history is None or self._lives is None or self._lives.identity is None:
+        if self._history is None or self._attempts is None or self._attempts.identity is None:
             return {}
         self._history.sync()
-        run = self._lives.identity.of_checkpoint()
+        run = self._attempts.identity.of_checkpoint()
         return {"rows": self._history.rows, "run": run, "attached": self._attached}
 
     def files_of_checkpoint(self) -> dict[str, Callable[[Path], None]]:
         """The files that a checkpoint keeps, by name, and what writes each, in any thread."""
-        return {} if self._history is None else {JOURNAL: self._history.copier()}
+        return {} if self._history is None else {JOURNAL_FILE: self._history.copier()}
 
     def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str = "") -> None:
         """
@@ -241,8 +240,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
         `changes`: what makes other numbers than before, or "". A run with rows beyond the checkpoint can't go on then.
         """
-        if self._lives is not None:
-            self._lives.load_state_dict(saved, folder, changes=changes)
+        if self._attempts is not None:
+            self._attempts.load_state_dict(saved, folder, changes=changes)
             self._attached = dict(saved.get("attached", {}))
 
     def mark_preempting(self) -> None:
@@ -258,28 +257,28 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         """
         ends = self._is_own and not (exit_code == 0 and is_notebook())
         sent = self._deliver(lambda: self._run.step)  # if wandb's process has died, another one ends the run
-        # A life that a next one follows, which delivers what is left, does not wait for slow uploads.
+        # An attempt that another one follows, which delivers what is left, does not wait for slow uploads.
         limit = self.config.wandb_finish_timeout if exit_code else None
         limit = PREEMPTED_SECONDS if self._is_preempting else limit
-        if self._lives is not None:
-            self._lives.ended(exit_code)
-        delivery = self._close_artifacts(limit)
+        if self._attempts is not None:
+            self._attempts.ended(exit_code)
+        uploads = self._close_artifacts(limit)
         if ends:
             self._deliver(lambda: end_run(self._run, exit_code, is_preempting=self._is_preempting))
-            delivery = self._close_artifacts(0.0) or delivery
+            uploads = self._close_artifacts(0.0) or uploads
         history, self._history = self._history, None
         run, self._run = self._run, None
-        if history is not None and self._lives is not None:
+        if history is not None and self._attempts is not None:
             history.close()
-            self._lives.ended(exit_code)
+            self._attempts.ended(exit_code)
             if run is None:
-                path = self._lives.journal_path
+                path = self._attempts.journal_path
                 self._report = [f"{history.rows} rows are in {path}; deliver them: {UPLOAD} {quote(str(path.parent))}"]
-        if run is not None and (ends or delivery is not None):
+        if run is not None and (ends or uploads is not None):
             home = self._output_dir if history is not None else None
-            self._report = describe_delivery(run, count_rows(run, sent=sent) if ends else None, delivery, home=home)
+            self._report = describe_delivery(run, count_rows(run, sent=sent) if ends else None, uploads, home=home)
 
-    def _close_artifacts(self, limit: float | None) -> Delivery | None:
+    def _close_artifacts(self, limit: float | None) -> UploadResult | None:
         artifacts, self._artifacts = self._artifacts, None
         return None if artifacts is None else artifacts.close(limit)
 
@@ -302,7 +301,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         if self._history is None:
             self._deliver(lambda: self._run.log(row, **kwargs))
         else:  # what fails here is in the journal, and sent from there if wandb's process is another then
-            self._attempt(partial(self._history.log, row), again=False)
+            self._try(partial(self._history.log, row), again=False)
 
     def _numbers(self, *, with_parameters: bool = True) -> dict[str, float | None]:
         found = self._deliver(lambda: summary_numbers(self._run)) or {}
@@ -317,9 +316,9 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     def _deliver(self, action: Callable[[], Any]) -> Any:
         """Do something with the run, if there is one; a failure of wandb's is a warning, the first time."""
-        return None if self._run is None else self._attempt(action)
+        return None if self._run is None else self._try(action)
 
-    def _attempt(self, action: Callable[[], Any], *, again: bool = True) -> Any:
+    def _try(self, action: Callable[[], Any], *, again: bool = True) -> Any:
         try:
             return action()
         except failures() as error:
@@ -331,17 +330,17 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return None
 
     def _revive(self) -> bool:
-        """After the death of wandb's process: open the run as the next life would. Returns whether it is open."""
-        lives, history = self._lives, self._history
-        if lives is None or history is None or self._is_preempting or self._revivals == MOST_REVIVALS:
+        """After the death of wandb's process: open the run as the next attempt would. Returns whether it is open."""
+        attempts, history = self._attempts, self._history
+        if attempts is None or history is None or self._is_preempting or self._revivals == MOST_REVIVALS:
             return False
-        if not lives.has_lost_its_cores(patience=0.0 if self._has_warned else 0.5):
+        if not attempts.has_lost_its_cores(patience=0.0 if self._has_warned else 0.5):
             return False
         self._revivals += 1
         logger.warning("wandb's process has died: another one takes over, and gets the rows that were lost with it.")
         self._close_artifacts(0.0)  # they stay staged
         history.close()
-        reopened = lives.reopen(self.config, self._init_kwargs, rows=history.rows, stop=self._on_stop)
+        reopened = attempts.reopen(self.config, self._init_kwargs, rows=history.rows, stop=self._on_stop)
         if reopened is None:
             return False
         self._run, self._history = reopened

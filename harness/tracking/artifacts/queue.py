@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import StagingError
-from harness.tracking.artifacts.outcome import Delivery, Pending
 from harness.tracking.artifacts.staging import Staged, complete, discard, waiting, write_record
 from harness.tracking.artifacts.upload import (
     build,
@@ -23,7 +22,7 @@ from harness.tracking.artifacts.upload import (
     link_command,
     registry_path,
 )
-from harness.tracking.run.open import one_line, server_answers
+from harness.tracking.client import bytes_sent, is_loss, one_line, server_answers
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,45 @@ BACKLOG = 3
 PROBE_SECONDS = 2.0
 # An upload of which no byte moves for so many times the patience with a silent server has hung.
 STALLED = 10
+NAMES_IN_A_LINE = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pending:
+    """An artifact that W&B doesn't have, or has not linked, and why."""
+
+    name: str
+    aliases: list[str]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UploadResult:
+    """
+    What became of the artifacts: committed (`name:v0`), still pending, staged for `wandb sync` by an offline run.
+
+    `command` delivers what is left; None if nothing is, or if no command can.
+    """
+
+    committed: list[str] = dataclasses.field(default_factory=list)
+    pending: list[Pending] = dataclasses.field(default_factory=list)
+    staged: list[str] = dataclasses.field(default_factory=list)
+    command: str | None = None
+
+    def describe(self) -> str:
+        """All of it in a line."""
+        parts = []
+        if self.committed or not (self.pending or self.staged):
+            named = f": {_listed(self.committed)}" if self.committed else ""
+            parts.append(f"{_count(self.committed)} confirmed by the server{named}")
+        if self.staged:
+            parts.append(f"{_count(self.staged)} staged: {_listed(self.staged)}")
+        if self.pending:
+            reasons = [f"{pending.name} ({pending.aliases[-1]}): {pending.reason}" for pending in self.pending]
+            parts.append(f"{_count(self.pending)} not delivered: {_listed(reasons)}")
+        if self.command is not None:
+            parts.append(f"deliver: {self.command}")
+        return "; ".join(parts)
 
 
 @dataclasses.dataclass(eq=False)
@@ -94,7 +132,7 @@ class Uploads:
         """Note an artifact that could not even be staged, for the report."""
         self._failed.append(pending)
 
-    def close(self, limit: float | None = None) -> Delivery:
+    def close(self, limit: float | None = None) -> UploadResult:
         """
         Wait for the uploads, stop the thread, and say what was delivered. Never raises.
 
@@ -107,7 +145,7 @@ class Uploads:
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
-            return self._delivery(reason)
+            return self._result(reason)
 
     # The caller's thread
 
@@ -134,20 +172,12 @@ class Uploads:
             probe = min(PROBE_SECONDS, max(0.1, limit - (time.monotonic() - began)))
             if self._is_offline or server_answers(self._run.settings.base_url, timeout=probe):
                 answered_at = time.monotonic()
-            if (now := (len(self._committed), self._bytes_sent(probe))) != progress or self._is_offline:
+            if (now := (len(self._committed), bytes_sent(self._run, probe))) != progress or self._is_offline:
                 progress, moved_at = now, time.monotonic()
             self._thread.join(probe)
         return ""
 
-    def _bytes_sent(self, timeout: float) -> int | None:
-        """How much wandb has handed to the network, as its own progress display asks for it; None if unknown."""
-        try:
-            response = self._run._interface.deliver_poll_exit().wait_or(timeout=timeout)
-            return int(response.response.poll_exit_response.pusher_stats.uploaded_bytes)
-        except Exception:  # no public interface: nothing depends on it, whatever becomes of it
-            return None
-
-    def _delivery(self, reason: str) -> Delivery:
+    def _result(self, reason: str) -> UploadResult:
         reason = self._lost or reason or "not uploaded"
         pending = [
             Pending(name=each.staged.name, aliases=each.staged.aliases, reason=each.reason or reason)
@@ -159,7 +189,7 @@ class Uploads:
         if self._waiting:
             folders = dict.fromkeys(each.staged.folder.parent.parent for each in self._waiting)
             commands.append(f"python -m harness.tracking upload {shlex.join(map(str, folders))}")
-        return Delivery(
+        return UploadResult(
             committed=list(self._committed),
             pending=[*pending, *self._failed, *self._unlinked],
             staged=list(self._recorded),
@@ -215,7 +245,7 @@ class Uploads:
                 self._waiting.remove(upload)
                 reason = f"{reason}; delete {staged.folder} to give it up"
                 self._failed.append(Pending(name=staged.name, aliases=staged.aliases, reason=reason))
-            elif _is_loss(error):
+            elif is_loss(error):
                 self._lost, self._is_stopped = f"wandb's process or run has ended ({reason})", True
             elif upload.attempts >= upload.last_attempt:
                 upload.due_at = math.inf
@@ -237,7 +267,7 @@ class Uploads:
         except StagingError:
             if staged.is_waiting:
                 raise
-            # Else `harness.tracking upload`, or an earlier life's last thread, has delivered it.
+            # Else `harness.tracking upload`, or an earlier attempt's last thread, has delivered it.
         with self._changed:
             self._waiting.remove(upload)
             if committed is not None:
@@ -317,14 +347,10 @@ class Uploads:
                 self._recorded.append(upload.staged.name)
 
 
-def _is_loss(error: BaseException) -> bool:
-    """Whether wandb's process is gone or the run is over, also where wandb has wrapped it."""
-    from wandb.errors import UsageError
-    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+def _count(what: list[Any]) -> str:
+    return f"{len(what)} artifact{'' if len(what) == 1 else 's'}"
 
-    if isinstance(error, UsageError | ConnectionResetError | BrokenPipeError):
-        return True
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HandleAbandonedError | MailboxClosedError):
-        cause = cause.__cause__ or cause.__context__
-    return cause is not None
+
+def _listed(names: list[str]) -> str:
+    more = [f"{len(names) - NAMES_IN_A_LINE} more"] if len(names) > NAMES_IN_A_LINE else []
+    return ", ".join([*names[:NAMES_IN_A_LINE], *more])

@@ -16,11 +16,11 @@ from typing import Any
 from harness.errors import StagingError
 from harness.files import sync as sync_path
 from harness.files import write_whole, written_whole
-from harness.tracking.run.open import one_line
+from harness.tracking.client import one_line
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "wandb-artifacts"
+STAGING_FOLDER = "wandb-artifacts"
 RECORD_FILE = "artifact.json"
 FORMAT_VERSION = 1
 NUMBERED = re.compile(r"(\d+)-.+")

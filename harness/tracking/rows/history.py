@@ -1,4 +1,4 @@
-"""Each row of a run once, over all its lives: what is made again after a resume is not sent again."""
+"""Each row of a run once, over all attempts: what is made again after a resume is not sent again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.tracking.client import next_step
 from harness.tracking.rows.journal import COLUMNS, Journal, encoded, revived
 
 logger = logging.getLogger(__name__)
 
-# What the clock and the machine say, which no two lives share.
+# What the clock and the machine say, which no two attempts share.
 TIMING = ("runtime", "_per_second", "_seconds")
 MEASURED = ("train/throughput/", "train/memory/")
 
@@ -24,7 +25,7 @@ class History:
 
     - rows: how many the checkpoint has counted; those behind it are made again.
     - first_row, first_step: the first row that this W&B run has of the training, and the step it has there.
-    - have: the steps that W&B has of the run; None if nobody knows, and nothing can be sent in this life.
+    - have: the steps that W&B has of the run; None if nobody knows, and nothing can be sent in this attempt.
 
     Rows of the user's own, sent past it, take steps of W&B's too: they are not counted, and come again.
     """
@@ -88,8 +89,7 @@ class History:
         is_sent = self._run is not None and not is_there
         step = self._next_step
         if is_sent:
-            # Counts rows of the user's own too. The public `step` asks wandb's process, which says 0 after a resume.
-            step = self._offset + getattr(self._run, "_local_step", step - self._offset)
+            step = self._offset + next_step(self._run, step - self._offset)
         self._journal.append(self.rows, step, timestamp, values)
         self.rows, self._next_step = self.rows + 1, step + 1
         if is_sent:

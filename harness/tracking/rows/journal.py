@@ -1,4 +1,4 @@
-"""The rows of a run on this machine's disk, `metrics.jsonl`: one JSON object a line, readable by pandas."""
+"""What a row is: its names, its values in JSON, and its line in `metrics.jsonl` on this disk, readable by pandas."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ from harness.files import written_whole
 
 logger = logging.getLogger(__name__)
 
-FILE = "metrics.jsonl"
+JOURNAL_FILE = "metrics.jsonl"
 # Columns of ours: the row's number in the training, its step in W&B, seconds since 1970.
 COLUMNS = ("_row", "_step", "_timestamp")
+# They describe the whole run: the Trainer puts them into the summary, under these names, not into a row.
+SUMMARY_ONLY = (
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+    "total_flos",
+)
 
 
 class Journal:
@@ -57,7 +65,7 @@ class Journal:
 
     def begin(self, size: int) -> None:
         """
-        Keep the first `size` bytes and go on behind them, in a file of this life's own.
+        Keep the first `size` bytes and go on behind them, in a file of this attempt's own.
 
         A process that was shut out but has not noticed it yet then writes to the old one, which nobody sees.
         """
@@ -124,6 +132,22 @@ class Journal:
         if not self._has_warned:
             logger.warning("%s can't be written, the training goes on: %s", self.path, error)
         self._has_warned = True
+
+
+def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The Trainer's names as its reports show them: `eval_loss` is `eval/loss`, `loss` is `train/loss`.
+
+    Names with a slash are the user's own and stay, as do the five of the summary: twice changes nothing.
+    """
+    return {_rewritten(name): value for name, value in values.items()}
+
+
+def _rewritten(name: str) -> str:
+    for prefix in ("eval", "test"):
+        if name.startswith(f"{prefix}_"):
+            return f"{prefix}/{name[len(prefix) + 1 :]}"
+    return name if "/" in name or name in SUMMARY_ONLY else f"train/{name}"
 
 
 def encoded(row: Mapping[str, Any]) -> dict[str, Any]:

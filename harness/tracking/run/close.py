@@ -1,17 +1,23 @@
-"""The end of a W&B run, and the numbers it has come to."""
+"""The end of a W&B run: what it has come to, and what of it has arrived. Asked, since wandb is quiet about losses."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import shlex
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from harness.tracking.run.open import failures
+from harness.tracking.artifacts.queue import UploadResult
+from harness.tracking.client import failures
+from harness.tracking.rows.server import RowCount
 
 # What uploads, and then the end of the run, get of the time that a preempted job has left.
 PREEMPTED_SECONDS = 10.0
+# `wandb sync` passes online runs over.
+UPLOAD = "python -m harness.tracking upload"
 
 
 def end_run(run: Any, exit_code: int, *, is_preempting: bool) -> None:
@@ -38,3 +44,29 @@ def summary_numbers(run: Any) -> dict[str, float | None]:
             number = value if isinstance(value, int) else float(value)
             found[name] = number if math.isfinite(number) else None
     return found
+
+
+def describe_delivery(
+    run: Any, rows: RowCount | None, uploads: UploadResult | None, *, home: Path | None = None
+) -> list[str]:
+    """
+    What has arrived and what has not, with the command that delivers it: a line for rows, one for artifacts.
+
+    home: the folder that holds the journal of the rows; default: the run's own has what there is.
+    """
+    lines = []
+    folder = Path(run.settings.sync_dir)
+    if rows is not None and not run.disabled and not (run.offline and rows.is_whole):
+        known = "an unknown number" if rows.confirmed is None else str(rows.confirmed)
+        if rows.is_whole:
+            lines.append(f"{known} rows, all confirmed by the server")
+        elif run.offline:  # nothing has been said of it: wandb goes on as if the disk took all
+            lines.append(f"{known} of {rows.sent} rows are in {folder}, the others are lost (a full disk?)")
+        elif uploads is not None and uploads.command and str(folder.parents[1]) in shlex.split(uploads.command):
+            lines.append(f"{known} of {rows.sent} rows confirmed by the server; deliver the rest as the artifacts")
+        else:
+            command = f"{UPLOAD} {shlex.quote(str(home or folder))}"
+            lines.append(f"{known} of {rows.sent} rows confirmed by the server; deliver the rest: {command}")
+    if uploads is not None:
+        lines.append(uploads.describe())
+    return lines

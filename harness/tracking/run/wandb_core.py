@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from harness.distributed.accelerator import is_running
-from harness.tracking.run.open import failures
+from harness.tracking.client import failures
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 20.0
 
 
 def describe_processes() -> dict[str, Any]:
-    """This process and its wandb-core processes, so that a later life knows them again; plain values."""
+    """This process and its wandb-core processes, so that a later attempt knows them again; plain values."""
     own = psutil.Process()
     cores = []
     with suppress(psutil.Error):
@@ -35,9 +35,9 @@ def describe_processes() -> dict[str, Any]:
 
 def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_SECONDS) -> None:
     """
-    Wait for the wandb-core of a life that was killed: it may still be delivering. After `patience` seconds end it.
+    Wait for the wandb-core of an attempt that was killed: it may still be delivering. After `patience` seconds end it.
 
-    One whose training lives, on this machine or another, is left alone.
+    One whose training is running, on this machine or another, is left alone.
     """
     if not processes or processes["host"] != platform.node() or is_running(*processes["owner"]):
         return
@@ -46,14 +46,14 @@ def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_S
         while is_running(pid, created_at) and time.monotonic() < deadline:
             time.sleep(0.05)
         if is_running(pid, created_at):
-            logger.warning("wandb-core (%d) of the life before did not end within %g s: ended.", pid, patience)
+            logger.warning("wandb-core (%d) of the attempt before did not end within %g s: ended.", pid, patience)
             with suppress(psutil.Error):
                 psutil.Process(pid).kill()
                 psutil.Process(pid).wait(5)
 
 
 def abandon_run() -> None:
-    """Leave the open run as it is, its end untold: another life has it, and sends what is not delivered yet."""
+    """Leave the open run as it is, its end untold: another attempt has it, and sends what is not delivered yet."""
     import wandb
 
     for pid, _ in describe_processes()["cores"]:

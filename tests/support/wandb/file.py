@@ -1,20 +1,16 @@
-"""Read what a run left in its .wandb file: LevelDB's log format around protobuf records."""
+"""All that a run left in its .wandb file, in a form that tests compare."""
 
 from __future__ import annotations
 
 import json
-import struct
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
-from wandb.proto import wandb_internal_pb2
+from wandb.proto import wandb_internal_pb2 as pb
 
-HEADER, BLOCK, CHUNK_HEADER = b":W&B", 32768, struct.Struct("<IHB")
-WHOLE, FIRST, LAST = 1, 2, 4
+from harness.tracking.rows.wandb_file import HEADER_BYTES, encode, read_records
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class WandbFile:
 def read(path: Path) -> WandbFile:
     """The run in one .wandb file. Raises ValueError where the file is torn."""
     run = WandbFile(path)
-    for record in _records(path.read_bytes()):
+    for record in _whole_records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.project, run.display_name = record.run.project, record.run.display_name
@@ -82,26 +78,37 @@ def _artifact(record: Any) -> RecordedArtifact:
     return RecordedArtifact(record.name, record.type, list(record.aliases), json.loads(record.metadata or "{}"), files)
 
 
-def _records(data: bytes) -> Iterator[Any]:
-    if data[:4] != HEADER:
-        raise ValueError("not a .wandb file")
-    position, body = 7, b""
-    while position + CHUNK_HEADER.size <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < CHUNK_HEADER.size:
-            position += left
-            continue
-        checksum, size, kind = CHUNK_HEADER.unpack_from(data, position)
-        chunk = data[position + 7 : position + 7 + size]
-        if zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
-            raise ValueError(f"torn at byte {position}")
-        position += 7 + size
-        body = chunk if kind in (WHOLE, FIRST) else body + chunk
-        if kind in (WHOLE, LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(body)
-            yield record
+def _whole_records(path: Path) -> list[Any]:
+    data = path.read_bytes()
+    found = list(read_records(data))
+    end = found[-1][1] if found else HEADER_BYTES
+    if end != len(data):
+        raise ValueError(f"torn behind byte {end}")
+    return [record for record, _ in found]
 
 
 def _values(items: Any) -> dict[str, Any]:
     return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def written(path: Path, records: list[Any], *, torn_bytes: int = 0) -> Path:
+    """A .wandb file of these records, whose last bytes a kill has torn off."""
+    data = b":W&B" + bytes(3) + encode(record.SerializeToString() for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data[: len(data) - torn_bytes])
+    return path
+
+
+def records_of(run_id: str, *, start: int, rows: int, size: int = 10) -> list[Any]:
+    """What an attempt that began at `start` (seconds) leaves: a run, rows with a text of `size`, exit code 3."""
+    records = [pb.Record(run=pb.RunRecord(run_id=run_id, project="p"))]
+    records[0].run.start_time.seconds = start
+    for step in range(rows):
+        items = {"_step": step, "text": "x" * size}
+        history = [pb.HistoryItem(nested_key=[name], value_json=json.dumps(value)) for name, value in items.items()]
+        summary = [pb.SummaryItem(nested_key=["nested", "step"], value_json=str(step))]
+        records += [
+            pb.Record(history=pb.HistoryRecord(item=history)),
+            pb.Record(summary=pb.SummaryRecord(update=summary)),
+        ]
+    return [*records, pb.Record(exit=pb.RunExitRecord(exit_code=3))]

@@ -13,9 +13,9 @@ import pytest
 from harness.errors import RowsError
 from harness.tracking.rows import server as rows_module
 from harness.tracking.rows.server import AtServer, deliver_rows, missing, online_logs
-from harness.tracking.rows.wandb_file import TransactionLog, read_log
+from harness.tracking.rows.wandb_file import TransactionLog
 from tests.support.wandb import artifact_processes as processes
-from tests.support.wandb import file as wandb_file
+from tests.support.wandb.file import read_all
 from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
 
@@ -120,24 +120,6 @@ def test_only_the_rows_behind_the_servers_are_missing() -> None:
         assert missing(life, at_server) == made_rows(count, 7 - count)
 
 
-def test_a_log_longer_than_a_block_is_read_as_the_tests_own_reader_does(tmp_path: Path) -> None:
-    path = written(tmp_path / "run-a.wandb", records_of("a", start=5, rows=20, size=5000))
-    log, seen = read_log(path), wandb_file.read(path)
-    assert log is not None
-    assert log.rows == seen.rows
-    assert (log.run_id, log.project, log.started_at, log.exit_code) == ("a", "p", 5.0, 3)
-    assert log.summary == {"nested": {"step": 19}}
-
-
-def test_a_log_torn_by_a_kill_gives_what_is_whole(tmp_path: Path) -> None:
-    log = read_log(written(tmp_path / "run-a.wandb", records_of("a", start=5, rows=4), torn_bytes=30))
-    assert log is not None
-    assert (len(log.rows), log.exit_code) == (4, None)
-    empty = tmp_path / "run-b.wandb"
-    empty.write_bytes(b":W&B" + bytes(3))
-    assert read_log(empty) is None
-
-
 def test_the_last_life_of_each_online_run_is_found(tmp_path: Path) -> None:
     for folder, start, rows in (("run-2-a", 20, 2), ("run-1-a", 10, 1), ("run-1-b", 15, 3), ("offline-run-3-a", 30, 9)):
         name = f"run-{folder[-1]}.wandb"
@@ -205,7 +187,7 @@ def test_what_a_dead_server_missed_is_delivered_once_by_the_command(server: Wand
     assert "harness.tracking upload" in " ".join(told["report"])
     assert "rows delivered" in uploaded(server, tmp_path)
     assert "W&B has all rows" in uploaded(server, tmp_path)
-    run, (recorded,) = server.run("cut"), wandb_file.read_all(tmp_path)
+    run, (recorded,) = server.run("cut"), read_all(tmp_path)
     assert run.rows == [quoted(row) for row in unflattened(recorded.rows)]
     assert [row["train/global_step"] for row in run.rows] == [10 * step for step in range(13)]
     assert (run.state, run.exit_code) == ("finished", 0)
