@@ -23,7 +23,7 @@ from harness.tracking.artifacts.queue import UploadResult
 from harness.tracking.client import failures, one_line, separate_randomness
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.media.graph import log_graph
-from harness.tracking.media.histograms import Watch
+from harness.tracking.media.histograms import Selection, Watch
 from harness.tracking.recorded import model_config, num_parameters
 from harness.tracking.rows.history import History
 from harness.tracking.rows.journal import JOURNAL_FILE, SUMMARY_ONLY, revived, rewrite
@@ -154,8 +154,9 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 unwrapped,
                 log=self.config.wandb_watch,
                 log_freq=log_freq,
-                max_tensors=self.config.wandb_watch_max_tensors,
-                patterns=self.config.wandb_watch_patterns or (),
+                selection=Selection(
+                    max_tensors=self.config.wandb_watch_max_tensors, patterns=self.config.wandb_watch_patterns or ()
+                ),
                 is_main=PartialState().is_main_process,
                 gradient_of=None if accelerator is None else gradient_function(accelerator),
             )

@@ -266,7 +266,7 @@ def test_whatever_wandb_raises_reaches_the_report_only(played_slow: Played) -> N
     assert sum("could not be staged" in line for line in result["messages"]) == 1
 
 
-def test_a_limit_ends_the_waiting_and_the_next_life_delivers(played: Played, server: WandbServer) -> None:
+def test_a_limit_ends_the_waiting_and_the_next_attempt_delivers(played: Played, server: WandbServer) -> None:
     first = played["limited"]["first"]
     assert first["seconds"] < 3, "the server hangs"
     assert {reason for _, _, reason in first["pending"]} == {"not confirmed for 1 s"}

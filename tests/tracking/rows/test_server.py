@@ -87,7 +87,7 @@ def test_a_run_that_did_not_end_is_not_ended_by_the_upload() -> None:
 
 
 @pytest.mark.parametrize("rows", [4, 5, 9])
-def test_only_the_life_that_wrote_the_last_row_ends_the_run(rows: int) -> None:
+def test_only_the_attempt_that_wrote_the_last_row_ends_the_run(rows: int) -> None:
     server = Server(made_rows(0, rows))
     assert deliver_rows(made_log(made_rows(0, 5)), ask=server.ask, post=server.post) == 5 - min(rows, 5)
     assert server.state == ("crashed" if rows > 5 else "finished")
@@ -114,13 +114,13 @@ def test_rows_that_do_not_surely_follow_are_refused(rows: Any, at_server: Any, m
 
 
 def test_only_the_rows_behind_the_servers_are_missing() -> None:
-    life = made_rows(3, 4)  # a resumed life begins where the server ended
+    attempt = made_rows(3, 4)  # a resumed attempt begins where the server ended
     for count in range(3, 8):
         at_server = AtServer(count=count, last=made_rows(0, count)[-1], summary={}, state="crashed")
-        assert missing(life, at_server) == made_rows(count, 7 - count)
+        assert missing(attempt, at_server) == made_rows(count, 7 - count)
 
 
-def test_the_last_life_of_each_online_run_is_found(tmp_path: Path) -> None:
+def test_the_last_attempt_of_each_online_run_is_found(tmp_path: Path) -> None:
     for folder, start, rows in (("run-2-a", 20, 2), ("run-1-a", 10, 1), ("run-1-b", 15, 3), ("offline-run-3-a", 30, 9)):
         name = f"run-{folder[-1]}.wandb"
         written(tmp_path / "wandb" / folder / name, records_of(folder[-1], start=start, rows=rows))
@@ -193,7 +193,7 @@ def test_what_a_dead_server_missed_is_delivered_once_by_the_command(server: Wand
     assert (run.state, run.exit_code) == ("finished", 0)
     assert run.summary["train/loss"] == 1 / 12
     assert (run.summary["train_runtime"], run.summary["train_loss"]) == (3.5, "Infinity")
-    # A second life, which fails: its rows follow those of the first.
+    # A second attempt, which fails: its rows follow those of the first.
     cut_run(server, tmp_path, "cut", rows=8, exit_code=1)
     assert "rows delivered" in uploaded(server, tmp_path)
     run = server.run("cut")

@@ -1,4 +1,4 @@
-"""Which W&B run a life belongs to."""
+"""Which W&B run an attempt belongs to."""
 
 from __future__ import annotations
 
