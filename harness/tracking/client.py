@@ -76,7 +76,7 @@ def failures() -> tuple[type[Exception], ...]:
     return (wandb.Error, OSError, *_mailbox_errors(), ServerResponseError)
 
 
-def is_loss(error: BaseException) -> bool:
+def is_run_gone(error: BaseException) -> bool:
     """Whether wandb's process is gone or the run is over, also where wandb has wrapped it."""
     from wandb.errors import UsageError
 

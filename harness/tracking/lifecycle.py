@@ -77,7 +77,7 @@ def close_trackers(accelerator: Accelerator, *, exit_code: int, is_shut_out: boo
     """
     End the W&B run as finished (0) or failed, without a collective: it may be an error that brings us here.
 
-    is_shut_out: a later attempt has taken over the folder and the run, which is not ended under its hands.
+    `is_shut_out`: a later attempt has taken over the folder and the run; the run is left open for it.
     """
     for tracker in accelerator.trackers:
         if isinstance(tracker, WandbTracker) and is_shut_out:
@@ -87,7 +87,7 @@ def close_trackers(accelerator: Accelerator, *, exit_code: int, is_shut_out: boo
 
 
 def describe_trackers(accelerator: Accelerator) -> list[tuple[str, str]]:
-    """Rank zero: where each tracker keeps the run, and what W&B's server has of it. After the end."""
+    """Rank zero, after the end: say where each tracker keeps the run, and what W&B's server has of it."""
     rows = []
     for tracker in accelerator.trackers:
         if isinstance(tracker, WandbTracker):

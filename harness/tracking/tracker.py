@@ -26,7 +26,7 @@ from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Selection, Watch
 from harness.tracking.recorded import model_config, num_parameters
 from harness.tracking.rows.history import History
-from harness.tracking.rows.journal import JOURNAL_FILE, SUMMARY_ONLY, revived, rewrite
+from harness.tracking.rows.journal import JOURNAL_FILE, SUMMARY_ONLY, decoded, rewrite
 from harness.tracking.rows.server import count_rows
 from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.close import PREEMPTED_SECONDS, UPLOAD, describe_delivery, end_run, summary_numbers
@@ -34,7 +34,7 @@ from harness.tracking.run.open import is_notebook, open_run, where
 
 logger = logging.getLogger(__name__)
 
-MOST_REVIVALS = 3  # of one process; what keeps killing wandb's is not ended by starting another
+MAX_REOPENED = 3  # in one process: what keeps killing wandb's is not ended by starting another
 
 
 class WandbTracker(GeneralTracker):  # type: ignore[misc]
@@ -83,8 +83,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._attached: dict[str, Any] = {}
         self._num_parameters: int | None = None
         self._architecture = ""
-        self._told: list[Callable[[], Any]] = []
-        self._revivals = 0
+        self._setup: list[Callable[[], Any]] = []
+        self._num_reopened = 0
         self._is_own = False
         self._is_preempting = False
         self._has_warned = False
@@ -111,7 +111,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return f'[<img src="{image}" alt="Visualize in Weights & Biases" width="200" height="32"/>]({self._run.url})'
 
     def start(self) -> None:
-        """Adopt the open run or make one. Raises ConfigError for settings that wandb refuses."""
+        """Take over the run that is open, or open one. Raises ConfigError for settings that wandb refuses."""
         if self._run is not None or not PartialState().is_main_process or not self.config.uses_wandb:
             return
         import wandb
@@ -125,7 +125,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         else:
             self._run, self._history = self._attempts.open(self.config, self._init_kwargs, stop=self._on_stop)
         self._begin()
-        self._tell(self._define_metrics)
+        self._set_up(self._define_metrics)
 
     @property
     def _on_stop(self) -> Callable[[], None]:
@@ -133,13 +133,13 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return lambda: self._stop.set()
 
     def _begin(self) -> None:
-        """What hangs on the run that has just been opened."""
+        """Note where the run is that has just been opened, and take up its artifacts."""
         self._where = "" if self._run is None else where(self._run)
         self._artifacts = open_artifacts(self._run, self.config, self._output_dir)
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Add `values` to the run's configuration, secrets masked."""
-        self._tell(lambda: self._run.config.update(masked(values), allow_val_change=True))
+        self._set_up(lambda: self._run.config.update(masked(values), allow_val_change=True))
 
     def watch(self, model: torch.nn.Module, accelerator: Accelerator | None = None, *, log_freq: int = 100) -> None:
         """
@@ -160,7 +160,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 is_main=PartialState().is_main_process,
                 gradient_of=None if accelerator is None else gradient_function(accelerator),
             )
-            self._tell(lambda: log_graph(self._run, unwrapped))
+            self._set_up(lambda: log_graph(self._run, unwrapped))
         self._num_parameters, self._architecture = num_parameters(unwrapped), str(unwrapped)
         if self._artifacts is not None:
             configuration = model_config(unwrapped)
@@ -191,12 +191,12 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._send(summary, row, kwargs)
 
     def log_media(self, values: Mapping[str, Any], *, step: int) -> None:
-        """Send tables and charts, or anything of one's own, in a row under the names they have."""
+        """Send tables, charts or values of the user's own in a row, under the names they have."""
         if values:
             self._send({}, {**values, "train/global_step": step}, {})
 
     def checkpoint_logger(self, *, step: int, epoch: float = 0.0, is_best: bool = False) -> Callable[[Path], None]:
-        """What hands a checkpoint's folder over once it is written: `log_checkpoint`, with the numbers of now."""
+        """Return what takes a checkpoint's folder once it is written: `log_checkpoint` with the numbers of now."""
         metadata = self._numbers() if self._artifacts is not None else {}
 
         def log(folder: Path) -> None:
@@ -224,7 +224,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in JSON types: the rows so far, the run, histograms that wait for a row."""
+        """Return what a checkpoint keeps, in JSON types: number of rows, the run, histograms that wait for a row."""
         if self._history is None or self._attempts is None or self._attempts.identity is None:
             return {}
         self._history.sync()
@@ -232,21 +232,22 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return {"rows": self._history.rows, "run": run, "attached": self._attached}
 
     def files_of_checkpoint(self) -> dict[str, Callable[[Path], None]]:
-        """The files that a checkpoint keeps, by name, and what writes each, in any thread."""
+        """Return the files that a checkpoint keeps: by name the function that writes each, in any thread."""
         return {} if self._history is None else {JOURNAL_FILE: self._history.copier()}
 
     def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str = "") -> None:
         """
-        Go on with the rows and the run of a checkpoint, whose folder this is; before `start`.
+        Go on with the rows and the run of the checkpoint in `folder`. Call it before `start`.
 
-        `changes`: what makes other numbers than before, or "". A run with rows beyond the checkpoint can't go on then.
+        `changes` says why the numbers differ from there on, or is "". A run that has rows beyond the checkpoint can't
+        go on then.
         """
         if self._attempts is not None:
             self._attempts.load_state_dict(saved, folder, changes=changes)
             self._attached = dict(saved.get("attached", {}))
 
     def mark_preempting(self) -> None:
-        """Tell W&B at once that the run is going to be preempted. `finish` then takes seconds, whatever the network."""
+        """Tell W&B at once that the run will be preempted. `finish` then takes seconds, whatever the network does."""
         self._is_preempting = True
         self._deliver(lambda: self._run.mark_preempting())
 
@@ -284,11 +285,11 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return None if artifacts is None else artifacts.close(limit)
 
     def describe(self) -> str:
-        """Where to find the run, also when it is over: its address, or its folder and how to upload it."""
+        """Say where the run is, also when it is over: its address, or its folder and how to upload it."""
         return self._where
 
     def report(self) -> list[str]:
-        """After the end: what the server has of the run, and what it lacks with the command that delivers it."""
+        """Say after the end what the server has of the run, what it lacks, and the command that delivers the rest."""
         return self._report
 
     def _define_metrics(self) -> None:
@@ -296,9 +297,9 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._run.define_metric("*", step_metric="train/global_step", step_sync=True)
 
     def _send(self, summary: dict[str, Any], row: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        row, self._attached = {**revived(self._attached), **row}, {}
+        row, self._attached = {**decoded(self._attached), **row}, {}
         if summary:
-            self._tell(lambda: self._run.summary.update(summary))
+            self._set_up(lambda: self._run.summary.update(summary))
         if self._history is None:
             self._deliver(lambda: self._run.log(row, **kwargs))
         else:  # what fails here is in the journal, and sent from there if wandb's process is another then
@@ -310,34 +311,34 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             found["model/num_parameters"] = self._num_parameters
         return dict(found)
 
-    def _tell(self, action: Callable[[], Any]) -> None:
-        """Do something with the run now, and again with each process of wandb's that takes over."""
-        self._told.append(action)
+    def _set_up(self, action: Callable[[], Any]) -> None:
+        """Do something with the run now, and again each time it is opened again after the death of wandb's process."""
+        self._setup.append(action)
         self._deliver(action)
 
     def _deliver(self, action: Callable[[], Any]) -> Any:
-        """Do something with the run, if there is one; a failure of wandb's is a warning, the first time."""
+        """Do something with the run, if there is one. The first failure of wandb's is a warning."""
         return None if self._run is None else self._try(action)
 
     def _try(self, action: Callable[[], Any], *, again: bool = True) -> Any:
         try:
             return action()
         except failures() as error:
-            if self._revive():
+            if self._reopen():
                 return self._deliver(action) if again else None
             if not self._has_warned:
                 logger.warning("W&B failed, the training goes on; rows may be missing: %s", one_line(error))
             self._has_warned = True
         return None
 
-    def _revive(self) -> bool:
-        """After the death of wandb's process: open the run as the next attempt would. Returns whether it is open."""
+    def _reopen(self) -> bool:
+        """Open the run as the next attempt would, if wandb's process has died. Returns whether it is open."""
         attempts, history = self._attempts, self._history
-        if attempts is None or history is None or self._is_preempting or self._revivals == MOST_REVIVALS:
+        if attempts is None or history is None or self._is_preempting or self._num_reopened == MAX_REOPENED:
             return False
         if not attempts.has_lost_its_cores(patience=0.0 if self._has_warned else 0.5):
             return False
-        self._revivals += 1
+        self._num_reopened += 1
         logger.warning("wandb's process has died: another one takes over, and gets the rows that were lost with it.")
         self._close_artifacts(0.0)  # they stay staged
         history.close()
@@ -346,6 +347,6 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             return False
         self._run, self._history = reopened
         self._begin()
-        for action in self._told:
+        for action in self._setup:
             self._deliver(action)
         return self._run is not None

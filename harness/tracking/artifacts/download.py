@@ -1,4 +1,4 @@
-"""Artifacts as inputs: found in W&B by a `wandb:` path, brought to this disk, verified. Nothing in them is trusted."""
+"""Artifacts as inputs: found in W&B by a `wandb:` path, downloaded, verified. Nothing in them is trusted."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ def download(flag: str, artifact: Any, folder: Path, names: Sequence[str] | None
 
 def bring(flag: str, artifact: Any, folder: Path, names: Sequence[str]) -> None:
     """
-    See to it that these files of the version are in the folder: what is there as W&B has it is not downloaded again.
+    Download the files of the version that the folder lacks, or has otherwise than W&B.
 
-    Others may read the folder, or bring the same files at the same time. Raises ConfigError.
+    Others may read the folder, or download the same files at the same time. Raises ConfigError.
     """
     if not (missing := _wrong(artifact, folder, names)):
         return

@@ -1,4 +1,4 @@
-"""WANDB_LOG_MODEL: checkpoints and models go to W&B in the background; the training only makes hard links."""
+"""WANDB_LOG_MODEL: checkpoints and models are uploaded in the background; the training only makes hard links."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Artifacts:
         return self._result
 
     def _take_up(self) -> None:
-        """Queue what an earlier attempt left behind, before anything new."""
+        """Queue what an earlier attempt has left staged, before anything new."""
         root = self._output_dir / STAGING_FOLDER
         sweep(root)
         left = [staged for staged in waiting(root) if staged.run_id == self._run.id]
@@ -171,7 +171,7 @@ class Artifacts:
 
 
 def open_artifacts(run: Any, config: TrackingConfig, output_dir: Path | None) -> Artifacts | None:
-    """The artifacts of an open run, as --wandb_log_model and its companions say; None without any."""
+    """Return the artifacts of an open run as the --wandb_ flags say; None if models are not logged."""
     if run is None or run.disabled or config.wandb_log_model == "false":
         return None
     # A run that is called like its folder has a path for a name: the Trainer takes its id then.

@@ -1,4 +1,4 @@
-"""The thread that brings staged artifacts to W&B: one after the other, tried again, never in the training's way."""
+"""The upload queue: a thread that sends staged artifacts to W&B, one after the other, beside the training."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from harness.tracking.artifacts.upload import (
     link_command,
     registry_path,
 )
-from harness.tracking.client import bytes_sent, is_loss, one_line, server_answers
+from harness.tracking.client import bytes_sent, is_run_gone, one_line, server_answers
 
 logger = logging.getLogger(__name__)
 
-# After a failure an upload holds up those behind it for so long; then it is set aside and they go on.
+# An upload that fails is tried again after these pauses, before those behind it; then it is set aside, they go on.
 RETRY_SECONDS = (2.0, 10.0)
 ASIDE_SECONDS = 300.0
 LINK_ATTEMPTS = 3
 BACKLOG = 3
 PROBE_SECONDS = 2.0
-# An upload of which no byte moves for so many times the patience with a silent server has hung.
+# An upload hangs if no byte moves for so many times as long as a silent server is waited for.
 STALLED = 10
 NAMES_IN_A_LINE = 4
 
@@ -88,7 +88,7 @@ class _Upload:
 
 class Uploads:
     """
-    What is staged and not yet in W&B, and the thread that delivers it in the order of `add`.
+    The queue of staged artifacts that W&B lacks, and the thread that uploads them in the order of `add`.
 
     A failed upload is tried again in its place, twice. Then it is set aside: those behind it go on, it is tried
     again every five minutes, and the aliases that newer ones have got by then stay theirs. When the run closes,
@@ -150,7 +150,7 @@ class Uploads:
     # The caller's thread
 
     def _wait(self, limit: float) -> str:
-        """Return when the thread is done (""), or why it is not waited for."""
+        """Wait for the thread; returns "", or why the waiting has ended before it."""
         with self._changed:
             self._is_closing = True
             for upload in self._waiting:
@@ -236,7 +236,7 @@ class Uploads:
         with self._changed:
             if self._is_stopped:  # closed meanwhile: the report has said it
                 return
-            if self._is_offline and not staged.is_waiting:  # `harness.sync` has brought it to W&B
+            if self._is_offline and not staged.is_waiting:  # `harness.sync` has uploaded it
                 self._waiting.remove(upload)
                 return
             upload.reason = reason
@@ -245,7 +245,7 @@ class Uploads:
                 self._waiting.remove(upload)
                 reason = f"{reason}; delete {staged.folder} to give it up"
                 self._failed.append(Pending(name=staged.name, aliases=staged.aliases, reason=reason))
-            elif is_loss(error):
+            elif is_run_gone(error):
                 self._lost, self._is_stopped = f"wandb's process or run has ended ({reason})", True
             elif upload.attempts >= upload.last_attempt:
                 upload.due_at = math.inf
@@ -338,7 +338,7 @@ class Uploads:
                 write_record(dataclasses.replace(upload.staged, sync_dir=str(self._run.settings.sync_dir)))
             except Exception as error:  # as in `_work`
                 upload.reason = one_line(error)
-                if not upload.staged.is_waiting:  # `harness.sync` has brought it to W&B
+                if not upload.staged.is_waiting:  # `harness.sync` has uploaded it
                     with self._changed:
                         self._waiting.remove(upload)
                 continue

@@ -1,4 +1,4 @@
-"""What is said to W&B about an artifact: sent, verified, aliases in order, linked, superseded versions deleted."""
+"""Uploads a staged artifact and verifies it, puts its aliases right, links it, deletes superseded versions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRANSFER_TIMEOUT_SECONDS = 60  # without a byte moving
 
 
 def build(staged: Staged) -> Any:
-    """The wandb.Artifact of the staged files themselves: nothing is copied, now or to the cache. Reads all of them."""
+    """Return a wandb.Artifact of the staged files, which it reads: nothing is copied, here or into the cache."""
     import wandb
 
     complete(staged)
@@ -68,7 +68,7 @@ def deliver(staged: Staged, *, api: Callable[[], Any], log: Callable[[Any, list[
 
 def deliver_staged(api: Any, staged: Staged) -> str:
     """
-    Deliver an artifact of a run that is not open here, unstage and link it; returns what to say.
+    Upload, unstage and link an artifact of a run that is not open here; returns what to say.
 
     Raises DeliveryError, and what `deliver` raises.
     """
@@ -82,7 +82,7 @@ def deliver_staged(api: Any, staged: Staged) -> str:
         if not server_answers(api.settings["base_url"]):
             raise
         sync = staged.sync_dir or "and the folder of the run"
-        raise DeliveryError(f"W&B has no run {run}; bring it there first: wandb sync {sync}") from error
+        raise DeliveryError(f"W&B has no run {run}; send it first: wandb sync {sync}") from error
     log = partial(save_without_run, api, staged)
     committed = deliver(staged, api=lambda: api, log=log, may_be_late=True)
     discard(staged)
@@ -98,12 +98,12 @@ def deliver_staged(api: Any, staged: Staged) -> str:
 
 
 def versions(api: Any, staged: Staged) -> list[Any]:
-    """The committed versions of its collection, none where it doesn't exist yet."""
+    """Return the committed versions of its collection, none where it doesn't exist yet."""
     return versions_of(api, f"{staged.entity}/{staged.project}/{staged.name}", TYPE)
 
 
 def versions_of(api: Any, path: str, kind: str) -> list[Any]:
-    """The committed versions of the collection ENTITY/PROJECT/NAME of a type, none where it doesn't exist yet."""
+    """Return the committed versions of a collection ENTITY/PROJECT/NAME of a type, none where it doesn't exist yet."""
     return list(api.artifacts(kind, path)) if api.artifact_collection_exists(path, kind) else []
 
 
@@ -134,7 +134,7 @@ def is_checkpoint(staged: Staged) -> bool:
 
 
 def registry_path(name: str) -> str:
-    """Where a registered model is: NAME is in W&B's model registry, a name with a slash is a full path."""
+    """Return the path of a registered model: NAME is in W&B's model registry, a name with a slash is a full path."""
     return name if "/" in name else f"{DEFAULT_REGISTRY}/{name}"
 
 

@@ -45,7 +45,7 @@ SETUP = ("header", "run", "config", "environment", "telemetry", "metric")
 
 @dataclass(frozen=True, kw_only=True)
 class AtServer:
-    """What W&B has of a run: the number of its rows, the last of them, its summary, its state."""
+    """What W&B has of a run: the number of its rows, the last row, its summary, its state."""
 
     count: int
     last: dict[str, Any]
@@ -86,7 +86,7 @@ def count_rows(run: Any, *, sent: int | None) -> RowCount:
 
 
 def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
-    """The last attempt of each online run in a folder, oldest first; what is wrong with files that can't be read."""
+    """Return the last attempt of each online run in a folder, oldest first, and why other files can't be read."""
     latest: dict[str, TransactionLog] = {}
     problems = []
     paths = {path for pattern in PATTERNS for path in folder.absolute().glob(pattern)}
@@ -105,7 +105,7 @@ def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
 
 
 def connection(api: Any, log: TransactionLog) -> tuple[Callable[[], AtServer | None], Callable[[dict[str, Any]], None]]:
-    """What asks the server of a run, and what sends one request of its file stream. They raise what wandb does."""
+    """Return two functions: one asks the server about a run, one sends a request of its file stream. They raise."""
     entity = log.entity or api.default_entity
     base_url = api.settings["base_url"].rstrip("/")
     variables = {"entity": entity, "project": log.project, "run": log.run_id}
@@ -160,10 +160,10 @@ def deliver_rows(
 
 def sync_without_rows(path: Path, *, is_over: bool, resumes: bool, lock: int | None) -> list[Any]:
     """
-    Bring a .wandb file to the server without its rows; of an attempt that is not over only what makes the run.
+    Send a .wandb file to the server without its rows; of an attempt that is not over only what makes the run.
 
-    `resumes`: behind what W&B has of the run, else in place of it. The descriptor `lock` is held by `wandb sync` too:
-    it may outlive us. Returns the artifact records that were sent. Raises SyncError, OSError and ValueError.
+    `resumes`: W&B has the run, and it goes on; else it is replaced. The file descriptor `lock` is inherited by `wandb
+    sync`, which may outlive us. Returns the artifact records that were sent. Raises SyncError, OSError and ValueError.
     """
     data = path.read_bytes()
     records = list(_chosen(data, is_over=is_over, resumes=resumes))
@@ -177,7 +177,7 @@ def sync_without_rows(path: Path, *, is_over: bool, resumes: bool, lock: int | N
 
 
 def missing(rows: Sequence[dict[str, Any]], server: AtServer) -> Sequence[dict[str, Any]]:
-    """The rows that the server lacks. Raises RowsError unless they are sure to follow those that it has."""
+    """Return the rows that the server lacks. Raises RowsError unless they surely follow those that it has."""
     steps = [row.get("_step") for row in rows]
     if not rows:
         return rows
@@ -198,7 +198,7 @@ def missing(rows: Sequence[dict[str, Any]], server: AtServer) -> Sequence[dict[s
 
 
 def _parse_answer(answer: dict[str, Any]) -> AtServer | None:
-    """What the answer to ROWS_OF_RUN says; None where there is no such run."""
+    """Read the answer to ROWS_OF_RUN; None where there is no such run."""
     bucket = (answer.get("model") or {}).get("bucket")
     if bucket is None:
         return None
@@ -212,7 +212,7 @@ def _parse_answer(answer: dict[str, Any]) -> AtServer | None:
 
 
 def _journaled(folder: Path, logs: Mapping[str, TransactionLog]) -> TransactionLog | None:
-    """All rows of the training's own run, from its journal: of those that wandb's files lack nothing else is left."""
+    """Return the training's own run with all rows of its journal, the only place of rows that wandb's files lack."""
     identity = identities.read(folder)
     if identity is None or identity.mode != "online":
         return None
@@ -244,7 +244,7 @@ def _journaled(folder: Path, logs: Mapping[str, TransactionLog]) -> TransactionL
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value of the journal is one of a row; tables and charts are files beside it."""
+    """Whether a value of the journal stands in the row itself; tables and charts are files beside it."""
     return not isinstance(value, dict) or value.get("_type") not in ("table", "chart")
 
 
@@ -264,7 +264,7 @@ def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The server's summary with the run's over it; `_wandb` and other nested values name by name."""
+    """Return the server's summary with the run's over it, nested values (`_wandb`) name by name."""
     merged = dict(old)
     for name, value in new.items():
         before = merged.get(name)

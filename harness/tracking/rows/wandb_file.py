@@ -82,9 +82,9 @@ def read_log(path: Path) -> TransactionLog | None:
 
 def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
     """
-    The whole records in their order, each with the number of bytes up to its end.
+    Yield the whole records in their order, each with the number of bytes up to its end.
 
-    What a kill has torn off at the end is left out. Raises ValueError for another kind of file.
+    A torn record at the end, which a kill leaves, is left out. Raises ValueError for another kind of file.
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -113,7 +113,7 @@ def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
 
 
 def encode(bodies: Iterable[bytes], *, start: int = HEADER_BYTES) -> bytes:
-    """The serialized records as they stand behind the first `start` bytes of a file."""
+    """Return serialized records as they stand behind the first `start` bytes of a file."""
     data = bytearray()
     for body in bodies:
         kind, rest = FIRST, body
@@ -134,11 +134,11 @@ def encode(bodies: Iterable[bytes], *, start: int = HEADER_BYTES) -> bytes:
 
 def seal_all(folders: Iterable[Path], run_id: str) -> dict[Path, int]:
     """
-    The offline run folders with the number of rows in each, the oldest first, each fit to be synced.
+    Make each offline run folder fit to be synced; returns the number of rows in each, the oldest first.
 
     `wandb sync` stops, and says nothing, at a file whose tail is torn, and refuses one that names no run or whose
-    beginning is lost: the first kind is sealed, the others are moved away. What is counted is on the disk itself. No
-    attempt may be running.
+    beginning is lost: the first kind is sealed, the others are renamed. The rows that are counted are on the disk
+    itself. No attempt may be running.
     """
     found = []
     for folder in folders:
@@ -189,7 +189,7 @@ def seal(path: Path) -> tuple[int, int] | None:
 
 
 def mark_synced(folders: Iterable[Path], run_id: str) -> None:
-    """Say to `wandb sync` that the rows of these folders have been sent."""
+    """Tell `wandb sync` that the rows of these folders have been sent."""
     for folder in folders:
         try:
             (folder / f"run-{run_id}.wandb.synced").touch()
@@ -198,7 +198,7 @@ def mark_synced(folders: Iterable[Path], run_id: str) -> None:
 
 
 def _put(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:
-    """The values, with those of the items at their places in them."""
+    """Put the items into the values, each at its nested key; returns the values."""
     for item in items:
         place = values
         *folders, name = item.nested_key or [item.key]

@@ -1,4 +1,4 @@
-"""One W&B run over all attempts at a training: opened again where it was left, with each row once."""
+"""One W&B run for all attempts at a training: a restart opens it where it was left, and sends each row once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 class Attempts:
     """
-    What the attempts at a training have in common. Rank zero's.
+    Opens the W&B run that all attempts at a training share. On rank zero only.
 
     - output_dir: its folder, where the journal and the run's identity are.
     - resumes: whether this attempt was asked to go on with an earlier one, if there is one.
@@ -46,11 +46,11 @@ class Attempts:
 
     @property
     def journal_path(self) -> Path:
-        """Where the rows are, whatever becomes of W&B."""
+        """The file that has the rows, whatever becomes of W&B."""
         return self.output_dir / JOURNAL_FILE
 
     def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str) -> None:
-        """Take what a checkpoint says of the run; `changes` is what makes its numbers others from there on, or ""."""
+        """Take what a checkpoint says of the run. `changes` says why the numbers differ from there on, or is ""."""
         self._rows, self._changes, self._checkpoint = int(saved.get("rows", 0)), changes, folder
         self._saved = identities.parse(saved.get("run") or {})
 
@@ -58,9 +58,9 @@ class Attempts:
         self, config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Callable[[], None]
     ) -> tuple[Any, History]:
         """
-        The open run, None if W&B can't have it now, and its rows. Raises ConfigError for what can't go on.
+        Return the open run, None if it can't be opened now, and its rows. Raises ConfigError for what can't go on.
 
-        The identity is on the disk before wandb knows it: a kill in between does not make two runs of one.
+        The identity is written before wandb opens the run, so that a kill in between does not make two runs of one.
         """
         found = identities.read(self.output_dir)
         identity = identities.choose(config, found=found, saved=self._saved, rows=self._rows, resumes=self._resumes)
@@ -134,12 +134,12 @@ class Attempts:
         return None
 
     def ended(self, exit_code: int) -> None:
-        """Keep how this attempt ended."""
+        """Note in the identity how this attempt ended."""
         if self.identity is not None:
             self._keep(replace(self.identity, exit_code=exit_code))
 
     def _journal(self, identity: Identity, *, before: Identity | None, goes_on: bool) -> Journal:
-        """The journal of the run; that of another run in this folder is set aside, a fork's has its beginning."""
+        """Return the run's journal. Another run's in this folder is renamed; a fork begins with its origin's rows."""
         journal = Journal(self.journal_path)
         if goes_on and self._checkpoint is not None and not journal.path.exists():
             with suppress(OSError):  # an empty machine; where there is none, History says what is missing
@@ -180,9 +180,9 @@ class Attempts:
 
     def _have(self, run: Any, identity: Identity, journal: Journal, *, is_elsewhere: bool) -> tuple[int | None, int]:
         """
-        How many steps W&B has of the run, None if unknown, and which of them is the open run's step 0.
+        Return how many steps W&B has of the run (None: unknown), and which of them is step 0 of the open run.
 
-        is_elsewhere: a checkpoint alone named the run, what the attempts before have left is on another machine.
+        `is_elsewhere`: only a checkpoint names the run; what the attempts before have left is on another machine.
         """
         if run is None:
             return None, 0

@@ -21,7 +21,7 @@ UPLOAD = "python -m harness.tracking upload"
 
 
 def end_run(run: Any, exit_code: int, *, is_preempting: bool) -> None:
-    """Finish the run; one that is being preempted for so long only. wandb writes all of it to the disk at exit."""
+    """Finish the run, within PREEMPTED_SECONDS if it is being preempted: wandb writes all to the disk at exit."""
     if not is_preempting:
         run.finish(exit_code=exit_code)
         return
@@ -37,7 +37,7 @@ def end_run(run: Any, exit_code: int, *, is_preempting: bool) -> None:
 
 
 def summary_numbers(run: Any) -> dict[str, float | None]:
-    """The numbers of the summary, as the Trainer puts them into an artifact's metadata: NaN is null there."""
+    """Return the numbers of the summary as the Trainer puts them into an artifact's metadata: NaN is null."""
     found: dict[str, float | None] = {}
     for name, value in dict(run.summary).items():
         if isinstance(value, numbers.Real) and not name.startswith("_"):
@@ -50,9 +50,9 @@ def describe_delivery(
     run: Any, rows: RowCount | None, uploads: UploadResult | None, *, home: Path | None = None
 ) -> list[str]:
     """
-    What has arrived and what has not, with the command that delivers it: a line for rows, one for artifacts.
+    Say what has arrived and what has not, with the command that delivers it: a line for rows, one for artifacts.
 
-    home: the folder that holds the journal of the rows; default: the run's own has what there is.
+    `home` is the folder that holds the journal; default: the run's own folder, which has the rows then.
     """
     lines = []
     folder = Path(run.settings.sync_dir)

@@ -1,4 +1,4 @@
-"""Which W&B run a training is, kept in its folder and in each checkpoint: a later attempt goes on with it."""
+"""Says which W&B run a training is, in its folder and in each checkpoint, so that a later attempt goes on with it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NAMES_IN_FILE = {"offline_folders": "fragments"}  # else a field's own: runs of 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     """
-    A W&B run: `first_row` of the training is its first, and has there the step `first_step` (None: not known yet).
+    A W&B run. Its first row is `first_row` of the training and has the step `first_step` (None: not known yet).
 
-    - mode: online or offline; "" before it was opened. What a run is it stays.
-    - forked_from: the id of the run whose checkpoint this one went on from.
+    - mode: online or offline, which never changes; "" before it was opened.
+    - forked_from: the id of the run from whose checkpoint this one began.
     - offline_folders: its offline run folders, relative to the file where they can be, and the rows in each.
-    - processes: of the last attempt; exit_code: how it ended, None if it did not.
+    - processes, exit_code: of the last attempt; None if it did not end by itself.
     """
 
     run_id: str
@@ -45,20 +45,20 @@ class Identity:
     exit_code: int | None = None
 
     def of_checkpoint(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: all that is true on another machine too."""
+        """Return what a checkpoint keeps of it: all that holds on another machine too."""
         own = dataclasses.asdict(self)
         return {name: own[name] for name in ("run_id", "project", "entity", "group", "first_row", "first_step", "mode")}
 
 
 def parse(values: Mapping[str, Any]) -> Identity | None:
-    """An identity from JSON; None for none. Names of a newer version are left alone."""
+    """Return the identity in JSON values, None if there is none. Names of a newer version are ignored."""
     names = {each.name: NAMES_IN_FILE.get(each.name, each.name) for each in dataclasses.fields(Identity)}
     given = {name: values[in_file] for name, in_file in names.items() if in_file in values}
     return Identity(**given) if isinstance(given.get("run_id"), str) else None
 
 
 def read(output_dir: Path) -> Identity | None:
-    """The identity in the folder of a training; None if there is none, or none that can be read."""
+    """Return the identity in the folder of a training; None if there is none that can be read."""
     path = output_dir / IDENTITY_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -84,9 +84,9 @@ def choose(
     config: TrackingConfig, *, found: Identity | None, saved: Identity | None, rows: int, resumes: bool
 ) -> Identity:
     """
-    The run that this attempt belongs to: `found` in the folder, `saved` in the checkpoint, as asked for, or a new one.
+    Return the run that this attempt belongs to: `found` in the folder, `saved` in the checkpoint, or a new one.
 
-    rows: those that the checkpoint has counted; a run that begins there has none of them. Raises ConfigError.
+    `rows` are those that the checkpoint has counted; a run that begins there has none of them. Raises ConfigError.
     """
     known = _known(found, saved, rows) if resumes else None
     if config.wandb_fork and known is None:
@@ -120,7 +120,7 @@ def choose(
 
 
 def _known(found: Identity | None, saved: Identity | None, rows: int) -> Identity | None:
-    """The folder's is newer than the checkpoint's, unless the checkpoint came from another training."""
+    """Return the folder's, which is newer than the checkpoint's, unless the checkpoint is of another training."""
     if found is None or saved is None:
         return found or saved
     is_same = found.run_id == saved.run_id or (found.forked_from == saved.run_id and found.first_row <= rows)

@@ -1,4 +1,4 @@
-"""Opening the W&B run: online if that is possible, else offline and said in one line. Never a prompt."""
+"""Opens the W&B run: online if that is possible, else offline, which one line says. It never prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_run(
     config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Callable[[], None], must_be_online: bool = False
 ) -> Any:
     """
-    Make the run; `stop` is called from another thread when the user presses Stop in the app.
+    Open the run; `stop` is called from another thread when the user presses Stop in the app.
 
     None if wandb itself does not work, or if it can't be online and `must_be_online`. Raises ConfigError for what wandb
     refuses, and if --wandb_mode online has no credentials.
@@ -69,7 +69,7 @@ def check_credentials(config: TrackingConfig) -> None:
 
 
 def where(run: Any) -> str:
-    """Where to find a run: its address, or its folder and how to upload it."""
+    """Say where a run is: its address, or its folder and how to upload it."""
     if run.disabled:
         return ""
     if not run.offline:
@@ -88,7 +88,7 @@ def is_notebook() -> bool:
 
 
 def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> Any:
-    """The settings of `wandb.init`; what the caller or the environment has set stays."""
+    """Return the settings for `wandb.init`; what the caller or the environment has set stays."""
     import wandb
 
     settings = wandb.Settings(**given) if isinstance(given, dict) else given or wandb.Settings()
@@ -108,7 +108,7 @@ def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> A
 
 
 def _why_offline(settings: Any) -> str | None:
-    """The reason why the run can't be online, or None. Raises NoCredentialsError; takes a few seconds at most."""
+    """Return why the run can't be online, or None, within seconds. Raises NoCredentialsError."""
     import wandb
 
     merged = wandb.setup().settings.model_copy()

@@ -1,4 +1,4 @@
-"""The process of wandb's that delivers the rows: it outlives a training that was killed, and holds its run."""
+"""wandb-core, the process that sends the rows: it outlives a training that was killed, and holds its run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 20.0
 
 
 def describe_processes() -> dict[str, Any]:
-    """This process and its wandb-core processes, so that a later attempt knows them again; plain values."""
+    """Return this process and its wandb-core processes in JSON types, for a later attempt to recognize them."""
     own = psutil.Process()
     cores = []
     with suppress(psutil.Error):
@@ -53,7 +53,7 @@ def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_S
 
 
 def abandon_run() -> None:
-    """Leave the open run as it is, its end untold: another attempt has it, and sends what is not delivered yet."""
+    """End wandb-core without ending the run: another attempt has taken it over, and sends what is missing."""
     import wandb
 
     for pid, _ in describe_processes()["cores"]:

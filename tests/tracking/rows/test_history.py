@@ -53,7 +53,7 @@ def opened(path: Path, run: Run | None, *, rows: int = 0, first_row: int = 0, fi
 
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 @pytest.mark.parametrize("seed", range(12))
-def test_lives_that_end_anywhere_make_one_history(seed: int, offline: bool, tmp_path: Path) -> None:
+def test_attempts_that_end_anywhere_make_one_history(seed: int, offline: bool, tmp_path: Path) -> None:
     drawn, server, path = random.Random(seed), Server(), tmp_path / "metrics.jsonl"
     total, saved, synced = 60, 0, 0
     for attempt in range(12):

@@ -150,7 +150,7 @@ def test_another_process_of_wandbs_takes_over_from_one_that_was_killed(
 
 
 @pytest.mark.parametrize("torn_bytes", [0, 700])
-def test_offline_one_sync_of_all_lives_gives_the_same_history(
+def test_offline_one_sync_of_all_attempts_gives_the_same_history(
     torn_bytes: int, server: WandbServer, whole: tuple[Training, RunRecord], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
