@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # An upload that fails is tried again after these pauses, before those behind it; then it is set aside, they go on.
 RETRY_SECONDS = (2.0, 10.0)
 ASIDE_SECONDS = 300.0
-LINK_ATTEMPTS = 3
+LINK_TRIES = 3
 BACKLOG = 3
 PROBE_SECONDS = 2.0
 # An upload hangs if no byte moves for so many times as long as a silent server is waited for.
@@ -79,8 +79,8 @@ class UploadResult:
 class _Upload:
     staged: Staged
     is_late: bool = False  # newer versions may be there already
-    attempts: int = 0
-    last_attempt: float = math.inf  # its number, once the run closes
+    tries: int = 0
+    last_try: float = math.inf  # its number, once the run closes
     due_at: float = 0.0
     reason: str = ""
     artifact: Any = None  # offline: built, to be recorded at the end
@@ -92,7 +92,7 @@ class Uploads:
 
     A failed upload is tried again in its place, twice. Then it is set aside: those behind it go on, it is tried
     again every five minutes, and the aliases that newer ones have got by then stay theirs. When the run closes,
-    each has at least one attempt more.
+    each is tried once more at least.
 
     An offline run records its artifacts at the end, since a record whose files are gone leaves an empty artifact on
     the server. Until then a checkpoint that is neither the newest nor the best is dropped when it alone holds disk.
@@ -154,7 +154,7 @@ class Uploads:
         with self._changed:
             self._is_closing = True
             for upload in self._waiting:
-                upload.due_at, upload.last_attempt = 0.0, max(upload.attempts, len(RETRY_SECONDS)) + 1
+                upload.due_at, upload.last_try = 0.0, max(upload.tries, len(RETRY_SECONDS)) + 1
             self._changed.notify_all()
         if self._thread is None:
             return ""
@@ -200,7 +200,7 @@ class Uploads:
 
     def _work(self) -> None:
         while (upload := self._next()) is not None:
-            upload.attempts += 1
+            upload.tries += 1
             try:
                 if self._is_offline:
                     self._prepare(upload)
@@ -212,7 +212,7 @@ class Uploads:
             self._record()
 
     def _next(self) -> _Upload | None:
-        """The upload to attempt now, in order; waits for one. None when the run closes and nothing is left to try."""
+        """The upload to try now, in order; waits for one. None when the run closes and nothing is left to try."""
         with self._changed:
             while not self._is_stopped:
                 pause = math.inf
@@ -223,7 +223,7 @@ class Uploads:
                     if wait <= 0:
                         return upload
                     pause = min(pause, wait)
-                    if upload.attempts <= len(RETRY_SECONDS):
+                    if upload.tries <= len(RETRY_SECONDS):
                         break  # those behind it keep their place
                 if self._is_closing and pause == math.inf:
                     return None
@@ -231,7 +231,7 @@ class Uploads:
         return None
 
     def _note(self, upload: _Upload, error: Exception) -> None:
-        """Decide what a failed attempt leads to."""
+        """Decide what a failed try leads to."""
         staged, reason = upload.staged, one_line(error)
         with self._changed:
             if self._is_stopped:  # closed meanwhile: the report has said it
@@ -240,21 +240,21 @@ class Uploads:
                 self._waiting.remove(upload)
                 return
             upload.reason = reason
-            upload.is_late |= upload.attempts > len(RETRY_SECONDS)
+            upload.is_late |= upload.tries > len(RETRY_SECONDS)
             if isinstance(error, StagingError):
                 self._waiting.remove(upload)
                 reason = f"{reason}; delete {staged.folder} to give it up"
                 self._failed.append(Pending(name=staged.name, aliases=staged.aliases, reason=reason))
             elif is_run_gone(error):
                 self._lost, self._is_stopped = f"wandb's process or run has ended ({reason})", True
-            elif upload.attempts >= upload.last_attempt:
+            elif upload.tries >= upload.last_try:
                 upload.due_at = math.inf
             else:
-                later = RETRY_SECONDS[upload.attempts - 1] if upload.attempts <= len(RETRY_SECONDS) else ASIDE_SECONDS
+                later = RETRY_SECONDS[upload.tries - 1] if upload.tries <= len(RETRY_SECONDS) else ASIDE_SECONDS
                 upload.due_at = time.monotonic() + later
         if self._lost:
             logger.warning("W&B gets no more artifacts of this run, they stay in %s: %s.", staged.folder.parent, reason)
-        elif upload.attempts == len(RETRY_SECONDS) + 1 or isinstance(error, StagingError):
+        elif upload.tries == len(RETRY_SECONDS) + 1 or isinstance(error, StagingError):
             logger.warning("%s (%s) could not be uploaded to W&B: %s.", staged.name, staged.aliases[-1], reason)
 
     def _deliver(self, upload: _Upload) -> None:
@@ -293,12 +293,12 @@ class Uploads:
         return self._cached_api
 
     def _link(self, committed: Any, staged: Staged, registry: str) -> None:
-        for attempt in range(LINK_ATTEMPTS):
+        for number in range(LINK_TRIES):
             try:
                 committed.link(registry_path(registry), staged.aliases)
             except Exception as error:  # as in `_work`
                 reason = one_line(error)
-                time.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)] if attempt + 1 < LINK_ATTEMPTS else 0)
+                time.sleep(RETRY_SECONDS[min(number, len(RETRY_SECONDS) - 1)] if number + 1 < LINK_TRIES else 0)
             else:
                 return
         logger.warning("%s is not linked to %s: %s", committed.name, registry, reason)

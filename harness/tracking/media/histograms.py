@@ -98,7 +98,9 @@ class Watch:
             logger.warning(
                 "W&B watches %d of %d parameters, at even distances: %d would fit into a row. "
                 "See --wandb_watch_max_tensors; choose by name with --wandb_watch_patterns.",
-                *(count, len(named), fitting),
+                count,
+                len(named),
+                fitting,
             )
 
     def is_due(self, step: int) -> bool:

@@ -59,7 +59,8 @@ class History:
         if expected > len(self._lost):
             logger.warning(
                 "%d rows before the checkpoint are in neither W&B nor %s: the history has a gap there.",
-                *(expected - len(self._lost), journal.path),
+                expected - len(self._lost),
+                journal.path,
             )
 
     def begin(self, run: Any, *, offset: int) -> None:
@@ -113,7 +114,8 @@ class History:
         last = self._recorded[max(self._recorded)] if self._recorded else recorded
         logger.warning(
             "The run makes other rows than before the interruption, from step %s on: the %d that W&B has stay there.",
-            *(recorded.get("train/global_step", "?"), last["_row"] - recorded["_row"] + 1),
+            recorded.get("train/global_step", "?"),
+            last["_row"] - recorded["_row"] + 1,
         )
         self._recorded = {}
         self.rows, self._next_step = last["_row"] + 1, last["_step"] + 1
@@ -132,7 +134,11 @@ class History:
             logger.warning(
                 "The run no longer repeats itself: at step %s %s was %s before the interruption and is now %s%s. "
                 "W&B keeps the first; further differences are not told.",
-                *(values.get("train/global_step", "?"), name, _shown(before), _shown(value), _size(before, value)),
+                values.get("train/global_step", "?"),
+                name,
+                _shown(before),
+                _shown(value),
+                _size(before, value),
             )
             return
 

@@ -150,7 +150,11 @@ def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: 
         logger.warning(
             "%s: the run is kept offline in %s. Look at it with `wandb leet %s`; "
             "upload it later with %s`wandb sync %s`.",
-            *(reason, folder, folder, "`wandb login` and " if needs_login else "", folder),
+            reason,
+            folder,
+            folder,
+            "`wandb login` and " if needs_login else "",
+            folder,
         )
     return run
 
