@@ -13,7 +13,7 @@ from harness.tracking.rows.wandb_file import encode
 
 def written(path: Path, records: list[Any], *, torn_bytes: int = 0) -> Path:
     """A .wandb file of these records, whose last bytes a kill has torn off."""
-    data = b":W&B" + bytes(3) + encode(record.SerializeToString() for record in records)
+    data = b":W&B\xe1\xbe\x00" + encode(record.SerializeToString() for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data[: len(data) - torn_bytes])
     return path

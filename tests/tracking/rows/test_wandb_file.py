@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from harness.tracking.rows.wandb_file import read_log, seal_all
+from tests.support.wandb.artifact_processes import command
 from tests.support.wandb.file import read
 from tests.support.wandb.written import records_of, written
+from tests.support.wandb_server import WandbServer
 
 
 def folder(root: Path, name: str) -> Path:
@@ -55,6 +57,21 @@ def test_an_end_is_whole_wherever_in_a_block_it_falls(tmp_path: Path, left: int)
     found = read_log(path)
     assert found is not None
     assert (found.exit_code, len(found.rows)) == (1, 1)
+
+
+@pytest.mark.slow
+def test_wandb_reads_what_is_sealed_wherever_in_a_block_its_end_falls(tmp_path: Path) -> None:
+    ids = [f"left-{left}" for left in range(0, 40, 2)]
+    folders = [tmp_path / f"offline-run-20260101_000000-{run_id}" for run_id in ids]
+    for left, (run_id, folder) in enumerate(zip(ids, folders, strict=True)):
+        path = folder / f"run-{run_id}.wandb"
+        empty = written(path, records_of(run_id, start=5, rows=1, size=0)[:-1]).stat().st_size
+        written(path, records_of(run_id, start=5, rows=1, size=32768 - empty - 2 * left)[:-1])
+        assert seal_all([folder], run_id) == {folder: 1}
+    with WandbServer(tmp_path / "server") as server:
+        synced = command(f"wandb sync {' '.join(map(str, folders))}", tmp_path, server)
+        assert synced.returncode == 0, synced.stderr
+        assert [(run.exit_code, len(run.rows)) for run in map(server.run, ids)] == [(1, 1)] * len(ids)
 
 
 def test_folders_come_in_the_order_in_which_they_began(tmp_path: Path) -> None:
