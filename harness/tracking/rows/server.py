@@ -53,36 +53,20 @@ class AtServer:
     state: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowCount:
-    """Rows of the history: sent by the client, and on the server or in an offline run's file; None where unknown."""
-
-    sent: int | None
-    confirmed: int | None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every row has arrived."""
-        return self.sent is not None and self.confirmed is not None and self.confirmed >= self.sent
-
-
-def count_rows(run: Any, *, sent: int | None) -> RowCount:
-    """Ask the server how many rows an online run has, a few seconds at most; read the file of an offline one."""
-    if run.disabled or sent is None:
-        return RowCount(sent=sent, confirmed=None)
+def rows_arrived(run: Any) -> int | None:
+    """Return how many rows the server has of an online run, or the file of an offline one; None if unknown."""
     settings = run.settings
     try:
         if run.offline:
             log = read_log(Path(settings.sync_file))
             # Numbered from 0, which skips what a step given by the user skips.
-            last = -1 if log is None or not log.rows else log.rows[-1].get("_step", len(log.rows) - 1)
-            return RowCount(sent=sent, confirmed=int(last) + 1)
+            return 0 if log is None or not log.rows else int(log.rows[-1].get("_step", len(log.rows) - 1)) + 1
         variables = {"entity": settings.entity, "project": settings.project, "run": settings.run_id}
         found = _parse_answer(ask_once(settings, ROWS_OF_RUN, variables))
-    except (requests.RequestException, OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # requests raises OSErrors
         logger.debug("The rows that have arrived could not be counted: %s", error)
-        found = None
-    return RowCount(sent=sent, confirmed=None if found is None else found.count)
+        return None
+    return None if found is None else found.count
 
 
 def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.tracking.artifacts.queue import UploadResult
 from harness.tracking.client import failures
-from harness.tracking.rows.server import RowCount
+from harness.tracking.rows.server import rows_arrived
 
 # What uploads, and then the end of the run, get of the time that a preempted job has left.
 PREEMPTED_SECONDS = 10.0
@@ -46,27 +46,21 @@ def summary_numbers(run: Any) -> dict[str, float | None]:
     return found
 
 
-def describe_delivery(
-    run: Any, rows: RowCount | None, uploads: UploadResult | None, *, home: Path | None = None
-) -> list[str]:
+def describe_rows(run: Any, sent: int | None, uploads: UploadResult | None, *, home: Path | None) -> list[str]:
     """
-    Say what has arrived and what has not, with the command that delivers it: a line for rows, one for artifacts.
+    Say how many of the rows that were `sent` have arrived, and the command that delivers the others, in a line or none.
 
-    `home` is the folder that holds the journal; default: the run's own folder, which has the rows then.
+    `home` is the folder that holds the journal; None: the run's own folder has the rows.
     """
-    lines = []
-    folder = Path(run.settings.sync_dir)
-    if rows is not None and not run.disabled and not (run.offline and rows.is_whole):
-        known = "an unknown number" if rows.confirmed is None else str(rows.confirmed)
-        if rows.is_whole:
-            lines.append(f"{known} rows, all confirmed by the server")
-        elif run.offline:  # nothing has been said of it: wandb goes on as if the disk took all
-            lines.append(f"{known} of {rows.sent} rows are in {folder}, the others are lost (a full disk?)")
-        elif uploads is not None and uploads.command and str(folder.parents[1]) in shlex.split(uploads.command):
-            lines.append(f"{known} of {rows.sent} rows confirmed by the server; deliver the rest as the artifacts")
-        else:
-            command = f"{UPLOAD} {shlex.quote(str(home or folder))}"
-            lines.append(f"{known} of {rows.sent} rows confirmed by the server; deliver the rest: {command}")
-    if uploads is not None:
-        lines.append(uploads.describe())
-    return lines
+    if run.disabled:
+        return []
+    folder, arrived = Path(run.settings.sync_dir), None if sent is None else rows_arrived(run)
+    if sent is not None and arrived is not None and arrived >= sent:
+        return [] if run.offline else [f"{arrived} rows, all confirmed by the server"]
+    known = "an unknown number" if arrived is None else str(arrived)
+    if run.offline:  # nothing has been said of it: wandb goes on as if the disk took all
+        return [f"{known} of {sent} rows are in {folder}, the others are lost (a full disk?)"]
+    if uploads is not None and uploads.command and str(folder.parents[1]) in shlex.split(uploads.command):
+        return [f"{known} of {sent} rows confirmed by the server; deliver the rest as the artifacts"]
+    command = f"{UPLOAD} {shlex.quote(str(home or folder))}"
+    return [f"{known} of {sent} rows confirmed by the server; deliver the rest: {command}"]

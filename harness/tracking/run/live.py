@@ -13,9 +13,8 @@ from harness.tracking.artifacts.queue import UploadResult
 from harness.tracking.client import failures, one_line, separate_randomness
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.rows.history import History
-from harness.tracking.rows.server import count_rows
 from harness.tracking.run.attempts import Attempts
-from harness.tracking.run.close import PREEMPTED_SECONDS, UPLOAD, describe_delivery, end_run
+from harness.tracking.run.close import PREEMPTED_SECONDS, UPLOAD, describe_rows, end_run
 from harness.tracking.run.open import is_notebook, open_run, where
 
 logger = logging.getLogger(__name__)
@@ -109,10 +108,11 @@ class LiveRun:
             if run is None:
                 path = self._attempts.journal_path
                 return [f"{history.rows} rows are in {path}; deliver them: {UPLOAD} {quote(str(path.parent))}"]
-        if run is None or not (ends or uploads is not None):
+        if run is None:
             return []
         home = self._output_dir if history is not None else None
-        return describe_delivery(run, count_rows(run, sent=sent) if ends else None, uploads, home=home)
+        rows = describe_rows(run, sent, uploads, home=home) if ends else []
+        return rows if uploads is None else [*rows, uploads.describe()]
 
     def _begin(self) -> None:
         """Note where the run is that has just been opened, and take up its artifacts."""
