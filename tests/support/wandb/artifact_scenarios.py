@@ -291,7 +291,7 @@ def limited() -> dict[str, Any]:
     save(artifacts, out, 1)
     save(artifacts, out, 2, best=True)
     first = closed(run, artifacts, limit=1)
-    run, artifacts, out = opened("limited", resume="must", output_dir=out)
+    run, artifacts, out = opened("limited", resume="must")
     save(artifacts, out, 3)
     return {"first": first, **closed(run, artifacts)}
 
