@@ -11,7 +11,7 @@ HarnessError            1  all of them; the message is one line that says what t
     ├── UnreachableError   no credentials, or no server
     ├── NoCredentialsError neither a key in the environment nor a login
     ├── RowsError          rows can't be delivered so that each is there once and in its place
-    ├── ParcelError        `wandb sync` did not bring it there
+    ├── SyncError          `wandb sync` failed, or W&B lacks what it sent
     ├── StagingError       what is staged is not what was to be delivered, and never will be
     ├── DeliveryError      W&B has not what was sent of an artifact
     └── BusyError          another process brings this run to W&B
@@ -70,8 +70,8 @@ class RowsError(TrackingError):
     """Why rows can't be delivered so that each is there once and in its place."""
 
 
-class ParcelError(TrackingError):
-    """`wandb sync` did not bring it there."""
+class SyncError(TrackingError):
+    """`wandb sync` failed, or W&B lacks what it sent."""
 
 
 class StagingError(TrackingError):

@@ -18,7 +18,7 @@ from harness.files import write_whole
 
 logger = logging.getLogger(__name__)
 
-FILE = "slurm.json"
+JOB_FILE = "slurm.json"
 SECONDS_FOR_SQUEUE = 20.0
 # Deaths of one job in a row that began at the same step: the next would be no better.
 MOST_DEATHS = 2
@@ -98,7 +98,7 @@ class JobRecord:
     """
 
     def __init__(self, output_dir: Path, job: SlurmJob | None) -> None:
-        self.path, self.job = output_dir / FILE, job
+        self.path, self.job = output_dir / JOB_FILE, job
 
     def says_finished(self) -> bool:
         """Whether this very job has done all that it was asked for, in an earlier life."""

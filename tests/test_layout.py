@@ -43,6 +43,9 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(HARNESS.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+# A new version of wandb is checked against these two.
+USES_PRIVATE_PARTS = {"tracking/client.py", "tracking/rows/wandb_file.py"}
+PRIVATE_MODULES = ("wandb.sdk", "wandb.proto", "wandb.apis")
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60
 MOST_FILES = 16  # Python files in a folder
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -155,6 +158,23 @@ def test_wandb_is_imported_inside_functions_of_tracking_only(path: Path) -> None
         assert set(everywhere) == set(inside)
     else:
         assert everywhere == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_private_parts_of_wandb_are_used_in_two_files_only(path: Path) -> None:
+    if relative(path) in USES_PRIVATE_PARTS:
+        return
+    assert not [m for m in imported(TREES[path]) if m.startswith(PRIVATE_MODULES)]
+    if name_of(path) in ("tracking", "commands"):  # who else has a run or an api in hand
+        private = [
+            node.attr
+            for node in ast.walk(TREES[path])
+            if isinstance(node, ast.Attribute)
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+            and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+        ]
+        assert private == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -14,7 +14,7 @@ import pytest
 
 from harness.checkpoint.flags import CheckpointConfig
 from harness.errors import ConfigError
-from harness.slurm import FAILED, FILE, FINISHED, PREEMPTED, JobRecord, SlurmJob, slurm_job, time_limit_at
+from harness.slurm import FAILED, FINISHED, JOB_FILE, PREEMPTED, JobRecord, SlurmJob, slurm_job, time_limit_at
 from harness.train import main
 from harness.training.flags import StoppingConfig
 from harness.training.stopping import TimeLimit
@@ -106,7 +106,7 @@ def test_lives_that_were_preempted_are_no_deaths(tmp_path: Path) -> None:
     for life in range(5):
         record(tmp_path, life).begin(from_step=20)
         record(tmp_path, life).end(PREEMPTED)
-    assert [life["ended"] for life in json.loads((tmp_path / FILE).read_text())] == [PREEMPTED] * 5
+    assert [life["ended"] for life in json.loads((tmp_path / JOB_FILE).read_text())] == [PREEMPTED] * 5
 
 
 def test_only_the_job_that_finished_is_complete(tmp_path: Path) -> None:
@@ -128,9 +128,9 @@ def test_a_second_command_in_the_same_life_is_run(tmp_path: Path) -> None:
 
 
 def test_a_record_that_can_not_be_read_is_begun_anew(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("{")
+    (tmp_path / JOB_FILE).write_text("{")
     record(tmp_path, 0).begin(from_step=0)
-    assert len(json.loads((tmp_path / FILE).read_text())) == 1
+    assert len(json.loads((tmp_path / JOB_FILE).read_text())) == 1
 
 
 def test_the_time_limit_is_near_when_step_save_and_margin_no_longer_fit() -> None:
@@ -162,7 +162,7 @@ def test_a_training_in_a_job_records_it_and_is_not_run_again(
     flags = as_flags({**FLAGS, "report_to": "wandb"})
     assert main(flags) == 0
     folder = tmp_path / "runs" / "job-77"
-    (life,) = json.loads((folder / FILE).read_text())
+    (life,) = json.loads((folder / JOB_FILE).read_text())
     assert (life["partition"], life["nodes"], life["from_step"], life["ended"]) == ("gpu", "a[1-4]", 0, "finished")
     (run,) = read_all(folder)
     assert (run.config["slurm/job_id"], run.config["slurm/restart_count"]) == ("77", 0)
@@ -186,7 +186,7 @@ def test_a_training_stops_ahead_of_the_time_limit_and_goes_on_in_the_next_life(
     in_job(monkeypatch, SLURM_JOB_END_TIME=str(int(time.time()) + 5000), SLURM_RESTART_COUNT="1")
     assert main(as_flags(FLAGS)) == 0
     assert "Going on from runs/job-77/checkpoint-1, step 1 of 6" in capsys.readouterr().out
-    assert [life["ended"] for life in json.loads((folder / FILE).read_text())] == ["preempted", "finished"]
+    assert [life["ended"] for life in json.loads((folder / JOB_FILE).read_text())] == ["preempted", "finished"]
 
 
 def test_where_nothing_is_saved_the_time_limit_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

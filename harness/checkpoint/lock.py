@@ -22,7 +22,7 @@ from harness.slurm import SlurmJob, slurm_job
 
 logger = logging.getLogger(__name__)
 
-FILE = "harness.checkpoint.lock"
+LOCK_FILE = "harness.checkpoint.lock"
 HEARTBEAT_SECONDS = 20.0
 # On another machine a process can't be asked for: one that has not touched its lock for so long is dead.
 SILENCE_SECONDS = 120.0
@@ -68,7 +68,7 @@ class Lock:
         """
         if self._path is not None:
             return
-        path = output_dir / FILE
+        path = output_dir / LOCK_FILE
         job = slurm_job()
         holder = _read(path)
         if holder is not None and not _may_shut_out(holder, path, job):
@@ -115,7 +115,7 @@ class Lock:
 
 def is_held(output_dir: Path) -> bool | None:
     """Whether a life of the training is going in a folder, on any machine; None if no file says so."""
-    path = output_dir / FILE
+    path = output_dir / LOCK_FILE
     holder = _read(path)
     return None if holder is None else not _may_shut_out(holder, path, None)
 

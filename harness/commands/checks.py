@@ -20,8 +20,8 @@ from harness.flags import Config
 from harness.tasks.flags import TaskConfig
 from harness.tasks.text.glue import HUB_NAME
 from harness.tracking import TrackingConfig
-from harness.tracking.client import open_api
-from harness.tracking.run.open import NEEDS_CREDENTIALS, has_credentials
+from harness.tracking.client import has_credentials, open_api
+from harness.tracking.run.open import NEEDS_CREDENTIALS
 
 SUPPORTED = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
 GIB = 2**30

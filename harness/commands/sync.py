@@ -23,17 +23,18 @@ from harness.checkpoint.lock import SILENCE_SECONDS, is_held
 from harness.distributed.ranks import is_running
 from harness.errors import BusyError, ConfigError, DeliveryError, ParcelError, RowsError, UnreachableError
 from harness.tracking.client import open_api
+from harness.distributed.accelerator import is_running
+from harness.errors import BusyError, ConfigError, DeliveryError, RowsError, SyncError, UnreachableError
+from harness.tracking.client import one_line, open_api, server_answers
 from harness.tracking.run import identity as identities
-from harness.tracking.run.identity import FILE as IDENTITY
-from harness.tracking.run.identity import Identity
-from harness.tracking.run.open import one_line, server_answers
+from harness.tracking.run.identity import IDENTITY_FILE, Identity
 from harness.tracking.sync import OfflineRun, Outcome
 from harness.training.stopping import PREEMPTED_EXIT_CODE, PREEMPTED_FILE
 
 SOURCE = "python -m harness.sync"
 LOCK = "wandb_sync.lock"
 # Of a run below a given folder: an output_dir, runs/NAME, sweeps/runs/NAME.
-PLACES = (IDENTITY, f"*/{IDENTITY}", f"*/*/{IDENTITY}")
+PLACES = (IDENTITY_FILE, f"*/{IDENTITY_FILE}", f"*/*/{IDENTITY_FILE}")
 LONGEST_PAUSE_SECONDS = 600.0
 GOING, FINISHED, PREEMPTED, INTERRUPTED = "running", "finished", "preempted", "interrupted"
 
@@ -80,7 +81,8 @@ class Watch:
         if needs_runs and not found:
             names = ", ".join(map(str, self._folders))
             raise ConfigError(
-                f"{names}: no run with W&B is here or in a folder below ({IDENTITY}); without --once one is waited for."
+                f"{names}: no run with W&B is here or in a folder below ({IDENTITY_FILE}); "
+                "without --once one is waited for."
             )
 
     def follow(self, *, interval: float, once: bool, until_finished: bool) -> int:
@@ -149,7 +151,7 @@ class Watch:
             base_url = self._api.settings["base_url"]
             if not server_answers(base_url):
                 raise UnreachableError(f"W&B can't be reached at {base_url}.") from error
-            is_own = isinstance(error, RowsError | ParcelError | DeliveryError)
+            is_own = isinstance(error, RowsError | SyncError | DeliveryError)
             self._tell(run.output_dir, f"not brought: {error if is_own else one_line(error)}")
         return None
 

@@ -10,14 +10,14 @@ from harness.tracking.flags import TrackingConfig
 if TYPE_CHECKING:
     from harness.tracking.lifecycle import trackers
     from harness.tracking.recorded import run_config, store_configuration
-    from harness.tracking.rows.names import rewrite
+    from harness.tracking.rows.journal import rewrite
     from harness.tracking.tracker import WandbTracker
 
 __all__ = ["TrackingConfig", "WandbTracker", "rewrite", "run_config", "store_configuration", "trackers"]
 # The parser reads this package, and loads no accelerate: these are imported when they are asked for.
 _MODULES = {
     "WandbTracker": "tracker",
-    "rewrite": "rows.names",
+    "rewrite": "rows.journal",
     "run_config": "recorded",
     "store_configuration": "recorded",
     "trackers": "lifecycle",

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError, DeliveryError, RowsError, TrackingError, UnreachableError
-from harness.tracking.artifacts.staging import FOLDER, Staged, waiting
+from harness.tracking.artifacts.staging import STAGING_FOLDER, Staged, waiting
 from harness.tracking.artifacts.upload import deliver_staged, registry_path
-from harness.tracking.client import open_api
+from harness.tracking.client import one_line, open_api, server_answers
 from harness.tracking.rows.server import connection, deliver_rows, online_logs
 from harness.tracking.rows.wandb_file import TransactionLog
-from harness.tracking.run.open import one_line, server_answers
 
 SOURCE = "python -m harness.tracking"
 FULL_NAME = re.compile(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+")
@@ -48,11 +47,11 @@ def upload(output_dirs: Sequence[Path]) -> int:
     found: list[Staged] = []
     left = 0
     for folder in output_dirs:
-        (here, problems), staged = online_logs(folder), waiting(folder / FOLDER)
+        (here, problems), staged = online_logs(folder), waiting(folder / STAGING_FOLDER)
         left += sum(_fail(1, problem) for problem in problems)
         if not (here or staged or problems):
             raise ConfigError(
-                f"{folder} holds no online run and no staged artifacts ({folder / FOLDER}); offline runs: "
+                f"{folder} holds no online run and no staged artifacts ({folder / STAGING_FOLDER}); offline runs: "
                 f"`python -m harness.sync {folder}`."
             )
         logs += here

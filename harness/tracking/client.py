@@ -1,13 +1,129 @@
-"""W&B's public interface, for what is asked of the server outside a run. It never prompts."""
+"""
+What we use of wandb beyond its public interface: credentials, questions to the server, its errors, parts of its runs.
+
+Only `rows/wandb_file.py` beside it knows wandb from inside: a new version of wandb is checked against these two files.
+Nothing here prompts.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import random
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import requests
+
 from harness.errors import UnreachableError
-from harness.tracking.run.open import one_line, server_answers
 
 API_TIMEOUT_SECONDS = 30
+PROBE_TIMEOUT_SECONDS = 4
+COUNT_TIMEOUT_SECONDS = 10
+
+ROWS_OF_RUN = """
+query RunRows($entity: String, $project: String, $run: String!) {
+  model(name: $project, entityName: $entity) {
+    bucket(name: $run, missingOk: true) { historyLineCount historyTail summaryMetrics state }
+  }
+}"""
+# What the client says when it opens a run: after it the server takes the run for a running one.
+REOPEN_RUN = """
+mutation UpsertBucket($entity: String, $project: String, $name: String!) {
+  upsertBucket(input: {entityName: $entity, modelName: $project, name: $name}) { bucket { id } }
+}"""
+# As wandb-core has them (core/api/graphql in wandb's repository).
+CREATE_ARTIFACT = """
+mutation CreateArtifact($input: CreateArtifactInput!) {
+    createArtifact(input: $input) { artifact { id state artifactSequence { latestArtifact { id } } } }
+}"""
+CREATE_MANIFEST = """
+mutation CreateArtifactManifest(
+    $artifactID: ID!, $baseArtifactID: ID, $name: String!, $digest: String!, $entityName: String!,
+    $projectName: String!, $runName: String!, $manifestType: ArtifactManifestType!, $includeUpload: Boolean!
+) {
+    createArtifactManifest(input: {
+        artifactID: $artifactID, baseArtifactID: $baseArtifactID, name: $name, digest: $digest,
+        entityName: $entityName, projectName: $projectName, runName: $runName, type: $manifestType
+    }) {
+        artifactManifest {
+            id
+            file { id uploadUrl @include(if: $includeUpload) uploadHeaders @include(if: $includeUpload) }
+        }
+    }
+}"""
+CREATE_FILES = """
+mutation CreateArtifactFiles($artifactFiles: [CreateArtifactFileSpecInput!]!, $storageLayout: ArtifactStorageLayout!) {
+    createArtifactFiles(input: { artifactFiles: $artifactFiles, storageLayout: $storageLayout }) {
+        files { edges { node { storagePath uploadUrl uploadHeaders artifact { id } } } }
+    }
+}"""
+COMMIT_ARTIFACT = """
+mutation CommitArtifact($artifactID: ID!) {
+    commitArtifact(input: { artifactID: $artifactID }) { artifact { id digest } }
+}"""
+
+
+# Errors
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What wandb raises when its server, its service process or the disk fails."""
+    import wandb
+    from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
+
+    return (wandb.Error, OSError, *_mailbox_errors(), ServerResponseError)
+
+
+def is_run_gone(error: BaseException) -> bool:
+    """Whether wandb's process is gone or the run is over, also where wandb has wrapped it."""
+    from wandb.errors import UsageError
+
+    if isinstance(error, UsageError | ConnectionResetError | BrokenPipeError):
+        return True
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _mailbox_errors()):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
+
+
+def _mailbox_errors() -> tuple[type[Exception], ...]:
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    return (HandleAbandonedError, MailboxClosedError)
+
+
+def one_line(error: Exception) -> str:
+    """An error as a short line."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
+
+
+# Credentials and the server
+
+
+def has_credentials(settings: Any = None) -> bool:
+    """Whether there is a key in the environment or a login; of these settings, or of the process."""
+    import wandb
+
+    return _credentials(wandb.setup().settings if settings is None else settings, "wandb.init()") is not None
+
+
+def server_answers(base_url: str, *, timeout: float = PROBE_TIMEOUT_SECONDS) -> bool:
+    """Whether the server takes requests now: anything but silence, a refused connection or an error of its own."""
+    return why_silent(base_url, timeout=timeout) is None
+
+
+def why_silent(base_url: str, *, timeout: float = PROBE_TIMEOUT_SECONDS) -> str | None:
+    """Why the server does not take requests now, in a few words; None if it does."""
+    try:
+        status = requests.get(base_url, timeout=timeout, allow_redirects=False).status_code
+    except requests.exceptions.SSLError:
+        return None  # it is there; wandb has its own ideas of certificates
+    except requests.RequestException as error:
+        return f"{base_url}: {type(error).__name__}"
+    return f"{base_url} answers {status}" if status >= 500 else None
 
 
 def open_api(source: str, *, silent: bool = False) -> Any:
@@ -17,11 +133,9 @@ def open_api(source: str, *, silent: bool = False) -> Any:
     Raises UnreachableError without credentials or server.
     """
     import wandb
-    from wandb.sdk.lib.wbauth import HostUrl, authenticate_session
 
     settings = (wandb.setup(wandb.Settings(silent=True)) if silent else wandb.setup()).settings
-    host = HostUrl(settings.base_url, app_url=settings.app_url)
-    if not (settings.api_key or authenticate_session(host=host, source=source, prompt=False, update_session=False)):
+    if _credentials(settings, source) is None:
         raise UnreachableError("No W&B credentials found: run `wandb login`, or set WANDB_API_KEY.")
     if not server_answers(settings.base_url):
         raise UnreachableError(f"W&B can't be reached at {settings.base_url}.")
@@ -29,3 +143,94 @@ def open_api(source: str, *, silent: bool = False) -> Any:
         return wandb.Api(timeout=API_TIMEOUT_SECONDS)
     except wandb.Error as error:
         raise UnreachableError(f"W&B refuses the credentials: {one_line(error)}") from error
+
+
+def _credentials(settings: Any, source: str) -> Any:
+    """The key, or what a login has left; None without either."""
+    from wandb.sdk.lib.wbauth import HostUrl, authenticate_session
+
+    if settings.api_key:
+        return settings.api_key
+    # Not wandb.login(prompt=False): it asks the server for the user's name: seconds if out of reach.
+    host = HostUrl(settings.base_url, app_url=settings.app_url)
+    return authenticate_session(host=host, source=source, prompt=False, update_session=False)
+
+
+# Questions
+
+
+def execute(api: Any, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to a question of ours, asked as `wandb.Api` asks its own. Raises what it raises."""
+    answer: dict[str, Any] = api._service_api.execute_graphql(query, dict(variables))
+    return answer
+
+
+def ask_once(settings: Any, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The answer to a question asked without wandb's process and its retries, with the settings of a run.
+
+    Raises requests.RequestException, and ValueError, KeyError or TypeError for what is no answer.
+    """
+    found = _credentials(settings, "harness")
+    key = found if isinstance(found, str) else getattr(found, "api_key", "")
+    answer = requests.post(
+        f"{settings.base_url}/graphql",
+        json={"query": query, "variables": dict(variables)},
+        auth=("api", str(key)),
+        timeout=COUNT_TIMEOUT_SECONDS,
+    )
+    answer.raise_for_status()
+    data: dict[str, Any] = answer.json()["data"]
+    return data
+
+
+# Runs and files
+
+
+def new_run_id() -> str:
+    """An id for a run, as wandb makes them."""
+    from wandb.sdk.lib.runid import generate_id
+
+    return str(generate_id())
+
+
+def next_step(run: Any, default: int) -> int:
+    """The step that the open run gives to its next row, counted from its opening; rows of the user's own count too."""
+    return int(getattr(run, "_local_step", default))  # the public `step` asks wandb's process, which says 0 on a resume
+
+
+def bytes_sent(run: Any, timeout: float) -> int | None:
+    """How much wandb has handed to the network, as its own progress display asks for it; None if unknown."""
+    try:
+        response = run._interface.deliver_poll_exit().wait_or(timeout=timeout)
+        return int(response.response.poll_exit_response.pusher_stats.uploaded_bytes)
+    except Exception:  # nothing depends on it, whatever becomes of it
+        return None
+
+
+def has_content_of(file: Path, entry: Any) -> bool:
+    """Whether a file on the disk has the size and the digest that an artifact's manifest has of it. Reads it."""
+    from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactDigestAlgorithm
+    from wandb.sdk.lib.hashutil import md5_file_b64, xxh128_file_b64
+
+    if not file.is_file() or (entry.size is not None and file.stat().st_size != entry.size):
+        return False
+    is_xxh128 = entry.digest_algorithm() is ArtifactDigestAlgorithm.MANIFEST_XXH128
+    return bool((xxh128_file_b64 if is_xxh128 else md5_file_b64)(file) == entry.digest)
+
+
+def separate_randomness() -> None:
+    """
+    Give wandb's threads a generator of their own. Twice changes nothing.
+
+    They draw from `random`, in the process that trains, whenever wandb reports on itself (about once a minute) and
+    whenever a request has failed. What a collator draws, and what a resume goes on with, would depend on the clock.
+    """
+    import wandb.sdk.lib.retry
+
+    modules: list[Any] = [wandb.sdk.lib.retry]
+    with contextlib.suppress(ImportError):
+        modules.append(importlib.import_module("opentelemetry.exporter.otlp.common.http"))
+    for module in modules:
+        if getattr(module, "random", None) is random:
+            module.random = random.Random()

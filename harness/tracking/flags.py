@@ -128,9 +128,9 @@ class TrackingConfig:
         choice("wandb_artifact_names", self.wandb_artifact_names, ARTIFACT_NAMES)
         if self.wandb_resume == "must" and self.wandb_run_id is None:
             raise ConfigError("--wandb_resume=must (WANDB_RESUME) needs --wandb_run_id (WANDB_RUN_ID): which run?")
-        for name, other in (("wandb_keep_checkpoints", "checkpoint"), ("wandb_registry", "end or checkpoint")):
-            if getattr(self, name) is not None and self.wandb_log_model not in other:
-                raise ConfigError(f"--{name} does nothing without --wandb_log_model {other}.")
+        for name, kinds in (("wandb_keep_checkpoints", ("checkpoint",)), ("wandb_registry", ("end", "checkpoint"))):
+            if getattr(self, name) is not None and self.wandb_log_model not in kinds:
+                raise ConfigError(f"--{name} does nothing without --wandb_log_model {' or '.join(kinds)}.")
         for name in ("wandb_watch_max_tensors", "wandb_watch_patterns"):
             if getattr(self, name) is not None and self.wandb_watch == "false":
                 raise ConfigError(f"--{name} does nothing without --wandb_watch gradients, parameters or all.")

@@ -15,7 +15,7 @@ from harness.distributed.ranks import tell_all
 from harness.slurm import slurm_job
 from harness.tracking.flags import TrackingConfig, check_environment
 from harness.tracking.recorded import launch_config, store_configuration
-from harness.tracking.run.attempts import Lives
+from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.open import check_credentials
 from harness.tracking.run.wandb_core import abandon_run
 from harness.tracking.tracker import WandbTracker
@@ -30,7 +30,7 @@ def trackers(
     """
     What to give `Accelerator(log_with=...)`; W&B's files go to `dir` unless --wandb_dir says otherwise.
 
-    `resumes`: the training goes on where another life of it ended, and so does its run.
+    `resumes`: the training goes on where another attempt ended, and so does its run.
 
     Raises ConfigError, on every rank alike, for variables that W&B doesn't understand and for a lack of credentials.
     """
@@ -40,8 +40,9 @@ def trackers(
         return chosen
     check_environment()
     check_credentials(config)
-    lives = None if config.wandb_mode == "disabled" else Lives(Path(dir), resumes=resumes)
-    return [WandbTracker(replace(config, wandb_dir=config.wandb_dir or dir), output_dir=dir, lives=lives), *chosen]
+    attempts = None if config.wandb_mode == "disabled" else Attempts(Path(dir), resumes=resumes)
+    config = replace(config, wandb_dir=config.wandb_dir or dir)
+    return [WandbTracker(config, output_dir=dir, attempts=attempts), *chosen]
 
 
 def wandb_tracker(chosen: list[str | WandbTracker]) -> WandbTracker:
@@ -77,7 +78,7 @@ def close_trackers(accelerator: Accelerator, *, exit_code: int, is_shut_out: boo
     """
     End the W&B run as finished (0) or failed, without a collective: it may be an error that brings us here.
 
-    is_shut_out: a later life has taken over the folder and the run, which is not ended under its hands.
+    `is_shut_out`: a later attempt has taken over the folder and the run; the run is left open for it.
     """
     for tracker in accelerator.trackers:
         if isinstance(tracker, WandbTracker) and is_shut_out:
@@ -87,7 +88,7 @@ def close_trackers(accelerator: Accelerator, *, exit_code: int, is_shut_out: boo
 
 
 def describe_trackers(accelerator: Accelerator) -> list[tuple[str, str]]:
-    """Rank zero: where each tracker keeps the run, and what W&B's server has of it. After the end."""
+    """Rank zero, after the end: say where each tracker keeps the run, and what W&B's server has of it."""
     rows = []
     for tracker in accelerator.trackers:
         if isinstance(tracker, WandbTracker):

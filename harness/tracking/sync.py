@@ -9,27 +9,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.errors import DeliveryError, ParcelError, RowsError
+from harness.errors import DeliveryError, RowsError, SyncError
 from harness.files import write_whole
-from harness.tracking.artifacts.staging import FOLDER, Staged, waiting
+from harness.tracking.artifacts.staging import STAGING_FOLDER, Staged, waiting
 from harness.tracking.artifacts.upload import deliver_staged, versions_of
-from harness.tracking.rows import parcels
-from harness.tracking.rows.fragments import mark_synced
-from harness.tracking.rows.journal import FILE as JOURNAL
-from harness.tracking.rows.journal import Journal
-from harness.tracking.rows.server import AtServer, connection, deliver_rows, is_plain
-from harness.tracking.rows.wandb_file import TransactionLog, read_log, read_records
+from harness.tracking.client import REOPEN_RUN, execute, one_line
+from harness.tracking.rows.journal import JOURNAL_FILE, Journal
+from harness.tracking.rows.server import AtServer, connection, deliver_rows, is_plain, sync_without_rows
+from harness.tracking.rows.wandb_file import TransactionLog, mark_synced, read_log, read_records
 from harness.tracking.run.identity import Identity
-from harness.tracking.run.open import one_line
 
 logger = logging.getLogger(__name__)
 
-FILE = "wandb_sync.json"
-# What the client says when it opens a run: after it the server takes the run for a running one.
-REOPEN = """
-mutation UpsertBucket($entity: String, $project: String, $name: String!) {
-  upsertBucket(input: {entityName: $entity, modelName: $project, name: $name}) { bucket { id } }
-}"""
+SENT_FILE = "wandb_sync.json"
 
 
 @dataclass
@@ -50,16 +42,16 @@ class Sent:
     def read(cls, output_dir: Path, run_id: str) -> Sent:
         """Of this run; nothing if the file is of another. Raises RowsError if it can't be read: all would go twice."""
         try:
-            found = cls(**json.loads((output_dir / FILE).read_text(encoding="utf-8")))
+            found = cls(**json.loads((output_dir / SENT_FILE).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return cls(run_id=run_id)
         except (OSError, ValueError, TypeError) as error:
-            raise RowsError(f"{output_dir / FILE} can't be read: {one_line(error)}") from error
+            raise RowsError(f"{output_dir / SENT_FILE} can't be read: {one_line(error)}") from error
         return found if found.run_id == run_id else cls(run_id=run_id)
 
     def write(self, output_dir: Path) -> None:
         """Write it, whole or not at all. Raises OSError."""
-        write_whole(output_dir / FILE, json.dumps(vars(self), indent=2) + "\n")
+        write_whole(output_dir / SENT_FILE, json.dumps(vars(self), indent=2) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +93,16 @@ class OfflineRun:
 
     def files(self) -> list[Path]:
         """The .wandb files of its lives."""
-        listed = {(self.output_dir / name).resolve() for name in self.identity.fragments}
+        listed = {(self.output_dir / name).resolve() for name in self.identity.offline_folders}
         listed |= {path.resolve() for path in (self.output_dir / "wandb").glob("offline-run-*")}
         paths = [folder / f"run-{self.identity.run_id}.wandb" for folder in listed]
         return sorted(path for path in paths if path.is_file())
 
     def deliver(self, api: Any, *, is_over: bool, is_finished: bool, lock: int | None) -> Outcome:
         """
-        Bring all that is there. `is_over`: no life is going now; `is_finished`: nor will one. `lock`: see parcels.send.
+        Bring all that is there. `is_over`: none is running; `is_finished`: none will. `lock`: see sync_without_rows.
 
-        Raises RowsError, ParcelError, and what wandb, requests and the disk raise.
+        Raises RowsError, SyncError, and what wandb, requests and the disk raise.
         """
         sent = Sent.read(self.output_dir, self.identity.run_id)
         if not self._logs:
@@ -119,7 +111,7 @@ class OfflineRun:
         ask, post = connection(api, last)
         server = ask()
         if server is None and sent.lives:
-            raise RowsError(f"W&B has the run no more; to bring all of it again delete {self.output_dir / FILE}")
+            raise RowsError(f"W&B has the run no more; to bring all of it again delete {self.output_dir / SENT_FILE}")
         if sent.first_row is None:
             sent.first_row = self._first_row(server)
             sent.write(self.output_dir)
@@ -133,7 +125,7 @@ class OfflineRun:
         if server.state != "running" and (has_more or not is_over):
             entity = log.entity or api.default_entity
             variables = {"entity": entity, "project": log.project, "name": log.run_id}
-            api._service_api.execute_graphql(REOPEN, variables)
+            execute(api, REOPEN_RUN, variables)
         deliver_rows(log, ask=ask, post=post)
         after = ask()
         if after is None or after.count != total:
@@ -202,9 +194,9 @@ class OfflineRun:
                 continue
             if server is not None and (before == content or (before is not None and not is_life_over)):
                 continue
-            artifacts = parcels.send(path, is_over=is_life_over, resumes=server is not None, lock=lock)
+            artifacts = sync_without_rows(path, is_over=is_life_over, resumes=server is not None, lock=lock)
             if (server := ask()) is None:
-                raise ParcelError(f"`wandb sync` said nothing, but W&B does not have the run {log.run_id}")
+                raise SyncError(f"`wandb sync` said nothing, but W&B does not have the run {log.run_id}")
             self._verify(api, artifacts)
             sent.lives[path.parent.name] = content
             sent.write(self.output_dir)
@@ -218,10 +210,10 @@ class OfflineRun:
             entity = artifact.entity or api.default_entity
             found = versions_of(api, f"{entity}/{artifact.project}/{artifact.name}", artifact.type)
             if artifact.digest not in [version.digest for version in found]:
-                raise ParcelError(f"`wandb sync` said nothing, but W&B does not have {artifact.name}")
+                raise SyncError(f"`wandb sync` said nothing, but W&B does not have {artifact.name}")
 
     def _staged(self) -> list[Staged]:
-        return [staged for staged in waiting(self.output_dir / FOLDER) if staged.run_id == self.identity.run_id]
+        return [staged for staged in waiting(self.output_dir / STAGING_FOLDER) if staged.run_id == self.identity.run_id]
 
     def _send_artifacts(self, api: Any, *, is_over: bool) -> int:
         count = 0
@@ -239,7 +231,7 @@ class OfflineRun:
         return count
 
     def _journaled(self) -> list[dict[str, Any]]:
-        lines = Journal(self.output_dir / JOURNAL).lines()
+        lines = Journal(self.output_dir / JOURNAL_FILE).lines()
         return [line for line, _ in lines if line["_row"] >= self.identity.first_row]
 
     def _outcome(self, *, rows: int, num_delivered: int) -> Outcome:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -19,23 +16,15 @@ from accelerate.tracking import GeneralTracker
 from harness.config import masked, plain
 from harness.distributed.accelerator import choose_backend
 from harness.tracking.artifacts.log import Artifacts, Delivery, open_artifacts
+from harness.distributed.zero import gradient_function
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.media.graph import log_graph
-from harness.tracking.media.histograms import Watch
+from harness.tracking.media.histograms import Selection, Watch
 from harness.tracking.recorded import model_config, num_parameters
-from harness.tracking.rows.history import History
-from harness.tracking.rows.journal import FILE as JOURNAL
-from harness.tracking.rows.journal import revived
-from harness.tracking.rows.names import SUMMARY_ONLY, rewrite
-from harness.tracking.rows.report import UPLOAD, count_rows, describe_delivery
-from harness.tracking.run.attempts import Lives
-from harness.tracking.run.close import PREEMPTED_SECONDS, end_run, summary_numbers
-from harness.tracking.run.open import failures, is_notebook, one_line, open_run, where
-from harness.tracking.run.randomness import separate_randomness
-
-logger = logging.getLogger(__name__)
-
-MOST_REVIVALS = 3  # of one process; what keeps killing wandb's is not ended by starting another
+from harness.tracking.rows.journal import JOURNAL_FILE, SUMMARY_ONLY, decoded, rewrite
+from harness.tracking.run.attempts import Attempts
+from harness.tracking.run.close import summary_numbers
+from harness.tracking.run.live import LiveRun
 
 
 class WandbTracker(GeneralTracker):  # type: ignore[misc]
@@ -44,9 +33,9 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     - config: all that the --wandb_* flags say; default: the WANDB_* variables. run_name, log_model and watch are the
       commonest of them.
-    - output_dir: the folder of the checkpoints, where an earlier life of the run may have left uploads; default: where
+    - output_dir: the folder of the checkpoints, where an earlier attempt may have left uploads; default: where
       wandb keeps its files.
-    - lives: what makes one run, with each row once, of all lives of a training that resumes; its caller saves and
+    - attempts: what makes one run, with each row once, of all attempts at a training that resumes; its caller saves and
       loads the tracker's state. Without it each start is a run, as WANDB_RUN_ID and WANDB_RESUME say.
     - init_kwargs: anything else that `wandb.init` takes: project, id, resume, group, dir ...
 
@@ -67,36 +56,32 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         log_model: str | None = None,
         watch: str | None = None,
         output_dir: str | Path | None = None,
-        lives: Lives | None = None,
+        attempts: Attempts | None = None,
         **init_kwargs: Any,
     ) -> None:
         super().__init__()
         given = {"run_name": run_name, "wandb_log_model": log_model, "wandb_watch": watch}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.config = TrackingConfig.from_environment(**changes) if config is None else replace(config, **changes)
-        self._init_kwargs = {**self.config.init_kwargs(), **init_kwargs}
-        self._output_dir = None if output_dir is None else Path(output_dir)
-        self._lives = lives
-        self._history: History | None = None
-        self._run: Any = None
-        self._artifacts: Artifacts | None = None
+        self._stop = threading.Event()
+        self._attempts = attempts
+        self._live = LiveRun(
+            self.config,
+            {**self.config.init_kwargs(), **init_kwargs},
+            output_dir=None if output_dir is None else Path(output_dir),
+            attempts=attempts,
+            stop=lambda: self._stop.set(),  # a function, not the event's method: wandb copies its settings deeply
+        )
         self._watch: Watch | None = None
         self._attached: dict[str, Any] = {}
         self._num_parameters: int | None = None
         self._architecture = ""
-        self._told: list[Callable[[], Any]] = []
-        self._revivals = 0
-        self._is_own = False
-        self._is_preempting = False
-        self._has_warned = False
-        self._stop = threading.Event()
-        self._where = ""
         self._report: list[str] = []
 
     @property
     def tracker(self) -> Any:
         """The wandb run; None before the start, after the end, on other ranks, under WANDB_DISABLED=true."""
-        return self._run
+        return self._live.run
 
     @property
     def stop_requested(self) -> bool:
@@ -106,41 +91,22 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
     @property
     def badge(self) -> str | None:
         """A line of Markdown for the model card, which leads to the run; None offline. The Trainer's."""
-        if self._run is None or self._run.offline or self._run.disabled:
+        run = self._live.run
+        if run is None or run.offline or run.disabled:
             return None
         image = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
-        return f'[<img src="{image}" alt="Visualize in Weights & Biases" width="200" height="32"/>]({self._run.url})'
+        return f'[<img src="{image}" alt="Visualize in Weights & Biases" width="200" height="32"/>]({run.url})'
 
     def start(self) -> None:
-        """Adopt the open run or make one. Raises ConfigError for settings that wandb refuses."""
-        if self._run is not None or not PartialState().is_main_process or not self.config.uses_wandb:
+        """Take over the run that is open, or open one. Raises ConfigError for settings that wandb refuses."""
+        if self._live.run is not None or not PartialState().is_main_process or not self.config.uses_wandb:
             return
-        import wandb
-
-        separate_randomness()
-        self._is_own = wandb.run is None
-        if not self._is_own:
-            self._run = wandb.run
-        elif self._lives is None:
-            self._run = open_run(self.config, self._init_kwargs, stop=self._on_stop)
-        else:
-            self._run, self._history = self._lives.open(self.config, self._init_kwargs, stop=self._on_stop)
-        self._begin()
-        self._tell(self._define_metrics)
-
-    @property
-    def _on_stop(self) -> Callable[[], None]:
-        # A function, not the event's method: wandb copies its settings deeply.
-        return lambda: self._stop.set()
-
-    def _begin(self) -> None:
-        """What hangs on the run that has just been opened."""
-        self._where = "" if self._run is None else where(self._run)
-        self._artifacts = open_artifacts(self._run, self.config, self._output_dir)
+        self._live.open()
+        self._live.set_up(_define_metrics)
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Add `values` to the run's configuration, secrets masked."""
-        self._tell(lambda: self._run.config.update(masked(values), allow_val_change=True))
+        self._live.set_up(lambda run: run.config.update(masked(values), allow_val_change=True))
 
     def watch(self, model: torch.nn.Module, accelerator: Accelerator | None = None, *, log_freq: int = 100) -> None:
         """
@@ -155,21 +121,22 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 unwrapped,
                 log=self.config.wandb_watch,
                 log_freq=log_freq,
-                max_tensors=self.config.wandb_watch_max_tensors,
-                patterns=self.config.wandb_watch_patterns or (),
+                selection=Selection(
+                    max_tensors=self.config.wandb_watch_max_tensors, patterns=self.config.wandb_watch_patterns or ()
+                ),
                 is_main=PartialState().is_main_process,
                 gradient_of=None if accelerator is None else choose_backend(accelerator).gradient_function(),
             )
-            self._tell(lambda: log_graph(self._run, unwrapped))
+            self._live.set_up(lambda run: log_graph(run, unwrapped))
         self._num_parameters, self._architecture = num_parameters(unwrapped), str(unwrapped)
-        if self._artifacts is not None:
+        if self._live.artifacts is not None:
             configuration = model_config(unwrapped)
             metadata = {
                 "model_config": None if configuration is None else plain(configuration),
                 "num_parameters": self._num_parameters,
                 "initial_model": True,
             }
-            self._artifacts.log_architecture(f"{self._architecture}\n", metadata=metadata)
+            self._live.artifacts.log_architecture(f"{self._architecture}\n", metadata=metadata)
 
     def observe(self, step: int, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """
@@ -191,17 +158,17 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         self._send(summary, row, kwargs)
 
     def log_media(self, values: Mapping[str, Any], *, step: int) -> None:
-        """Send tables and charts, or anything of one's own, in a row under the names they have."""
+        """Send tables, charts or values of the user's own in a row, under the names they have."""
         if values:
             self._send({}, {**values, "train/global_step": step}, {})
 
     def checkpoint_logger(self, *, step: int, epoch: float = 0.0, is_best: bool = False) -> Callable[[Path], None]:
-        """What hands a checkpoint's folder over once it is written: `log_checkpoint`, with the numbers of now."""
-        metadata = self._numbers() if self._artifacts is not None else {}
+        """Return what takes a checkpoint's folder once it is written: `log_checkpoint` with the numbers of now."""
+        metadata = self._numbers() if self._live.artifacts is not None else {}
 
         def log(folder: Path) -> None:
-            if self._artifacts is not None:
-                self._artifacts.log_checkpoint(folder, step=step, epoch=epoch, is_best=is_best, metadata=metadata)
+            if self._live.artifacts is not None:
+                self._live.artifacts.log_checkpoint(folder, step=step, epoch=epoch, is_best=is_best, metadata=metadata)
 
         return log
 
@@ -215,40 +182,40 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     def log_model(self, files: Sequence[Path], *, metadata: Mapping[str, float] | None = None) -> None:
         """With --wandb_log_model: hand the files of the final model over; `metadata` replaces the summary's numbers."""
-        if self._artifacts is not None:
+        if self._live.artifacts is not None:
             numbers_: dict[str, Any] = self._numbers(with_parameters=False) if metadata is None else dict(metadata)
             if metadata is not None:
                 numbers_["model/num_parameters"] = self._num_parameters or 0
-            self._artifacts.log_model(
+            self._live.artifacts.log_model(
                 files, architecture=f"{self._architecture}\n", metadata={**numbers_, "final_model": True}
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in JSON types: the rows so far, the run, histograms that wait for a row."""
-        if self._history is None or self._lives is None or self._lives.identity is None:
+        """Return what a checkpoint keeps, in JSON types: number of rows, the run, histograms that wait for a row."""
+        if self._live.history is None or self._attempts is None or self._attempts.identity is None:
             return {}
-        self._history.sync()
-        run = self._lives.identity.of_checkpoint()
-        return {"rows": self._history.rows, "run": run, "attached": self._attached}
+        self._live.history.sync()
+        run = self._attempts.identity.of_checkpoint()
+        return {"rows": self._live.history.rows, "run": run, "attached": self._attached}
 
     def files_of_checkpoint(self) -> dict[str, Callable[[Path], None]]:
-        """The files that a checkpoint keeps, by name, and what writes each, in any thread."""
-        return {} if self._history is None else {JOURNAL: self._history.copier()}
+        """Return the files that a checkpoint keeps: by name the function that writes each, in any thread."""
+        return {} if self._live.history is None else {JOURNAL_FILE: self._live.history.copier()}
 
     def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str = "") -> None:
         """
-        Go on with the rows and the run of a checkpoint, whose folder this is; before `start`.
+        Go on with the rows and the run of the checkpoint in `folder`. Call it before `start`.
 
-        `changes`: what makes other numbers than before, or "". A run with rows beyond the checkpoint can't go on then.
+        `changes` says why the numbers differ from there on, or is "". A run that has rows beyond the checkpoint can't
+        go on then.
         """
-        if self._lives is not None:
-            self._lives.load_state_dict(saved, folder, changes=changes)
+        if self._attempts is not None:
+            self._attempts.load_state_dict(saved, folder, changes=changes)
             self._attached = dict(saved.get("attached", {}))
 
     def mark_preempting(self) -> None:
-        """Tell W&B at once that the run is going to be preempted. `finish` then takes seconds, whatever the network."""
-        self._is_preempting = True
-        self._deliver(lambda: self._run.mark_preempting())
+        """Tell W&B at once that the run will be preempted. `finish` then takes seconds, whatever the network does."""
+        self._live.mark_preempting()
 
     def finish(self, exit_code: int = 0) -> None:
         """
@@ -256,96 +223,29 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
         In a notebook a run that did not fail stays open until `wandb.finish()`, as under the Trainer.
         """
-        ends = self._is_own and not (exit_code == 0 and is_notebook())
-        sent = self._deliver(lambda: self._run.step)  # if wandb's process has died, another one ends the run
-        # A life that a next one follows, which delivers what is left, does not wait for slow uploads.
-        limit = self.config.wandb_finish_timeout if exit_code else None
-        limit = PREEMPTED_SECONDS if self._is_preempting else limit
-        if self._lives is not None:
-            self._lives.ended(exit_code)
-        delivery = self._close_artifacts(limit)
-        if ends:
-            self._deliver(lambda: end_run(self._run, exit_code, is_preempting=self._is_preempting))
-            delivery = self._close_artifacts(0.0) or delivery
-        history, self._history = self._history, None
-        run, self._run = self._run, None
-        if history is not None and self._lives is not None:
-            history.close()
-            self._lives.ended(exit_code)
-            if run is None:
-                path = self._lives.journal_path
-                self._report = [f"{history.rows} rows are in {path}; deliver them: {UPLOAD} {quote(str(path.parent))}"]
-        if run is not None and (ends or delivery is not None):
-            home = self._output_dir if history is not None else None
-            self._report = describe_delivery(run, count_rows(run, sent=sent) if ends else None, delivery, home=home)
-
-    def _close_artifacts(self, limit: float | None) -> Delivery | None:
-        artifacts, self._artifacts = self._artifacts, None
-        return None if artifacts is None else artifacts.close(limit)
+        self._report = self._live.close(exit_code) or self._report
 
     def describe(self) -> str:
-        """Where to find the run, also when it is over: its address, or its folder and how to upload it."""
-        return self._where
+        """Say where the run is, also when it is over: its address, or its folder and how to upload it."""
+        return self._live.where
 
     def report(self) -> list[str]:
-        """After the end: what the server has of the run, and what it lacks with the command that delivers it."""
+        """Say after the end what the server has of the run, what it lacks, and the command that delivers the rest."""
         return self._report
 
-    def _define_metrics(self) -> None:
-        self._run.define_metric("train/global_step")
-        self._run.define_metric("*", step_metric="train/global_step", step_sync=True)
-
     def _send(self, summary: dict[str, Any], row: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        row, self._attached = {**revived(self._attached), **row}, {}
+        row, self._attached = {**decoded(self._attached), **row}, {}
         if summary:
-            self._tell(lambda: self._run.summary.update(summary))
-        if self._history is None:
-            self._deliver(lambda: self._run.log(row, **kwargs))
-        else:  # what fails here is in the journal, and sent from there if wandb's process is another then
-            self._attempt(partial(self._history.log, row), again=False)
+            self._live.set_up(lambda run: run.summary.update(summary))
+        self._live.log(row, kwargs)
 
     def _numbers(self, *, with_parameters: bool = True) -> dict[str, float | None]:
-        found = self._deliver(lambda: summary_numbers(self._run)) or {}
+        found = self._live.deliver(summary_numbers) or {}
         if with_parameters and self._num_parameters is not None:
             found["model/num_parameters"] = self._num_parameters
         return dict(found)
 
-    def _tell(self, action: Callable[[], Any]) -> None:
-        """Do something with the run now, and again with each process of wandb's that takes over."""
-        self._told.append(action)
-        self._deliver(action)
 
-    def _deliver(self, action: Callable[[], Any]) -> Any:
-        """Do something with the run, if there is one; a failure of wandb's is a warning, the first time."""
-        return None if self._run is None else self._attempt(action)
-
-    def _attempt(self, action: Callable[[], Any], *, again: bool = True) -> Any:
-        try:
-            return action()
-        except failures() as error:
-            if self._revive():
-                return self._deliver(action) if again else None
-            if not self._has_warned:
-                logger.warning("W&B failed, the training goes on; rows may be missing: %s", one_line(error))
-            self._has_warned = True
-        return None
-
-    def _revive(self) -> bool:
-        """After the death of wandb's process: open the run as the next life would. Returns whether it is open."""
-        lives, history = self._lives, self._history
-        if lives is None or history is None or self._is_preempting or self._revivals == MOST_REVIVALS:
-            return False
-        if not lives.has_lost_its_cores(patience=0.0 if self._has_warned else 0.5):
-            return False
-        self._revivals += 1
-        logger.warning("wandb's process has died: another one takes over, and gets the rows that were lost with it.")
-        self._close_artifacts(0.0)  # they stay staged
-        history.close()
-        reopened = lives.reopen(self.config, self._init_kwargs, rows=history.rows, stop=self._on_stop)
-        if reopened is None:
-            return False
-        self._run, self._history = reopened
-        self._begin()
-        for action in self._told:
-            self._deliver(action)
-        return self._run is not None
+def _define_metrics(run: Any) -> None:
+    run.define_metric("train/global_step")
+    run.define_metric("*", step_metric="train/global_step", step_sync=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.lock import FILE, SILENCE_SECONDS, Holder, Lock
+from harness.checkpoint.lock import LOCK_FILE, SILENCE_SECONDS, Holder, Lock
 from harness.errors import ConfigError
 from tests.support.faulty_training import Training
 
@@ -70,14 +70,14 @@ def test_a_second_writer_is_refused_and_the_first_one_gives_the_lock_back(tmp_pa
         with Lock() as lock, pytest.raises(ConfigError, match=message):
             lock.take(tmp_path)
         assert asked(first) == "False"
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 def test_a_writer_that_was_killed_is_no_obstacle(tmp_path: Path) -> None:
     with holder(tmp_path) as first:
         first.send_signal(signal.SIGKILL)
         first.wait()
-        assert (tmp_path / FILE).is_file()
+        assert (tmp_path / LOCK_FILE).is_file()
         with Lock() as lock:
             lock.take(tmp_path)
             assert not lock.is_lost()
@@ -115,22 +115,24 @@ def test_a_writer_on_another_machine_is_dead_when_it_is_silent(tmp_path: Path) -
     with holder(tmp_path) as first:
         first.kill()
         first.wait()
-    values = json.loads((tmp_path / FILE).read_text()) | {"host": "elsewhere"}
-    (tmp_path / FILE).write_text(json.dumps(values))
+    values = json.loads((tmp_path / LOCK_FILE).read_text()) | {"host": "elsewhere"}
+    (tmp_path / LOCK_FILE).write_text(json.dumps(values))
     with Lock() as lock, pytest.raises(ConfigError, match="on elsewhere since"):
         lock.take(tmp_path)
     long_ago = time.time() - SILENCE_SECONDS - 1
-    os.utime(tmp_path / FILE, (long_ago, long_ago))
+    os.utime(tmp_path / LOCK_FILE, (long_ago, long_ago))
     with Lock() as lock:
         lock.take(tmp_path)
         assert not lock.is_lost()
 
 
 def test_a_lock_that_can_not_be_read_is_none(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("{")
+    (tmp_path / LOCK_FILE).write_text("{")
     with Lock() as lock:
         lock.take(tmp_path)
-        assert json.loads((tmp_path / FILE).read_text()).keys() == {field.name for field in dataclasses.fields(Holder)}
+        assert json.loads((tmp_path / LOCK_FILE).read_text()).keys() == {
+            field.name for field in dataclasses.fields(Holder)
+        }
 
 
 @pytest.mark.slow
@@ -145,10 +147,10 @@ def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
     assert "Traceback" not in second.stderr
     assert set(before) <= {path.name for path in first.output_dir.iterdir()}
     os.killpg(first.process.pid, signal.SIGSTOP)  # it hangs where its node is thought to be dead
-    values = json.loads((first.output_dir / FILE).read_text())
-    (first.output_dir / FILE).write_text(json.dumps({**values, "token": "other"}))
+    values = json.loads((first.output_dir / LOCK_FILE).read_text())
+    (first.output_dir / LOCK_FILE).write_text(json.dumps({**values, "token": "other"}))
     os.killpg(first.process.pid, signal.SIGCONT)
     first.ended(1)
     assert "Another process has taken over" in first.err
     assert not list(first.output_dir.glob("*.partial"))
-    assert (first.output_dir / FILE).is_file()
+    assert (first.output_dir / LOCK_FILE).is_file()

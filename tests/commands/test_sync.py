@@ -17,8 +17,7 @@ from wandb.proto import wandb_internal_pb2
 
 from harness.checkpoint.lock import Lock
 from harness.commands.sync import _state, main
-from harness.tracking.rows.parcels import encode
-from harness.tracking.rows.wandb_file import read_records
+from harness.tracking.rows.wandb_file import encode, read_records
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import Identity
 from tests.support.faulty_training import Training, committed, environment
@@ -210,7 +209,7 @@ def record(**fields: Any) -> Any:
 def test_a_parcel_is_a_whole_file_whatever_the_sizes_of_its_records() -> None:
     sizes = (0, 1, 32_754, 32_753, 32_760, 7, 100_000, 32_768, 5)
     records = [record(output_raw=wandb_internal_pb2.OutputRawRecord(line="x" * size)) for size in sizes]
-    data = encode(b":W&B\x00\x00\x00", [each.SerializeToString() for each in records])
+    data = b":W&B\x00\x00\x00" + encode(each.SerializeToString() for each in records)
     read = list(read_records(data))
     assert [len(each.output_raw.line) for each, _ in read] == list(sizes)
     assert read[-1][1] == len(data)
@@ -221,7 +220,7 @@ def offline_run(output_dir: Path, *, exit_code: int | None = 0, mode: str = "off
     folder = output_dir / "wandb" / "offline-run-20260101_000000-abc"
     folder.mkdir(parents=True)
     run = wandb_internal_pb2.RunRecord(run_id="abc", project="p")
-    (folder / "run-abc.wandb").write_bytes(encode(b":W&B\x00\x00\x00", [record(run=run).SerializeToString()]))
+    (folder / "run-abc.wandb").write_bytes(b":W&B\x00\x00\x00" + encode([record(run=run).SerializeToString()]))
     identities.write(output_dir, Identity(run_id="abc", project="p", mode=mode, exit_code=exit_code))
     return output_dir
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from harness.tracking.run.open import server_answers
+from harness.tracking.client import server_answers
 from tests.support.wandb_server import ENTITY, WandbServer
 
 ROOT = Path(__file__).parents[2]

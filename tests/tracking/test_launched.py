@@ -63,7 +63,7 @@ class Tracked:
 
 
 def training(folder: Path, server: WandbServer, config: Path | None) -> Training:
-    """A life: of one process without a launch config."""
+    """An attempt: of one process without a launch config."""
     command = (sys.executable, SCRIPT) if config is None else (*launcher(config), SCRIPT)
     processes = 1 if config is None else 2
     shared = {"per_device_train_batch_size": 4 // processes, "expect_num_processes": processes}
@@ -83,16 +83,16 @@ def tracked(ended: Training, server: WandbServer) -> Tracked:
     return Tracked(seen, run, artifacts, ended)
 
 
-def kill_behind_a_checkpoint(life: Training) -> None:
+def kill_behind_a_checkpoint(attempt: Training) -> None:
     """SIGKILL to all processes of the launch, wandb's too."""
-    while not (life.output_dir / f"checkpoint-{SAVES}").is_dir():
-        life.reach(len(life.began_steps) + 1)
-    life.reach(len(life.began_steps) + 3)
-    launched = psutil.Process(life.process.pid)
+    while not (attempt.output_dir / f"checkpoint-{SAVES}").is_dir():
+        attempt.reach(len(attempt.began_steps) + 1)
+    attempt.reach(len(attempt.began_steps) + 3)
+    launched = psutil.Process(attempt.process.pid)
     for process in [launched, *launched.children(recursive=True)]:
         process.kill()
-    life.process.wait()
-    assert len(life.began_steps) < 100, "it was killed in the middle"
+    attempt.process.wait()
+    assert len(attempt.began_steps) < 100, "it was killed in the middle"
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ from transformers.integrations.integration_utils import WandbLogModel
 
 from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
 from harness.tracking import TrackingConfig
+from harness.tracking.client import separate_randomness
 from harness.tracking.recorded import run_config
-from harness.tracking.run.randomness import separate_randomness
 from tests.support.inputs import save_gpt_tokenizer
 from tests.support.launching import DDP, launcher
 from tests.support.parity import CASES as SETTINGS

@@ -1,4 +1,4 @@
-"""Artifacts as inputs: found in W&B by a `wandb:` path, brought to this disk, verified. Nothing in them is trusted."""
+"""Artifacts as inputs: found in W&B by a `wandb:` path, downloaded, verified. Nothing in them is trusted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from typing import Any
 
 from harness.errors import ConfigError, UnreachableError
 from harness.tracking.artifacts.upload import CHECKPOINT_ALIAS
-from harness.tracking.client import open_api
+from harness.tracking.client import failures, has_content_of, one_line, open_api, separate_randomness
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.run.identity import Identity
-from harness.tracking.run.open import failures, one_line
-from harness.tracking.run.randomness import separate_randomness
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +114,9 @@ def download(flag: str, artifact: Any, folder: Path, names: Sequence[str] | None
 
 def bring(flag: str, artifact: Any, folder: Path, names: Sequence[str]) -> None:
     """
-    See to it that these files of the version are in the folder: what is there as W&B has it is not downloaded again.
+    Download the files of the version that the folder lacks, or has otherwise than W&B.
 
-    Others may read the folder, or bring the same files at the same time. Raises ConfigError.
+    Others may read the folder, or download the same files at the same time. Raises ConfigError.
     """
     if not (missing := _wrong(artifact, folder, names)):
         return
@@ -168,17 +166,7 @@ def _attempt(flag: str, artifact: Any, folder: Path, prefixes: Sequence[str | No
 
 def _wrong(artifact: Any, folder: Path, names: Sequence[str]) -> list[str]:
     """The files that are not as W&B has them."""
-    return [name for name in names if not _is_same(folder / name, artifact.manifest.entries[name])]
-
-
-def _is_same(file: Path, entry: Any) -> bool:
-    from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactDigestAlgorithm
-    from wandb.sdk.lib.hashutil import md5_file_b64, xxh128_file_b64
-
-    if not file.is_file() or (entry.size is not None and file.stat().st_size != entry.size):
-        return False
-    is_xxh128 = entry.digest_algorithm() is ArtifactDigestAlgorithm.MANIFEST_XXH128
-    return bool((xxh128_file_b64 if is_xxh128 else md5_file_b64)(file) == entry.digest)
+    return [name for name in names if not has_content_of(folder / name, artifact.manifest.entries[name])]
 
 
 def _newest_checkpoint(flag: str, path: str, api: Any, project: str, run_id: str | None) -> Any:

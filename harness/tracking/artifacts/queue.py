@@ -1,4 +1,4 @@
-"""The thread that brings staged artifacts to W&B: one after the other, tried again, never in the training's way."""
+"""The upload queue: a thread that sends staged artifacts to W&B, one after the other, beside the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import StagingError
-from harness.tracking.artifacts.outcome import Delivery, Pending
 from harness.tracking.artifacts.staging import Staged, complete, discard, waiting, write_record
 from harness.tracking.artifacts.upload import (
     build,
@@ -23,26 +22,65 @@ from harness.tracking.artifacts.upload import (
     link_command,
     registry_path,
 )
-from harness.tracking.run.open import one_line, server_answers
+from harness.tracking.client import bytes_sent, is_run_gone, one_line, server_answers
 
 logger = logging.getLogger(__name__)
 
-# After a failure an upload holds up those behind it for so long; then it is set aside and they go on.
+# An upload that fails is tried again after these pauses, before those behind it; then it is set aside, they go on.
 RETRY_SECONDS = (2.0, 10.0)
 ASIDE_SECONDS = 300.0
-LINK_ATTEMPTS = 3
+LINK_TRIES = 3
 BACKLOG = 3
 PROBE_SECONDS = 2.0
-# An upload of which no byte moves for so many times the patience with a silent server has hung.
+# An upload hangs if no byte moves for so many times as long as a silent server is waited for.
 STALLED = 10
+NAMES_IN_A_LINE = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pending:
+    """An artifact that W&B doesn't have, or has not linked, and why."""
+
+    name: str
+    aliases: list[str]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UploadResult:
+    """
+    What became of the artifacts: committed (`name:v0`), still pending, staged for `wandb sync` by an offline run.
+
+    `command` delivers what is left; None if nothing is, or if no command can.
+    """
+
+    committed: list[str] = dataclasses.field(default_factory=list)
+    pending: list[Pending] = dataclasses.field(default_factory=list)
+    staged: list[str] = dataclasses.field(default_factory=list)
+    command: str | None = None
+
+    def describe(self) -> str:
+        """All of it in a line."""
+        parts = []
+        if self.committed or not (self.pending or self.staged):
+            named = f": {_listed(self.committed)}" if self.committed else ""
+            parts.append(f"{_count(self.committed)} confirmed by the server{named}")
+        if self.staged:
+            parts.append(f"{_count(self.staged)} staged: {_listed(self.staged)}")
+        if self.pending:
+            reasons = [f"{pending.name} ({pending.aliases[-1]}): {pending.reason}" for pending in self.pending]
+            parts.append(f"{_count(self.pending)} not delivered: {_listed(reasons)}")
+        if self.command is not None:
+            parts.append(f"deliver: {self.command}")
+        return "; ".join(parts)
 
 
 @dataclasses.dataclass(eq=False)
 class _Upload:
     staged: Staged
     is_late: bool = False  # newer versions may be there already
-    attempts: int = 0
-    last_attempt: float = math.inf  # its number, once the run closes
+    tries: int = 0
+    last_try: float = math.inf  # its number, once the run closes
     due_at: float = 0.0
     reason: str = ""
     artifact: Any = None  # offline: built, to be recorded at the end
@@ -50,11 +88,11 @@ class _Upload:
 
 class Uploads:
     """
-    What is staged and not yet in W&B, and the thread that delivers it in the order of `add`.
+    The queue of staged artifacts that W&B lacks, and the thread that uploads them in the order of `add`.
 
     A failed upload is tried again in its place, twice. Then it is set aside: those behind it go on, it is tried
     again every five minutes, and the aliases that newer ones have got by then stay theirs. When the run closes,
-    each has at least one attempt more.
+    each is tried once more at least.
 
     An offline run records its artifacts at the end, since a record whose files are gone leaves an empty artifact on
     the server. Until then a checkpoint that is neither the newest nor the best is dropped when it alone holds disk.
@@ -94,7 +132,7 @@ class Uploads:
         """Note an artifact that could not even be staged, for the report."""
         self._failed.append(pending)
 
-    def close(self, limit: float | None = None) -> Delivery:
+    def close(self, limit: float | None = None) -> UploadResult:
         """
         Wait for the uploads, stop the thread, and say what was delivered. Never raises.
 
@@ -107,16 +145,16 @@ class Uploads:
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
-            return self._delivery(reason)
+            return self._result(reason)
 
     # The caller's thread
 
     def _wait(self, limit: float) -> str:
-        """Return when the thread is done (""), or why it is not waited for."""
+        """Wait for the thread; returns "", or why the waiting has ended before it."""
         with self._changed:
             self._is_closing = True
             for upload in self._waiting:
-                upload.due_at, upload.last_attempt = 0.0, max(upload.attempts, len(RETRY_SECONDS)) + 1
+                upload.due_at, upload.last_try = 0.0, max(upload.tries, len(RETRY_SECONDS)) + 1
             self._changed.notify_all()
         if self._thread is None:
             return ""
@@ -134,20 +172,12 @@ class Uploads:
             probe = min(PROBE_SECONDS, max(0.1, limit - (time.monotonic() - began)))
             if self._is_offline or server_answers(self._run.settings.base_url, timeout=probe):
                 answered_at = time.monotonic()
-            if (now := (len(self._committed), self._bytes_sent(probe))) != progress or self._is_offline:
+            if (now := (len(self._committed), bytes_sent(self._run, probe))) != progress or self._is_offline:
                 progress, moved_at = now, time.monotonic()
             self._thread.join(probe)
         return ""
 
-    def _bytes_sent(self, timeout: float) -> int | None:
-        """How much wandb has handed to the network, as its own progress display asks for it; None if unknown."""
-        try:
-            response = self._run._interface.deliver_poll_exit().wait_or(timeout=timeout)
-            return int(response.response.poll_exit_response.pusher_stats.uploaded_bytes)
-        except Exception:  # no public interface: nothing depends on it, whatever becomes of it
-            return None
-
-    def _delivery(self, reason: str) -> Delivery:
+    def _result(self, reason: str) -> UploadResult:
         reason = self._lost or reason or "not uploaded"
         pending = [
             Pending(name=each.staged.name, aliases=each.staged.aliases, reason=each.reason or reason)
@@ -159,7 +189,7 @@ class Uploads:
         if self._waiting:
             folders = dict.fromkeys(each.staged.folder.parent.parent for each in self._waiting)
             commands.append(f"python -m harness.tracking upload {shlex.join(map(str, folders))}")
-        return Delivery(
+        return UploadResult(
             committed=list(self._committed),
             pending=[*pending, *self._failed, *self._unlinked],
             staged=list(self._recorded),
@@ -170,7 +200,7 @@ class Uploads:
 
     def _work(self) -> None:
         while (upload := self._next()) is not None:
-            upload.attempts += 1
+            upload.tries += 1
             try:
                 if self._is_offline:
                     self._prepare(upload)
@@ -182,7 +212,7 @@ class Uploads:
             self._record()
 
     def _next(self) -> _Upload | None:
-        """The upload to attempt now, in order; waits for one. None when the run closes and nothing is left to try."""
+        """The upload to try now, in order; waits for one. None when the run closes and nothing is left to try."""
         with self._changed:
             while not self._is_stopped:
                 pause = math.inf
@@ -193,7 +223,7 @@ class Uploads:
                     if wait <= 0:
                         return upload
                     pause = min(pause, wait)
-                    if upload.attempts <= len(RETRY_SECONDS):
+                    if upload.tries <= len(RETRY_SECONDS):
                         break  # those behind it keep their place
                 if self._is_closing and pause == math.inf:
                     return None
@@ -201,30 +231,30 @@ class Uploads:
         return None
 
     def _note(self, upload: _Upload, error: Exception) -> None:
-        """Decide what a failed attempt leads to."""
+        """Decide what a failed try leads to."""
         staged, reason = upload.staged, one_line(error)
         with self._changed:
             if self._is_stopped:  # closed meanwhile: the report has said it
                 return
-            if self._is_offline and not staged.is_waiting:  # `harness.sync` has brought it to W&B
+            if self._is_offline and not staged.is_waiting:  # `harness.sync` has uploaded it
                 self._waiting.remove(upload)
                 return
             upload.reason = reason
-            upload.is_late |= upload.attempts > len(RETRY_SECONDS)
+            upload.is_late |= upload.tries > len(RETRY_SECONDS)
             if isinstance(error, StagingError):
                 self._waiting.remove(upload)
                 reason = f"{reason}; delete {staged.folder} to give it up"
                 self._failed.append(Pending(name=staged.name, aliases=staged.aliases, reason=reason))
-            elif _is_loss(error):
+            elif is_run_gone(error):
                 self._lost, self._is_stopped = f"wandb's process or run has ended ({reason})", True
-            elif upload.attempts >= upload.last_attempt:
+            elif upload.tries >= upload.last_try:
                 upload.due_at = math.inf
             else:
-                later = RETRY_SECONDS[upload.attempts - 1] if upload.attempts <= len(RETRY_SECONDS) else ASIDE_SECONDS
+                later = RETRY_SECONDS[upload.tries - 1] if upload.tries <= len(RETRY_SECONDS) else ASIDE_SECONDS
                 upload.due_at = time.monotonic() + later
         if self._lost:
             logger.warning("W&B gets no more artifacts of this run, they stay in %s: %s.", staged.folder.parent, reason)
-        elif upload.attempts == len(RETRY_SECONDS) + 1 or isinstance(error, StagingError):
+        elif upload.tries == len(RETRY_SECONDS) + 1 or isinstance(error, StagingError):
             logger.warning("%s (%s) could not be uploaded to W&B: %s.", staged.name, staged.aliases[-1], reason)
 
     def _deliver(self, upload: _Upload) -> None:
@@ -237,7 +267,7 @@ class Uploads:
         except StagingError:
             if staged.is_waiting:
                 raise
-            # Else `harness.tracking upload`, or an earlier life's last thread, has delivered it.
+            # Else `harness.tracking upload`, or an earlier attempt's last thread, has delivered it.
         with self._changed:
             self._waiting.remove(upload)
             if committed is not None:
@@ -263,12 +293,12 @@ class Uploads:
         return self._cached_api
 
     def _link(self, committed: Any, staged: Staged, registry: str) -> None:
-        for attempt in range(LINK_ATTEMPTS):
+        for number in range(LINK_TRIES):
             try:
                 committed.link(registry_path(registry), staged.aliases)
             except Exception as error:  # as in `_work`
                 reason = one_line(error)
-                time.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)] if attempt + 1 < LINK_ATTEMPTS else 0)
+                time.sleep(RETRY_SECONDS[min(number, len(RETRY_SECONDS) - 1)] if number + 1 < LINK_TRIES else 0)
             else:
                 return
         logger.warning("%s is not linked to %s: %s", committed.name, registry, reason)
@@ -308,7 +338,7 @@ class Uploads:
                 write_record(dataclasses.replace(upload.staged, sync_dir=str(self._run.settings.sync_dir)))
             except Exception as error:  # as in `_work`
                 upload.reason = one_line(error)
-                if not upload.staged.is_waiting:  # `harness.sync` has brought it to W&B
+                if not upload.staged.is_waiting:  # `harness.sync` has uploaded it
                     with self._changed:
                         self._waiting.remove(upload)
                 continue
@@ -317,14 +347,10 @@ class Uploads:
                 self._recorded.append(upload.staged.name)
 
 
-def _is_loss(error: BaseException) -> bool:
-    """Whether wandb's process is gone or the run is over, also where wandb has wrapped it."""
-    from wandb.errors import UsageError
-    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+def _count(what: list[Any]) -> str:
+    return f"{len(what)} artifact{'' if len(what) == 1 else 's'}"
 
-    if isinstance(error, UsageError | ConnectionResetError | BrokenPipeError):
-        return True
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HandleAbandonedError | MailboxClosedError):
-        cause = cause.__cause__ or cause.__context__
-    return cause is not None
+
+def _listed(names: list[str]) -> str:
+    more = [f"{len(names) - NAMES_IN_A_LINE} more"] if len(names) > NAMES_IN_A_LINE else []
+    return ", ".join([*names[:NAMES_IN_A_LINE], *more])

@@ -1,4 +1,4 @@
-"""Artifacts on the disk before W&B has them: hard links beside the checkpoints, and a record that outlives a kill."""
+"""Staged files: artifacts as hard links beside the checkpoints until W&B has them, and a record of each."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 from harness.errors import StagingError
 from harness.files import sync as sync_path
 from harness.files import write_whole, written_whole
-from harness.tracking.run.open import one_line
+from harness.tracking.client import one_line
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "wandb-artifacts"
+STAGING_FOLDER = "wandb-artifacts"
 RECORD_FILE = "artifact.json"
 FORMAT_VERSION = 1
 NUMBERED = re.compile(r"(\d+)-.+")
@@ -31,10 +31,10 @@ CLOCK_NS = 10_000_000  # a copy keeps the time only as finely as its file system
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Staged:
     """
-    An artifact on its way, as `artifact.json` describes it.
+    An artifact that W&B does not have yet, as `artifact.json` describes it.
 
-    `files` maps a name in the artifact to its size, its time and, unless it was written here, where it is linked
-    from. `saved_at` (seconds since 1970) orders the versions of a collection; 0 gives way to every other one.
+    `files` maps a name in the artifact to the file's size, time and, unless it was written here, the path that it
+    is linked from. `saved_at` (seconds since 1970) orders the versions of a collection; 0 is older than all.
     `sync_dir` is the folder of the offline run that has it recorded.
     """
 
@@ -53,12 +53,12 @@ class Staged:
 
     @property
     def number(self) -> int:
-        """Its place among those staged in the same folder."""
+        """The number that orders those staged in the same folder."""
         return int(self.folder.name.partition("-")[0])
 
     @property
     def is_waiting(self) -> bool:
-        """Whether nobody has discarded it meanwhile: its record goes first."""
+        """Whether it is still staged; `discard` removes the record first."""
         return (self.folder / RECORD_FILE).exists()
 
     def path_of(self, name: str) -> Path:
@@ -66,7 +66,7 @@ class Staged:
         return self.folder / "files" / name
 
     def pinned_bytes(self) -> int:
-        """What the disk holds only for this artifact: files whose other link is gone, and copies."""
+        """Return the bytes that are on the disk only for this artifact: files whose other link is gone, and copies."""
         stats = [path.stat() for path in map(self.path_of, self.files) if path.exists()]
         return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
@@ -111,7 +111,7 @@ def write_record(staged: Staged) -> None:
 
 
 def sync(staged: Staged) -> None:
-    """Bring the record and the links to the disk itself: milliseconds, or seconds after much was written."""
+    """Sync the record and the links to the disk: milliseconds, or seconds after much was written."""
     for path in (staged.folder / RECORD_FILE, staged.folder / "files", staged.folder, staged.folder.parent):
         sync_path(path)
 
@@ -137,7 +137,7 @@ def complete(staged: Staged) -> None:
 
 
 def waiting(root: Path) -> list[Staged]:
-    """What is staged under `root`, in its order. A record that can't be read is passed over with a warning."""
+    """Return what is staged under `root`, in order. A record that can't be read is a warning."""
     if not root.is_dir():
         return []
     found = []

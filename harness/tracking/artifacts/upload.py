@@ -1,4 +1,4 @@
-"""What is said to W&B about an artifact: sent, verified, aliases in order, linked, superseded versions deleted."""
+"""Uploads a staged artifact and verifies it, puts its aliases right, links it, deletes superseded versions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any
 import requests
 
 from harness.errors import DeliveryError
+from harness.tracking import client
 from harness.tracking.artifacts.staging import Staged, complete, discard, sync
-from harness.tracking.run.open import one_line, server_answers
+from harness.tracking.client import one_line, server_answers
 
 TYPE = "model"  # the Trainer's, for all three kinds
 DEFAULT_REGISTRY = "wandb-registry-model"
@@ -25,40 +26,9 @@ OWN_ALIAS = re.compile(rf"epoch_.*|{CHECKPOINT_ALIAS.pattern}")
 BATCH_FILES = 200
 TRANSFER_TIMEOUT_SECONDS = 60  # without a byte moving
 
-# As wandb-core has them (core/api/graphql in wandb's repository).
-CREATE_ARTIFACT = """
-mutation CreateArtifact($input: CreateArtifactInput!) {
-    createArtifact(input: $input) { artifact { id state artifactSequence { latestArtifact { id } } } }
-}"""
-CREATE_MANIFEST = """
-mutation CreateArtifactManifest(
-    $artifactID: ID!, $baseArtifactID: ID, $name: String!, $digest: String!, $entityName: String!,
-    $projectName: String!, $runName: String!, $manifestType: ArtifactManifestType!, $includeUpload: Boolean!
-) {
-    createArtifactManifest(input: {
-        artifactID: $artifactID, baseArtifactID: $baseArtifactID, name: $name, digest: $digest,
-        entityName: $entityName, projectName: $projectName, runName: $runName, type: $manifestType
-    }) {
-        artifactManifest {
-            id
-            file { id uploadUrl @include(if: $includeUpload) uploadHeaders @include(if: $includeUpload) }
-        }
-    }
-}"""
-CREATE_FILES = """
-mutation CreateArtifactFiles($artifactFiles: [CreateArtifactFileSpecInput!]!, $storageLayout: ArtifactStorageLayout!) {
-    createArtifactFiles(input: { artifactFiles: $artifactFiles, storageLayout: $storageLayout }) {
-        files { edges { node { storagePath uploadUrl uploadHeaders artifact { id } } } }
-    }
-}"""
-COMMIT = """
-mutation CommitArtifact($artifactID: ID!) {
-    commitArtifact(input: { artifactID: $artifactID }) { artifact { id digest } }
-}"""
-
 
 def build(staged: Staged) -> Any:
-    """The wandb.Artifact of the staged files themselves: nothing is copied, now or to the cache. Reads all of them."""
+    """Return a wandb.Artifact of the staged files, which it reads: nothing is copied, here or into the cache."""
     import wandb
 
     complete(staged)
@@ -98,7 +68,7 @@ def deliver(staged: Staged, *, api: Callable[[], Any], log: Callable[[Any, list[
 
 def deliver_staged(api: Any, staged: Staged) -> str:
     """
-    Deliver an artifact of a run that is not open here, unstage and link it; returns what to say.
+    Upload, unstage and link an artifact of a run that is not open here; returns what to say.
 
     Raises DeliveryError, and what `deliver` raises.
     """
@@ -112,7 +82,7 @@ def deliver_staged(api: Any, staged: Staged) -> str:
         if not server_answers(api.settings["base_url"]):
             raise
         sync = staged.sync_dir or "and the folder of the run"
-        raise DeliveryError(f"W&B has no run {run}; bring it there first: wandb sync {sync}") from error
+        raise DeliveryError(f"W&B has no run {run}; send it first: wandb sync {sync}") from error
     log = partial(save_without_run, api, staged)
     committed = deliver(staged, api=lambda: api, log=log, may_be_late=True)
     discard(staged)
@@ -128,12 +98,12 @@ def deliver_staged(api: Any, staged: Staged) -> str:
 
 
 def versions(api: Any, staged: Staged) -> list[Any]:
-    """The committed versions of its collection, none where it doesn't exist yet."""
+    """Return the committed versions of its collection, none where it doesn't exist yet."""
     return versions_of(api, f"{staged.entity}/{staged.project}/{staged.name}", TYPE)
 
 
 def versions_of(api: Any, path: str, kind: str) -> list[Any]:
-    """The committed versions of the collection ENTITY/PROJECT/NAME of a type, none where it doesn't exist yet."""
+    """Return the committed versions of a collection ENTITY/PROJECT/NAME of a type, none where it doesn't exist yet."""
     return list(api.artifacts(kind, path)) if api.artifact_collection_exists(path, kind) else []
 
 
@@ -164,7 +134,7 @@ def is_checkpoint(staged: Staged) -> bool:
 
 
 def registry_path(name: str) -> str:
-    """Where a registered model is: NAME is in W&B's model registry, a name with a slash is a full path."""
+    """Return the path of a registered model: NAME is in W&B's model registry, a name with a slash is a full path."""
     return name if "/" in name else f"{DEFAULT_REGISTRY}/{name}"
 
 
@@ -181,7 +151,7 @@ def save_without_run(api: Any, staged: Staged, artifact: Any, aliases: Sequence[
     The steps are those of wandb-core. `aliases` are given as they are: `latest` is for the caller to ask for. Files
     go in one request each, which S3 limits to 5 GB. Raises what wandb and urllib raise.
     """
-    ask = api._service_api.execute_graphql
+    ask = partial(client.execute, api)
     own = {"entityName": staged.entity, "projectName": staged.project, "runName": staged.run_id}
     given = {
         **own,
@@ -196,7 +166,7 @@ def save_without_run(api: Any, staged: Staged, artifact: Any, aliases: Sequence[
         "clientID": uuid.uuid4().hex,
         "sequenceClientID": uuid.uuid4().hex,
     }
-    created = ask(CREATE_ARTIFACT, {"input": given})["createArtifact"]["artifact"]
+    created = ask(client.CREATE_ARTIFACT, {"input": given})["createArtifact"]["artifact"]
     if created["state"] != "COMMITTED":  # else W&B had it already, and has moved the aliases
         base = (created["artifactSequence"].get("latestArtifact") or {}).get("id")
         manifest = {
@@ -206,17 +176,17 @@ def save_without_run(api: Any, staged: Staged, artifact: Any, aliases: Sequence[
             "name": "wandb_manifest.json",
             "manifestType": "FULL",
         }
-        begun = ask(CREATE_MANIFEST, {**manifest, "digest": "", "includeUpload": False})
+        begun = ask(client.CREATE_MANIFEST, {**manifest, "digest": "", "includeUpload": False})
         content = artifact.manifest.to_manifest_json()
         manifest_id = begun["createArtifactManifest"]["artifactManifest"]["id"]
         for name, birth in _send_files(ask, staged, artifact, created["id"], manifest_id):
             content["contents"][name]["birthArtifactID"] = birth
         body = json.dumps(content).encode()
         digest = base64.b64encode(hashlib.md5(body).digest()).decode()  # noqa: S324 - the protocol's
-        ended = ask(CREATE_MANIFEST, {**manifest, "digest": digest, "includeUpload": True})
+        ended = ask(client.CREATE_MANIFEST, {**manifest, "digest": digest, "includeUpload": True})
         file = ended["createArtifactManifest"]["artifactManifest"]["file"]
         _put(file["uploadUrl"], file["uploadHeaders"], body, len(body))
-        ask(COMMIT, {"artifactID": created["id"]})
+        ask(client.COMMIT_ARTIFACT, {"artifactID": created["id"]})
     found = [version for version in versions(api, staged) if version.digest == artifact.digest]
     if not found:
         raise DeliveryError(f"W&B does not show {staged.name} after its commit")
@@ -234,7 +204,7 @@ def _send_files(
             {"artifactID": artifact_id, "name": name, "md5": entry.digest, "artifactManifestID": manifest_id}
             for name, entry in batch
         ]
-        answer = ask(CREATE_FILES, {"artifactFiles": specs, "storageLayout": "V2"})
+        answer = ask(client.CREATE_FILES, {"artifactFiles": specs, "storageLayout": "V2"})
         for (name, entry), edge in zip(batch, answer["createArtifactFiles"]["files"]["edges"], strict=True):
             node = edge["node"]
             if node["uploadUrl"] is not None:

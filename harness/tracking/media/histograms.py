@@ -40,14 +40,25 @@ class Histogram:
     bins: list[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """
+    Which parameters are watched, beside what fits into a row of W&B's.
+
+    - max_tensors: at most so many: the first, the last and others at even distances, in the model's order.
+    - patterns: only those whose names match one of these (fnmatch, case-sensitive).
+    """
+
+    max_tensors: int | None = None
+    patterns: Sequence[str] = ()
+
+
 class Watch:
     """
     Histograms of a model's gradients and parameters at every `log_freq`-th optimizer step. All ranks hold one.
 
     - log: gradients, parameters or all.
-    - max_tensors: watch at most so many parameters, and never more than fit into a row of W&B's: the first, the last
-      and others at even distances, in the model's order.
-    - patterns: watch only parameters whose names match one of these (fnmatch, case-sensitive).
+    - selection: of which parameters.
     - gradient_of: collective; the whole gradient of a parameter, where ranks hold parts of it (DeepSpeed's ZeRO).
 
     `model` may be wrapped by DDP or compiled; names are those of the model inside. Raises ConfigError, on every rank
@@ -60,13 +71,12 @@ class Watch:
         *,
         log: str,
         log_freq: int,
-        max_tensors: int | None = None,
-        patterns: Sequence[str] = (),
         is_main: bool,
+        selection: Selection = Selection(),
         gradient_of: Callable[[torch.nn.Parameter], torch.Tensor | None] | None = None,
     ) -> None:
         choice("wandb_watch", log, LOG)
-        at_least(1, wandb_watch_max_tensors=max_tensors)
+        at_least(1, wandb_watch_max_tensors=selection.max_tensors)
         if log_freq < 1:
             raise ValueError(f"log_freq={log_freq}: use 1 or more.")
         self._log, self._log_freq, self._is_main = log, log_freq, is_main
@@ -76,18 +86,20 @@ class Watch:
             for name, parameter in unwrapped(model).named_parameters()
             if parameter.requires_grad or log != "gradients"
         ]
-        if patterns:
+        if patterns := selection.patterns:
             named = [item for item in named if any(fnmatchcase(item[0], pattern) for pattern in patterns)]
             if not named:
                 raise ConfigError(f"--wandb_watch_patterns={' '.join(patterns)} matches no parameter of the model.")
         fitting = MAX_HISTOGRAMS // (2 if log == "all" else 1)
-        count = min(len(named), fitting, max_tensors or fitting)
+        count = min(len(named), fitting, selection.max_tensors or fitting)
         self._parameters = [named[i * (len(named) - 1) // max(count - 1, 1)] for i in range(count)]
         if is_main and count < len(named):
             logger.warning(
                 "W&B watches %d of %d parameters, at even distances: %d would fit into a row. "
                 "See --wandb_watch_max_tensors; choose by name with --wandb_watch_patterns.",
-                *(count, len(named), fitting),
+                count,
+                len(named),
+                fitting,
             )
 
     def is_due(self, step: int) -> bool:

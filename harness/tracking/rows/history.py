@@ -1,4 +1,4 @@
-"""Each row of a run once, over all its lives: what is made again after a resume is not sent again."""
+"""Sends each row of a run once over all attempts: rows that a resumed training makes again are not sent again."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.tracking.rows.journal import COLUMNS, Journal, encoded, revived
+from harness.tracking.client import next_step
+from harness.tracking.rows.journal import COLUMNS, Journal, decoded, encoded
 
 logger = logging.getLogger(__name__)
 
-# What the clock and the machine say, which no two lives share.
+# What the clock and the machine say, which no two attempts share.
 TIMING = ("runtime", "_per_second", "_seconds")
 MEASURED = ("train/throughput/", "train/memory/")
 
 
 class History:
     """
-    The rows of a run, counted from the beginning of its training; the journal gets each before W&B does.
+    Counts the rows of a run from the beginning of its training, and writes each to the journal before W&B gets it.
 
-    - rows: how many the checkpoint has counted; those behind it are made again.
-    - first_row, first_step: the first row that this W&B run has of the training, and the step it has there.
-    - have: the steps that W&B has of the run; None if nobody knows, and nothing can be sent in this life.
+    - rows: how many the checkpoint has counted; the training makes those behind it again.
+    - first_row, first_step: the first row of the training that is in this W&B run, and its step there.
+    - have: how many steps W&B has of the run; None if that is unknown: this attempt then sends nothing.
 
-    Rows of the user's own, sent past it, take steps of W&B's too: they are not counted, and come again.
+    Rows that the user sends to the run directly take steps of W&B's too; they are not counted, and are sent again.
     """
 
     def __init__(self, journal: Journal, *, rows: int, first_row: int, first_step: int, have: int | None) -> None:
@@ -35,8 +36,8 @@ class History:
         self._run: Any = None
         self._offset = 0
         self._has_diverged = False
-        self._recorded: dict[int, dict[str, Any]] = {}  # that will be made again
-        self._lost: list[dict[str, Any]] = []  # on the way to W&B: they will not be made again
+        self._recorded: dict[int, dict[str, Any]] = {}  # in W&B, and made again by this training
+        self._lost: list[dict[str, Any]] = []  # missing in W&B, and not made again: sent from the journal
         self._latest: dict[str, Any] = {}
         size = 0
         for line, end in journal.lines():
@@ -58,23 +59,24 @@ class History:
         if expected > len(self._lost):
             logger.warning(
                 "%d rows before the checkpoint are in neither W&B nor %s: the history has a gap there.",
-                *(expected - len(self._lost), journal.path),
+                expected - len(self._lost),
+                journal.path,
             )
 
     def begin(self, run: Any, *, offset: int) -> None:
-        """Go on with the open run, whose step 0 is W&B's `offset`: send what got lost, bring the summary up to date."""
+        """Go on with the open run, whose step 0 is W&B's `offset`: send the lost rows, bring the summary up to date."""
         self._run, self._offset = run, offset
         numbers = {name: value for name, value in self._latest.items() if name not in COLUMNS and _fits_summary(value)}
         if numbers:
-            run.summary.update(revived(numbers))
+            run.summary.update(decoded(numbers))
         for line in self._lost:
-            run.log({**revived(line), "_timestamp": line["_timestamp"]})
+            run.log({**decoded(line), "_timestamp": line["_timestamp"]})
         if self._lost:
             logger.info("%d rows that W&B lacked are sent again.", len(self._lost))
         self._lost = []
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Take the next row: journal it and send it, or compare it with the one that is there."""
+        """Take the next row: write it to the journal and send it, or compare it with the one that W&B has."""
         values = encoded(row)
         recorded = self._recorded.pop(self.rows, None)
         if recorded is not None and _is_same_event(recorded, values):
@@ -82,38 +84,38 @@ class History:
             self.rows, self._next_step = self.rows + 1, recorded["_step"] + 1
             return
         if recorded is not None:
-            self._part(recorded)
+            self._leave_recorded(recorded)
         timestamp = time.time()
         is_there = self._have is not None and self._next_step < self._have  # the journal has lost it
         is_sent = self._run is not None and not is_there
         step = self._next_step
         if is_sent:
-            # Counts rows of the user's own too. The public `step` asks wandb's process, which says 0 after a resume.
-            step = self._offset + getattr(self._run, "_local_step", step - self._offset)
+            step = self._offset + next_step(self._run, step - self._offset)
         self._journal.append(self.rows, step, timestamp, values)
         self.rows, self._next_step = self.rows + 1, step + 1
         if is_sent:
             self._run.log({**row, "_timestamp": timestamp})
 
     def sync(self) -> None:
-        """Bring the journal to the disk: a checkpoint is going to count its rows."""
+        """Sync the journal to the disk, before a checkpoint counts its rows."""
         self._journal.sync()
 
     def copier(self) -> Callable[[Path], None]:
-        """What a checkpoint keeps of the rows, see Journal.copier: where this disk is lost, it has them."""
+        """Return what copies the rows into a checkpoint, see Journal.copier: it has them if this disk is lost."""
         return self._journal.copier()
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """Sync and close the journal."""
         self._journal.sync()
         self._journal.close()
 
-    def _part(self, recorded: Mapping[str, Any]) -> None:
-        """The run makes other rows than it did (logged elsewhere, a longer training): those that are there stay."""
+    def _leave_recorded(self, recorded: Mapping[str, Any]) -> None:
+        """Stop comparing, since the training makes other rows than before (other logging steps). W&B keeps the old."""
         last = self._recorded[max(self._recorded)] if self._recorded else recorded
         logger.warning(
             "The run makes other rows than before the interruption, from step %s on: the %d that W&B has stay there.",
-            *(recorded.get("train/global_step", "?"), last["_row"] - recorded["_row"] + 1),
+            recorded.get("train/global_step", "?"),
+            last["_row"] - recorded["_row"] + 1,
         )
         self._recorded = {}
         self.rows, self._next_step = last["_row"] + 1, last["_step"] + 1
@@ -132,7 +134,11 @@ class History:
             logger.warning(
                 "The run no longer repeats itself: at step %s %s was %s before the interruption and is now %s%s. "
                 "W&B keeps the first; further differences are not told.",
-                *(values.get("train/global_step", "?"), name, _shown(before), _shown(value), _size(before, value)),
+                values.get("train/global_step", "?"),
+                name,
+                _shown(before),
+                _shown(value),
+                _size(before, value),
             )
             return
 

@@ -1,4 +1,4 @@
-"""The rows of a run on this machine's disk, `metrics.jsonl`: one JSON object a line, readable by pandas."""
+"""What a row is: its names, its values in JSON, and its line in `metrics.jsonl` on this disk, readable by pandas."""
 
 from __future__ import annotations
 
@@ -16,17 +16,25 @@ from harness.files import written_whole
 
 logger = logging.getLogger(__name__)
 
-FILE = "metrics.jsonl"
+JOURNAL_FILE = "metrics.jsonl"
 # Columns of ours: the row's number in the training, its step in W&B, seconds since 1970.
 COLUMNS = ("_row", "_step", "_timestamp")
+# They describe the whole run: the Trainer puts them into the summary, under these names, not into a row.
+SUMMARY_ONLY = (
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+    "total_flos",
+)
 
 
 class Journal:
     """
-    The file, to read, to cut and to append to. What a kill has torn off at its end is no row.
+    The file, to read, to cut and to append to. A torn last line, which a kill leaves, is no row.
 
-    It never raises for the disk's sake: a training doesn't end since its journal can't be written. Lines that could
-    not be written are tried again with the next one.
+    A disk that fails is a warning, since it should not end a training. Lines that could not be written are tried again
+    with the next one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +45,7 @@ class Journal:
         self._has_warned = False
 
     def lines(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Each whole line, oldest first, with the number of bytes up to its end."""
+        """Yield each whole line, the oldest first, and the number of bytes up to its end."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -57,9 +65,9 @@ class Journal:
 
     def begin(self, size: int) -> None:
         """
-        Keep the first `size` bytes and go on behind them, in a file of this life's own.
+        Keep the first `size` bytes and go on behind them, in a file of this attempt's own.
 
-        A process that was shut out but has not noticed it yet then writes to the old one, which nobody sees.
+        A process that was fenced off and has not noticed it yet writes to the old file, which nobody reads any more.
         """
         self._size = size
         self._open()
@@ -76,7 +84,7 @@ class Journal:
             self._warn(error)
 
     def append(self, row: int, step: int, timestamp: float, values: Mapping[str, Any]) -> None:
-        """Write a line, values as `encoded` gives them; a kill of this process after it does not lose it."""
+        """Write a line of values as `encoded` gives them. A kill of this process afterwards does not lose it."""
         line = dict(zip(COLUMNS, (row, step, timestamp), strict=True)) | dict(values)
         self._unwritten += json.dumps(line).encode() + b"\n"
         if self._descriptor is None:
@@ -92,7 +100,7 @@ class Journal:
             self._warn(error)
 
     def sync(self) -> None:
-        """Bring it to the disk itself: what a checkpoint counts survives a loss of power."""
+        """Sync the file to the disk, so that the rows that a checkpoint counts survive a loss of power."""
         if self._descriptor is not None:
             try:
                 os.fsync(self._descriptor)
@@ -100,7 +108,7 @@ class Journal:
                 self._warn(error)
 
     def copier(self) -> Callable[[Path], None]:
-        """What copies the rows until now to a path, later and in another thread, without histograms and tables."""
+        """Return what copies the rows until now to a path, in any thread, without histograms and tables."""
         size = self._size
 
         def copy(path: Path) -> None:
@@ -126,8 +134,24 @@ class Journal:
         self._has_warned = True
 
 
+def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The Trainer's names as its reports show them: `eval_loss` is `eval/loss`, `loss` is `train/loss`.
+
+    Names with a slash are the user's own and stay, as do the five of the summary: twice changes nothing.
+    """
+    return {_rewritten(name): value for name, value in values.items()}
+
+
+def _rewritten(name: str) -> str:
+    for prefix in ("eval", "test"):
+        if name.startswith(f"{prefix}_"):
+            return f"{prefix}/{name[len(prefix) + 1 :]}"
+    return name if "/" in name or name in SUMMARY_ONLY else f"train/{name}"
+
+
 def encoded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row in JSON types: histograms as W&B writes them, tables and charts as what they are made of."""
+    """Return a row in JSON types: histograms as W&B writes them, tables and charts as what they are made of."""
     values: dict[str, Any] = json.loads(json.dumps({name: _encoded(value) for name, value in row.items()}))
     return values
 
@@ -152,12 +176,12 @@ def _encoded(value: Any) -> Any:
     return plain(value)
 
 
-def revived(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `encoded` has written, without the columns of ours, as `run.log` takes it."""
-    return {name: _revived(value) for name, value in values.items() if name not in COLUMNS}
+def decoded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `encoded` has written as `run.log` takes it, without our own columns."""
+    return {name: _decoded(value) for name, value in values.items() if name not in COLUMNS}
 
 
-def _revived(value: Any) -> Any:
+def _decoded(value: Any) -> Any:
     kind = value.get("_type") if isinstance(value, dict) else None
     if kind is None:
         return value
@@ -171,7 +195,7 @@ def _revived(value: Any) -> Any:
     if kind == "chart":
         return wandb.plot_table(
             value["spec_name"],
-            _revived(value["table"]),
+            _decoded(value["table"]),
             value["fields"],
             value["string_fields"],
             split_table=value["split_table"],

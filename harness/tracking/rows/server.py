@@ -1,12 +1,20 @@
 """
-Rows of an online run that never reached the server: sent from the run's folder, each exactly once.
+A run as W&B's server has it: its rows counted, those it lacks sent from this disk, each exactly once.
 
 `wandb sync` passes online runs over, and with --include-online it sends all rows again behind those that are there.
+Of an offline run it would send all rows of a file again if it were killed in between, and it stops at a file that a
+kill has torn. So it gets a whole file of our own, without rows (`sync_without_rows`); those go by their numbers
+(`deliver_rows`), and twice changes nothing.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +23,14 @@ from typing import Any
 
 import requests
 
-from harness.errors import RowsError
-from harness.tracking.client import API_TIMEOUT_SECONDS
-from harness.tracking.rows.journal import FILE as JOURNAL
-from harness.tracking.rows.journal import Journal
-from harness.tracking.rows.wandb_file import TransactionLog, read_log
+from harness.errors import RowsError, SyncError
+from harness.tracking.artifacts.staging import STAGING_FOLDER
+from harness.tracking.client import API_TIMEOUT_SECONDS, ROWS_OF_RUN, ask_once, execute
+from harness.tracking.rows.journal import JOURNAL_FILE, Journal
+from harness.tracking.rows.wandb_file import HEADER_BYTES, TransactionLog, encode, read_log, read_records
 from harness.tracking.run import identity as identities
+
+logger = logging.getLogger(__name__)
 
 HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 # Where the .wandb files of online runs are: in a run's folder, below wandb's, below an output_dir.
@@ -28,17 +38,14 @@ PATTERNS = ("run-*.wandb", "run-*/run-*.wandb", "wandb/run-*/run-*.wandb")
 ENDED = ("finished", "failed", "killed", "preempted")
 BATCH_ROWS, BATCH_CHARACTERS = 500, 2_000_000
 CONFIRM_SECONDS = 15.0
-QUESTION = """
-query RunRows($entity: String, $project: String, $run: String!) {
-  model(name: $project, entityName: $entity) {
-    bucket(name: $run, missingOk: true) { historyLineCount historyTail summaryMetrics state }
-  }
-}"""
+SYNC_TIMEOUT_SECONDS = 3600.0
+# What makes a run and its charts; the rest of an attempt waits for its end.
+SETUP = ("header", "run", "config", "environment", "telemetry", "metric")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtServer:
-    """What W&B has of a run: the number of its rows, the last of them, its summary, its state."""
+    """What W&B has of a run: the number of its rows, the last row, its summary, its state."""
 
     count: int
     last: dict[str, Any]
@@ -46,8 +53,24 @@ class AtServer:
     state: str
 
 
+def rows_arrived(run: Any) -> int | None:
+    """Return how many rows the server has of an online run, or the file of an offline one; None if unknown."""
+    settings = run.settings
+    try:
+        if run.offline:
+            log = read_log(Path(settings.sync_file))
+            # Numbered from 0, which skips what a step given by the user skips.
+            return 0 if log is None or not log.rows else int(log.rows[-1].get("_step", len(log.rows) - 1)) + 1
+        variables = {"entity": settings.entity, "project": settings.project, "run": settings.run_id}
+        found = _parse_answer(ask_once(settings, ROWS_OF_RUN, variables))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # requests raises OSErrors
+        logger.debug("The rows that have arrived could not be counted: %s", error)
+        return None
+    return None if found is None else found.count
+
+
 def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
-    """The last life of each online run in a folder, oldest first; and what is wrong with files that can't be read."""
+    """Return the last attempt of each online run in a folder, oldest first, and why other files can't be read."""
     latest: dict[str, TransactionLog] = {}
     problems = []
     paths = {path for pattern in PATTERNS for path in folder.absolute().glob(pattern)}
@@ -57,7 +80,7 @@ def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
         except (OSError, ValueError) as error:
             problems.append(f"{path} can't be read: {error}")
             continue
-        # A life begins with the row that the server awaits: rows of the lives before are there, or were made again.
+        # An attempt begins with the row that the server awaits: rows of those before are there, or were made again.
         if log is not None and (log.run_id not in latest or log.started_at > latest[log.run_id].started_at):
             latest[log.run_id] = log
     if (journaled := _journaled(folder, latest)) is not None:
@@ -66,14 +89,14 @@ def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
 
 
 def connection(api: Any, log: TransactionLog) -> tuple[Callable[[], AtServer | None], Callable[[dict[str, Any]], None]]:
-    """What asks the server of a run, and what sends one request of its file stream. They raise what wandb does."""
+    """Return two functions: one asks the server about a run, one sends a request of its file stream. They raise."""
     entity = log.entity or api.default_entity
     base_url = api.settings["base_url"].rstrip("/")
     variables = {"entity": entity, "project": log.project, "run": log.run_id}
     address = f"{base_url}/files/{entity}/{log.project}/{log.run_id}/file_stream"
 
     def ask() -> AtServer | None:
-        return parse_answer(api._service_api.execute_graphql(QUESTION, variables))
+        return _parse_answer(execute(api, ROWS_OF_RUN, variables))
 
     def post(body: dict[str, Any]) -> None:
         requests.post(address, json=body, auth=("api", api.api_key), timeout=API_TIMEOUT_SECONDS).raise_for_status()
@@ -87,7 +110,7 @@ def deliver_rows(
     """
     Send the rows that the server lacks, then the summary and how the run ended; returns how many rows it was.
 
-    `post` sends one request of W&B's file stream. There rows have numbers, so a second attempt after a kill writes
+    `post` sends one request of W&B's file stream. There rows have numbers, so what is sent again after a kill writes
     the same rows to the same places. Raises RowsError before anything is sent if the two don't fit together.
     """
     server = ask()
@@ -119,8 +142,26 @@ def deliver_rows(
     return len(rows)
 
 
+def sync_without_rows(path: Path, *, is_over: bool, resumes: bool, lock: int | None) -> list[Any]:
+    """
+    Send a .wandb file to the server without its rows; of an attempt that is not over only what makes the run.
+
+    `resumes`: W&B has the run, and it goes on; else it is replaced. The file descriptor `lock` is inherited by `wandb
+    sync`, which may outlive us. Returns the artifact records that were sent. Raises SyncError, OSError and ValueError.
+    """
+    data = path.read_bytes()
+    records = list(_chosen(data, is_over=is_over, resumes=resumes))
+    with tempfile.TemporaryDirectory(prefix="harness-sync-") as temporary:
+        folder = Path(temporary) / path.parent.name
+        folder.mkdir()
+        (folder / "files").symlink_to((path.parent / "files").absolute())
+        (folder / path.name).write_bytes(data[:HEADER_BYTES] + encode(each.SerializeToString() for each in records))
+        _wandb_sync(folder, lock)
+    return [each.artifact for each in records if each.WhichOneof("record_type") == "artifact"]
+
+
 def missing(rows: Sequence[dict[str, Any]], server: AtServer) -> Sequence[dict[str, Any]]:
-    """The rows that the server lacks. Raises RowsError unless they are sure to follow those that it has."""
+    """Return the rows that the server lacks. Raises RowsError unless they surely follow those that it has."""
     steps = [row.get("_step") for row in rows]
     if not rows:
         return rows
@@ -140,8 +181,8 @@ def missing(rows: Sequence[dict[str, Any]], server: AtServer) -> Sequence[dict[s
     return rows[server.count - first :]
 
 
-def parse_answer(answer: dict[str, Any]) -> AtServer | None:
-    """What the answer to QUESTION says; None where there is no such run."""
+def _parse_answer(answer: dict[str, Any]) -> AtServer | None:
+    """Read the answer to ROWS_OF_RUN; None where there is no such run."""
     bucket = (answer.get("model") or {}).get("bucket")
     if bucket is None:
         return None
@@ -155,13 +196,13 @@ def parse_answer(answer: dict[str, Any]) -> AtServer | None:
 
 
 def _journaled(folder: Path, logs: Mapping[str, TransactionLog]) -> TransactionLog | None:
-    """All rows of the training's own run, from its journal: of those that wandb's files lack nothing else is left."""
+    """Return the training's own run with all rows of its journal, the only place of rows that wandb's files lack."""
     identity = identities.read(folder)
     if identity is None or identity.mode != "online":
         return None
     rows = {
         line["_step"]: {name: value for name, value in line.items() if name != "_row" and is_plain(value)}
-        for line, _ in Journal(folder / JOURNAL).lines()
+        for line, _ in Journal(folder / JOURNAL_FILE).lines()
         if line["_row"] >= identity.first_row
     }
     if not rows or sorted(rows) != list(range(min(rows), min(rows) + len(rows))):
@@ -187,7 +228,7 @@ def _journaled(folder: Path, logs: Mapping[str, TransactionLog]) -> TransactionL
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value of the journal is one of a row; tables and charts are files beside it."""
+    """Whether a value of the journal stands in the row itself; tables and charts are files beside it."""
     return not isinstance(value, dict) or value.get("_type") not in ("table", "chart")
 
 
@@ -207,9 +248,51 @@ def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The server's summary with the run's over it; `_wandb` and other nested values name by name."""
+    """Return the server's summary with the run's over it, nested values (`_wandb`) name by name."""
     merged = dict(old)
     for name, value in new.items():
         before = merged.get(name)
         merged[name] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
     return merged
+
+
+def _chosen(data: bytes, *, is_over: bool, resumes: bool) -> Iterator[Any]:
+    for record, _ in read_records(data):
+        kind = record.WhichOneof("record_type")
+        if kind == "history" or (not is_over and kind not in SETUP):
+            continue
+        if kind == "artifact" and _is_staged(record.artifact):
+            continue
+        if kind == "run":
+            record.run.resume = resumes
+        yield record
+
+
+def _is_staged(artifact: Any) -> bool:
+    """Whether its files are those of a staged artifact, which goes by itself and is verified."""
+    places = [entry.local_path for entry in artifact.manifest.contents if entry.local_path]
+    return bool(places) and all(STAGING_FOLDER in Path(place).parts for place in places)
+
+
+def _wandb_sync(folder: Path, lock: int | None) -> None:
+    # WANDB_MODE=offline in a shell is meant for trainings.
+    variables = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_RUN_ID")}
+    command = [sys.executable, "-m", "wandb", "sync", str(folder)]
+    try:
+        done = subprocess.run(  # noqa: S603 - ourselves
+            command,
+            env=variables | {"WANDB_SILENT": "false"},
+            cwd=folder.parent,  # it leaves logs where it is started
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SYNC_TIMEOUT_SECONDS,
+            check=False,
+            pass_fds=() if lock is None else (lock,),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SyncError(f"`wandb sync` did not end within {SYNC_TIMEOUT_SECONDS:g} s") from error
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line or "rror:" in line]
+    if done.returncode != 0 or said:
+        raise SyncError(f"`wandb sync` failed: {' '.join(said)[-300:] or f'exit code {done.returncode}'}")

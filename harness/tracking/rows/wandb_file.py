@@ -1,8 +1,15 @@
-"""What a run has left in its .wandb file: LevelDB's log format around wandb's protobuf records."""
+"""
+The .wandb file of one attempt of a run, read and written: LevelDB's log format around wandb's protobuf records.
+
+It lies in a folder of its own, `run-*` online and `offline-run-*` offline. wandb flushes it now and then, so that a
+kill tears it; what an offline run left is then made fit for `wandb sync`.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,14 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 MAGIC, HEADER_BYTES, BLOCK_BYTES, CHUNK_HEADER = b":W&B", 7, 32768, struct.Struct("<IHB")
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+TORN = "torn-"  # before the name of a folder whose file names no run
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransactionLog:
     """
-    One life of a run: its rows with W&B's own columns, its summary, and its exit code if it has ended.
+    One attempt of a run: its rows with W&B's own columns, its summary, and its exit code if it has ended.
 
     `started_at`: seconds since 1970. `entity` is "" where the run went to the user's default one. `resumes`: it was
     opened to go on behind rows that the server may have.
@@ -72,9 +82,9 @@ def read_log(path: Path) -> TransactionLog | None:
 
 def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
     """
-    The whole records in their order, each with the number of bytes up to its end.
+    Yield the whole records in their order, each with the number of bytes up to its end.
 
-    What a kill has torn off at the end is left out. Raises ValueError for another kind of file.
+    A torn record at the end, which a kill leaves, is left out. Raises ValueError for another kind of file.
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -102,8 +112,93 @@ def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
             yield record, position
 
 
+def encode(bodies: Iterable[bytes], *, start: int = HEADER_BYTES) -> bytes:
+    """Return serialized records as they stand behind the first `start` bytes of a file."""
+    data = bytearray()
+    for body in bodies:
+        kind, rest = FIRST, body
+        while True:
+            left = BLOCK_BYTES - (start + len(data)) % BLOCK_BYTES
+            if left < CHUNK_HEADER.size:  # nothing begins there
+                data += bytes(left)
+                left = BLOCK_BYTES
+            chunk, rest = rest[: left - CHUNK_HEADER.size], rest[left - CHUNK_HEADER.size :]
+            if not rest:
+                kind = WHOLE if kind == FIRST else LAST
+            data += CHUNK_HEADER.pack(zlib.crc32(chunk, zlib.crc32(bytes([kind]))), len(chunk), kind) + chunk
+            if not rest:
+                break
+            kind = MIDDLE
+    return bytes(data)
+
+
+def seal_all(folders: Iterable[Path], run_id: str) -> dict[Path, int]:
+    """
+    Make each offline run folder fit to be synced; returns the number of rows in each, the oldest first.
+
+    `wandb sync` stops, and says nothing, at a file whose tail is torn, and refuses one that names no run or whose
+    beginning is lost: the first kind is sealed, the others are renamed. The rows that are counted are on the disk
+    itself. No attempt may be running.
+    """
+    found = []
+    for folder in folders:
+        path = folder / f"run-{run_id}.wandb"
+        try:
+            if (sealed := seal(path)) is None:
+                folder.rename(folder.with_name(f"{TORN}{folder.name}"))
+            else:
+                found.append((*sealed, folder))
+        except OSError as error:
+            logger.warning("%s can't be read, its rows are not counted: %s", path, error)
+    return {folder: rows for _, rows, folder in sorted(found, key=lambda each: each[0])}
+
+
+def seal(path: Path) -> tuple[int, int] | None:
+    """
+    Cut a file behind its last whole record, and add the record of an end with exit code 1 if it has none.
+
+    Returns when the attempt began, in nanoseconds since 1970, and how many rows it has; None, and nothing is changed,
+    if nothing in the file says whose it is. Raises OSError.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    started_at: int | None = None
+    rows, num_records, has_ended, end = 0, 0, False, HEADER_BYTES
+    try:
+        for record, end in read_records(path.read_bytes()):  # noqa: B007 - the last end is used below
+            kind = record.WhichOneof("record_type")
+            num_records += 1
+            rows += kind == "history"
+            has_ended |= kind == "exit"
+            if kind == "run" and started_at is None:
+                started_at = record.run.start_time.ToNanoseconds()
+    except ValueError:
+        return None
+    if started_at is None:
+        return None
+    with path.open("r+b") as file:
+        file.truncate(end)
+        if not has_ended:
+            record = wandb_internal_pb2.Record(num=num_records + 1)
+            record.exit.exit_code = 1
+            file.seek(end)
+            file.write(encode([record.SerializeToString()], start=end))
+        file.flush()
+        os.fsync(file.fileno())
+    return started_at, rows
+
+
+def mark_synced(folders: Iterable[Path], run_id: str) -> None:
+    """Tell `wandb sync` that the rows of these folders have been sent."""
+    for folder in folders:
+        try:
+            (folder / f"run-{run_id}.wandb.synced").touch()
+        except OSError as error:
+            logger.debug("%s could not be marked as synced: %s", folder, error)
+
+
 def _put(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:
-    """The values, with those of the items at their places in them."""
+    """Put the items into the values, each at its nested key; returns the values."""
     for item in items:
         place = values
         *folders, name = item.nested_key or [item.key]

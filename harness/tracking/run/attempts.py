@@ -1,4 +1,4 @@
-"""One W&B run over all lives of a training: opened again where it was left, with each row once."""
+"""One W&B run for all attempts at a training: a restart opens it where it was left, and sends each row once."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from typing import Any
 
 from harness.distributed.ranks import is_running
 from harness.errors import ConfigError
+from harness.tracking.client import failures, one_line
 from harness.tracking.flags import TrackingConfig
-from harness.tracking.rows.fragments import TORN, collect, mark_synced
 from harness.tracking.rows.history import History
-from harness.tracking.rows.journal import FILE, Journal
+from harness.tracking.rows.journal import JOURNAL_FILE, Journal
+from harness.tracking.rows.wandb_file import TORN, mark_synced, seal_all
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import Identity
-from harness.tracking.run.open import failures, one_line, open_run
+from harness.tracking.run.open import open_run
 from harness.tracking.run.wandb_core import describe_processes, wait_for_cores
 
 logger = logging.getLogger(__name__)
 
 
-class Lives:
+class Attempts:
     """
-    What the lives of a training have in common. Rank zero's.
+    Opens the W&B run that all attempts at a training share. On rank zero only.
 
     - output_dir: its folder, where the journal and the run's identity are.
-    - resumes: whether this life was asked to go on with an earlier one, if there is one.
+    - resumes: whether this attempt was asked to go on with an earlier one, if there is one.
     """
 
     def __init__(self, output_dir: Path, *, resumes: bool) -> None:
@@ -45,11 +46,11 @@ class Lives:
 
     @property
     def journal_path(self) -> Path:
-        """Where the rows are, whatever becomes of W&B."""
-        return self.output_dir / FILE
+        """The file that has the rows, whatever becomes of W&B."""
+        return self.output_dir / JOURNAL_FILE
 
     def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str) -> None:
-        """Take what a checkpoint says of the run; `changes` is what makes its numbers others from there on, or ""."""
+        """Take what a checkpoint says of the run. `changes` says why the numbers differ from there on, or is ""."""
         self._rows, self._changes, self._checkpoint = int(saved.get("rows", 0)), changes, folder
         self._saved = identities.parse(saved.get("run") or {})
 
@@ -57,9 +58,9 @@ class Lives:
         self, config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Callable[[], None]
     ) -> tuple[Any, History]:
         """
-        The open run, None if W&B can't have it now, and its rows. Raises ConfigError for what can't go on.
+        Return the open run, None if it can't be opened now, and its rows. Raises ConfigError for what can't go on.
 
-        The identity is on the disk before wandb knows it: a kill in between does not make two runs of one.
+        The identity is written before wandb opens the run, so that a kill in between does not make two runs of one.
         """
         found = identities.read(self.output_dir)
         identity = identities.choose(config, found=found, saved=self._saved, rows=self._rows, resumes=self._resumes)
@@ -70,15 +71,14 @@ class Lives:
             wait_for_cores(found.processes)
         wandb_dir = Path(str(init_kwargs.get("dir") or self.output_dir)) / "wandb"
         folders = self._folders(identity, wandb_dir) if goes_on else []
-        fragments = collect(folders, identity.run_id)
-        counts = {fragment.path.parent: fragment.rows for fragment in fragments}
+        counts = seal_all(folders, identity.run_id)
         mode = identity.mode if config.wandb_mode == "auto" else config.wandb_mode
         was_online = identity.mode == "online"
         identity = replace(
             identity,
             project=identity.project or str(init_kwargs.get("project") or ""),
             entity=identity.entity or init_kwargs.get("entity"),
-            fragments=self._counted(identity, counts),
+            offline_folders=self._counted(identity, counts),
             exit_code=None,
         )
         self._keep(identity)
@@ -118,7 +118,7 @@ class Lives:
     def reopen(
         self, config: TrackingConfig, init_kwargs: Mapping[str, Any], *, rows: int, stop: Callable[[], None]
     ) -> tuple[Any, History] | None:
-        """After the death of wandb's processes: what `open` does in a next life, with all `rows` made; None: failed."""
+        """After the death of wandb's processes: `open` as the next attempt does, with all `rows` made; None: failed."""
         import wandb
 
         with suppress(*failures()):
@@ -134,16 +134,16 @@ class Lives:
         return None
 
     def ended(self, exit_code: int) -> None:
-        """Keep how this life ended."""
+        """Note in the identity how this attempt ended."""
         if self.identity is not None:
             self._keep(replace(self.identity, exit_code=exit_code))
 
     def _journal(self, identity: Identity, *, before: Identity | None, goes_on: bool) -> Journal:
-        """The journal of the run; that of another run in this folder is set aside, a fork's has its beginning."""
+        """Return the run's journal. Another run's in this folder is renamed; a fork begins with its origin's rows."""
         journal = Journal(self.journal_path)
         if goes_on and self._checkpoint is not None and not journal.path.exists():
             with suppress(OSError):  # an empty machine; where there is none, History says what is missing
-                shutil.copyfile(self._checkpoint / FILE, journal.path)
+                shutil.copyfile(self._checkpoint / JOURNAL_FILE, journal.path)
         if not goes_on and journal.path.is_file():
             is_own = before is not None and before.run_id == identity.forked_from
             aside = journal.path.with_name(f"metrics.{before.run_id if before else 'before'}.jsonl")
@@ -162,16 +162,16 @@ class Lives:
         return journal
 
     def _folders(self, identity: Identity, wandb_dir: Path) -> list[Path]:
-        """The folders of the lives before that are still there."""
-        listed = {(self.output_dir / name).resolve() for name in identity.fragments}
+        """The offline run folders of the attempts before that are still there."""
+        listed = {(self.output_dir / name).resolve() for name in identity.offline_folders}
         present = {path.resolve() for path in wandb_dir.glob(f"offline-run-*-{identity.run_id}*")}
         return sorted(path for path in listed | present if path.is_dir())
 
     def _counted(self, identity: Identity, counts: Mapping[Path, int]) -> dict[str, int | None]:
-        """The offline lives with their rows: those that are there, and those that were counted before they went."""
-        places = {name: self.output_dir / name for name in identity.fragments}
+        """The offline run folders with their rows: those that are there, and those that were counted before."""
+        places = {name: self.output_dir / name for name in identity.offline_folders}
         gone = {
-            name: identity.fragments[name]
+            name: identity.offline_folders[name]
             for name, place in places.items()
             # Where the folder of folders is gone too it is another machine, whose disk nobody has synced.
             if place.parent.is_dir() and not (place.is_dir() or place.with_name(f"{TORN}{place.name}").is_dir())
@@ -180,27 +180,27 @@ class Lives:
 
     def _have(self, run: Any, identity: Identity, journal: Journal, *, is_elsewhere: bool) -> tuple[int | None, int]:
         """
-        How many steps W&B has of the run, None if unknown, and which of them is the open run's step 0.
+        Return how many steps W&B has of the run (None: unknown), and which of them is step 0 of the open run.
 
-        is_elsewhere: a checkpoint alone named the run, what its earlier lives have left is on another machine.
+        `is_elsewhere`: only a checkpoint names the run; what the attempts before have left is on another machine.
         """
         if run is None:
             return None, 0
         if not run.offline:
             return int(run.starting_step), 0
-        if None in identity.fragments.values():
+        if None in identity.offline_folders.values():
             # Synced and deleted, `wandb sync --clean`: all of it has arrived.
             last = max((line["_step"] for line, _ in journal.lines()), default=-1)
             return last + 1, last + 1
-        have = sum(rows or 0 for rows in identity.fragments.values())
+        have = sum(rows or 0 for rows in identity.offline_folders.values())
         if is_elsewhere:
             have = (identity.first_step or 0) + self._rows - identity.first_row
         return have, have
 
     def _opened(self, identity: Identity, run: Any, first_step: int) -> None:
-        fragments = dict(identity.fragments)
+        folders = dict(identity.offline_folders)
         if run.offline:
-            fragments[self._relative(Path(run.settings.sync_dir).resolve())] = None
+            folders[self._relative(Path(run.settings.sync_dir).resolve())] = None
         self._keep(
             replace(
                 identity,
@@ -209,7 +209,7 @@ class Lives:
                 group=run.group or identity.group,
                 mode="offline" if run.offline else "online",
                 first_step=first_step,
-                fragments=fragments,
+                offline_folders=folders,
                 processes=describe_processes(),
             )
         )

@@ -1,21 +1,27 @@
-"""The end of a W&B run, and the numbers it has come to."""
+"""The end of a W&B run: what it has come to, and what of it has arrived. Asked, since wandb is quiet about losses."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import shlex
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from harness.tracking.run.open import failures
+from harness.tracking.artifacts.queue import UploadResult
+from harness.tracking.client import failures
+from harness.tracking.rows.server import rows_arrived
 
 # What uploads, and then the end of the run, get of the time that a preempted job has left.
 PREEMPTED_SECONDS = 10.0
+# `wandb sync` passes online runs over.
+UPLOAD = "python -m harness.tracking upload"
 
 
 def end_run(run: Any, exit_code: int, *, is_preempting: bool) -> None:
-    """Finish the run; one that is being preempted for so long only. wandb writes all of it to the disk at exit."""
+    """Finish the run, within PREEMPTED_SECONDS if it is being preempted: wandb writes all to the disk at exit."""
     if not is_preempting:
         run.finish(exit_code=exit_code)
         return
@@ -31,10 +37,30 @@ def end_run(run: Any, exit_code: int, *, is_preempting: bool) -> None:
 
 
 def summary_numbers(run: Any) -> dict[str, float | None]:
-    """The numbers of the summary, as the Trainer puts them into an artifact's metadata: NaN is null there."""
+    """Return the numbers of the summary as the Trainer puts them into an artifact's metadata: NaN is null."""
     found: dict[str, float | None] = {}
     for name, value in dict(run.summary).items():
         if isinstance(value, numbers.Real) and not name.startswith("_"):
             number = value if isinstance(value, int) else float(value)
             found[name] = number if math.isfinite(number) else None
     return found
+
+
+def describe_rows(run: Any, sent: int | None, uploads: UploadResult | None, *, home: Path | None) -> list[str]:
+    """
+    Say how many of the rows that were `sent` have arrived, and the command that delivers the others, in a line or none.
+
+    `home` is the folder that holds the journal; None: the run's own folder has the rows.
+    """
+    if run.disabled:
+        return []
+    folder, arrived = Path(run.settings.sync_dir), None if sent is None else rows_arrived(run)
+    if sent is not None and arrived is not None and arrived >= sent:
+        return [] if run.offline else [f"{arrived} rows, all confirmed by the server"]
+    known = "an unknown number" if arrived is None else str(arrived)
+    if run.offline:  # nothing has been said of it: wandb goes on as if the disk took all
+        return [f"{known} of {sent} rows are in {folder}, the others are lost (a full disk?)"]
+    if uploads is not None and uploads.command and str(folder.parents[1]) in shlex.split(uploads.command):
+        return [f"{known} of {sent} rows confirmed by the server; deliver the rest as the artifacts"]
+    command = f"{UPLOAD} {shlex.quote(str(home or folder))}"
+    return [f"{known} of {sent} rows confirmed by the server; deliver the rest: {command}"]

@@ -1,4 +1,4 @@
-"""Which W&B run a training is, kept in its folder and in each checkpoint: a later life goes on with it."""
+"""Says which W&B run a training is, in its folder and in each checkpoint, so that a later attempt goes on with it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from typing import Any
 
 from harness.errors import ConfigError
 from harness.files import write_whole
+from harness.tracking.client import new_run_id
 from harness.tracking.flags import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
-FILE = "wandb_run.json"
+IDENTITY_FILE = "wandb_run.json"
+NAMES_IN_FILE = {"offline_folders": "fragments"}  # else a field's own: runs of earlier versions go on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     """
-    A W&B run: `first_row` of the training is its first, and has there the step `first_step` (None: not known yet).
+    A W&B run. Its first row is `first_row` of the training and has the step `first_step` (None: not known yet).
 
-    - mode: online or offline; "" before it was opened. What a run is it stays.
-    - forked_from: the id of the run whose checkpoint this one went on from.
-    - fragments: the folders of its offline lives, relative to the file where they can be, and the rows in each.
-    - processes: of the last life; exit_code: how it ended, None if it did not.
+    - mode: online or offline, which never changes; "" before it was opened.
+    - forked_from: the id of the run from whose checkpoint this one began.
+    - offline_folders: its offline run folders, relative to the file where they can be, and the rows in each.
+    - processes, exit_code: of the last attempt; None if it did not end by itself.
     """
 
     run_id: str
@@ -38,26 +40,26 @@ class Identity:
     first_step: int | None = None
     mode: str = ""
     forked_from: str | None = None
-    fragments: dict[str, int | None] = field(default_factory=dict)
+    offline_folders: dict[str, int | None] = field(default_factory=dict)
     processes: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
 
     def of_checkpoint(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: all that is true on another machine too."""
+        """Return what a checkpoint keeps of it: all that holds on another machine too."""
         own = dataclasses.asdict(self)
         return {name: own[name] for name in ("run_id", "project", "entity", "group", "first_row", "first_step", "mode")}
 
 
 def parse(values: Mapping[str, Any]) -> Identity | None:
-    """An identity from JSON; None for none. Names of a newer version are left alone."""
-    known = {each.name for each in dataclasses.fields(Identity)}
-    given = {name: value for name, value in values.items() if name in known}
+    """Return the identity in JSON values, None if there is none. Names of a newer version are ignored."""
+    names = {each.name: NAMES_IN_FILE.get(each.name, each.name) for each in dataclasses.fields(Identity)}
+    given = {name: values[in_file] for name, in_file in names.items() if in_file in values}
     return Identity(**given) if isinstance(given.get("run_id"), str) else None
 
 
 def read(output_dir: Path) -> Identity | None:
-    """The identity in the folder of a training; None if there is none, or none that can be read."""
-    path = output_dir / FILE
+    """Return the identity in the folder of a training; None if there is none that can be read."""
+    path = output_dir / IDENTITY_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return parse(values) if isinstance(values, dict) else None
@@ -70,9 +72,10 @@ def read(output_dir: Path) -> Identity | None:
 
 def write(output_dir: Path, identity: Identity) -> None:
     """Write it, whole or not at all; a failure is a warning."""
-    path = output_dir / FILE
+    path = output_dir / IDENTITY_FILE
+    values = {NAMES_IN_FILE.get(name, name): value for name, value in dataclasses.asdict(identity).items()}
     try:
-        write_whole(path, json.dumps(dataclasses.asdict(identity), indent=2) + "\n", durable=True)
+        write_whole(path, json.dumps(values, indent=2) + "\n", durable=True)
     except OSError as error:
         logger.warning("%s can't be written, a restart may become a run of its own: %s", path, error)
 
@@ -81,22 +84,22 @@ def choose(
     config: TrackingConfig, *, found: Identity | None, saved: Identity | None, rows: int, resumes: bool
 ) -> Identity:
     """
-    The run that this life belongs to: `found` in the folder, `saved` in the checkpoint, as asked for, or a new one.
+    Return the run that this attempt belongs to: `found` in the folder, `saved` in the checkpoint, or a new one.
 
-    rows: those that the checkpoint has counted; a run that begins there has none of them. Raises ConfigError.
+    `rows` are those that the checkpoint has counted; a run that begins there has none of them. Raises ConfigError.
     """
     known = _known(found, saved, rows) if resumes else None
     if config.wandb_fork and known is None:
         raise ConfigError("--wandb_fork: there is no run to fork; it goes with --resume_from_checkpoint of one in W&B.")
     asked = config.wandb_run_id
     if known is None:
-        return Identity(run_id=asked or _new_id(), first_row=rows, first_step=None if asked else 0)
+        return Identity(run_id=asked or new_run_id(), first_row=rows, first_step=None if asked else 0)
     is_fork_begun = known is found and known.forked_from is not None
     if config.wandb_fork and not is_fork_begun:
         group = config.wandb_run_group or known.group or known.run_id
         new_id = asked if asked not in (None, known.run_id) else None
         return Identity(
-            run_id=new_id or _new_id(),
+            run_id=new_id or new_run_id(),
             group=group,
             first_row=rows,
             first_step=None if new_id else 0,
@@ -117,14 +120,8 @@ def choose(
 
 
 def _known(found: Identity | None, saved: Identity | None, rows: int) -> Identity | None:
-    """The folder's is newer than the checkpoint's, unless the checkpoint came from another training."""
+    """Return the folder's, which is newer than the checkpoint's, unless the checkpoint is of another training."""
     if found is None or saved is None:
         return found or saved
     is_same = found.run_id == saved.run_id or (found.forked_from == saved.run_id and found.first_row <= rows)
     return found if is_same else saved
-
-
-def _new_id() -> str:
-    from wandb.sdk.lib.runid import generate_id
-
-    return str(generate_id())

@@ -1,4 +1,4 @@
-"""Opening the W&B run: online if that is possible, else offline and said in one line. Never a prompt."""
+"""Opens the W&B run: online if that is possible, else offline, which one line says. It never prompts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from harness.config import masked_arguments
 from harness.errors import ConfigError, NoCredentialsError
+from harness.tracking.client import failures, has_credentials, one_line, why_silent
 from harness.tracking.flags import TrackingConfig, check_environment
 
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_SECONDS = 30
-PROBE_TIMEOUT_SECONDS = 4
 NEEDS_CREDENTIALS = (
     "--wandb_mode=online (WANDB_MODE) needs credentials, and there are none: run `wandb login`, set WANDB_API_KEY, "
     "or use auto or offline."
@@ -31,7 +29,7 @@ def open_run(
     config: TrackingConfig, init_kwargs: Mapping[str, Any], *, stop: Callable[[], None], must_be_online: bool = False
 ) -> Any:
     """
-    Make the run; `stop` is called from another thread when the user presses Stop in the app.
+    Open the run; `stop` is called from another thread when the user presses Stop in the app.
 
     None if wandb itself does not work, or if it can't be online and `must_be_online`. Raises ConfigError for what wandb
     refuses, and if --wandb_mode online has no credentials.
@@ -70,43 +68,16 @@ def check_credentials(config: TrackingConfig) -> None:
         raise ConfigError(NEEDS_CREDENTIALS)
 
 
-def has_credentials() -> bool:
-    """Whether there is a key in the environment or a login."""
-    import wandb
-
-    return _has_credentials(wandb.setup().settings)
-
-
-def server_answers(base_url: str, *, timeout: float = PROBE_TIMEOUT_SECONDS) -> bool:
-    """Whether the server takes requests now: anything but silence, a refused connection or an error of its own."""
-    return _why_silent(base_url, timeout) is None
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """What wandb raises when its server, its service process or the disk fails."""
-    import wandb
-    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
-    from wandb.sdk.mailbox.mailbox_handle import ServerResponseError
-
-    return (wandb.Error, OSError, HandleAbandonedError, MailboxClosedError, ServerResponseError)
-
-
-def one_line(error: Exception) -> str:
-    """An error as a short line."""
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
-
-
 def where(run: Any) -> str:
-    """Where to find a run: its address, or its folder and how to upload it."""
+    """Say where a run is: its address, or its folder and how to upload it."""
     if run.disabled:
         return ""
     if not run.offline:
         return str(run.url)
     folder = Path(run.settings.sync_dir)
-    lives = sorted(folder.parent.glob(f"offline-run-*-{run.id}*"))
+    attempts = sorted(folder.parent.glob(f"offline-run-*-{run.id}*"))
     # In the order of their names, which is that of their beginnings; all of them are the run.
-    folders = shlex.join(map(str, lives if len(lives) > 1 else [folder]))
+    folders = shlex.join(map(str, attempts if len(attempts) > 1 else [folder]))
     return f"offline in {folder}; upload it with `wandb sync {folders}`"
 
 
@@ -117,7 +88,7 @@ def is_notebook() -> bool:
 
 
 def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> Any:
-    """The settings of `wandb.init`; what the caller or the environment has set stays."""
+    """Return the settings for `wandb.init`; what the caller or the environment has set stays."""
     import wandb
 
     settings = wandb.Settings(**given) if isinstance(given, dict) else given or wandb.Settings()
@@ -137,39 +108,19 @@ def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> A
 
 
 def _why_offline(settings: Any) -> str | None:
-    """The reason why the run can't be online, or None. Raises NoCredentialsError; takes a few seconds at most."""
+    """Return why the run can't be online, or None, within seconds. Raises NoCredentialsError."""
     import wandb
 
     merged = wandb.setup().settings.model_copy()
     merged.update_from_settings(settings)
-    if not _has_credentials(merged):
+    if not has_credentials(merged):
         raise NoCredentialsError
-    if (first := _why_silent(merged.base_url, PROBE_TIMEOUT_SECONDS)) is None:
+    if (first := why_silent(merged.base_url)) is None:
         return None
     time.sleep(1)  # a hiccup is no reason for an offline run
-    if _why_silent(merged.base_url, PROBE_TIMEOUT_SECONDS) is None:
+    if why_silent(merged.base_url) is None:
         return None
     return f"W&B could not be reached ({first})"
-
-
-def _has_credentials(settings: Any) -> bool:
-    from wandb.sdk.lib.wbauth import HostUrl, authenticate_session
-
-    if settings.api_key:
-        return True
-    # Not wandb.login(prompt=False): it asks the server for the user's name: seconds if out of reach.
-    host = HostUrl(settings.base_url, app_url=settings.app_url)
-    return authenticate_session(host=host, source="wandb.init()", prompt=False, update_session=False) is not None
-
-
-def _why_silent(base_url: str, timeout: float) -> str | None:
-    try:
-        status = requests.get(base_url, timeout=timeout, allow_redirects=False).status_code
-    except requests.exceptions.SSLError:
-        return None  # it is there; wandb has its own ideas of certificates
-    except requests.RequestException as error:
-        return f"{base_url}: {type(error).__name__}"
-    return f"{base_url} answers {status}" if status >= 500 else None
 
 
 def _online(kwargs: Mapping[str, Any]) -> Any:
@@ -199,7 +150,11 @@ def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: 
         logger.warning(
             "%s: the run is kept offline in %s. Look at it with `wandb leet %s`; "
             "upload it later with %s`wandb sync %s`.",
-            *(reason, folder, folder, "`wandb login` and " if needs_login else "", folder),
+            reason,
+            folder,
+            folder,
+            "`wandb login` and " if needs_login else "",
+            folder,
         )
     return run
 

@@ -1,4 +1,4 @@
-"""The process of wandb's that delivers the rows: it outlives a training that was killed, and holds its run."""
+"""wandb-core, the process that sends the rows: it outlives a training that was killed, and holds its run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import psutil
 
 from harness.distributed.ranks import is_running
 from harness.tracking.run.open import failures
+from harness.distributed.accelerator import is_running
+from harness.tracking.client import failures
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ PATIENCE_SECONDS = 20.0
 
 
 def describe_processes() -> dict[str, Any]:
-    """This process and its wandb-core processes, so that a later life knows them again; plain values."""
+    """Return this process and its wandb-core processes in JSON types, for a later attempt to recognize them."""
     own = psutil.Process()
     cores = []
     with suppress(psutil.Error):
@@ -35,9 +37,9 @@ def describe_processes() -> dict[str, Any]:
 
 def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_SECONDS) -> None:
     """
-    Wait for the wandb-core of a life that was killed: it may still be delivering. After `patience` seconds end it.
+    Wait for the wandb-core of an attempt that was killed: it may still be delivering. After `patience` seconds end it.
 
-    One whose training lives, on this machine or another, is left alone.
+    One whose training is running, on this machine or another, is left alone.
     """
     if not processes or processes["host"] != platform.node() or is_running(*processes["owner"]):
         return
@@ -46,14 +48,14 @@ def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_S
         while is_running(pid, created_at) and time.monotonic() < deadline:
             time.sleep(0.05)
         if is_running(pid, created_at):
-            logger.warning("wandb-core (%d) of the life before did not end within %g s: ended.", pid, patience)
+            logger.warning("wandb-core (%d) of the attempt before did not end within %g s: ended.", pid, patience)
             with suppress(psutil.Error):
                 psutil.Process(pid).kill()
                 psutil.Process(pid).wait(5)
 
 
 def abandon_run() -> None:
-    """Leave the open run as it is, its end untold: another life has it, and sends what is not delivered yet."""
+    """End wandb-core without ending the run: another attempt has taken it over, and sends what is missing."""
     import wandb
 
     for pid, _ in describe_processes()["cores"]:

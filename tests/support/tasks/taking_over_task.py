@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.lock import FILE
+from harness.checkpoint.lock import LOCK_FILE
 from harness.tasks import Task, TaskConfig
 from tests.support.tasks import parity_task
 
@@ -16,7 +16,7 @@ from tests.support.tasks import parity_task
 def build(config: TaskConfig) -> Task:
     options = config.task_args or {}
     task = parity_task.build(replace(config, task_args=None))
-    collate, path, count = task.data_collator, Path(options["folder"]) / FILE, 0
+    collate, path, count = task.data_collator, Path(options["folder"]) / LOCK_FILE, 0
 
     def taken_over(samples: list[Any]) -> Any:
         nonlocal count

@@ -2,7 +2,7 @@
 Runs with artifacts, scenario by scenario: a script for a process of its own, with its working directory to itself.
 
 `python -m tests.support.wandb.artifact_scenarios NAME ...` plays them against the server of WANDB_BASE_URL and leaves
-what each tells in results.json. Two scenarios of one name, with _first and _second, are two lives of a run.
+what each tells in results.json. Two scenarios of one name, with _first and _second, are two attempts of a run.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 import wandb
 
+from harness.tracking import TrackingConfig
 from harness.tracking.artifacts import queue as uploads
 from harness.tracking.artifacts.log import Artifacts
-from harness.tracking.artifacts.outcome import Delivery
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {}
 MESSAGES: list[str] = []
@@ -59,14 +59,16 @@ def _control(method: str, body: dict[str, Any]) -> None:
 # A run, its artifacts, and its output_dir, which is called like the run.
 
 
-def opened(run_id: str, *, mode: str = "online", resume: str | None = None, **options: Any) -> Any:
+def opened(
+    run_id: str, *, mode: str = "online", resume: str | None = None, suffix: str | None = None, **flags: Any
+) -> Any:
     out = Path(run_id).absolute()
     out.mkdir(exist_ok=True)
     quick = {f"x_{what}_retry_wait_{end}_seconds": 1 for what in ("graphql", "file_transfer") for end in ("min", "max")}
     settings = wandb.Settings(silent=True, init_timeout=30, finish_timeout=5, **quick)
     run = wandb.init(project="p", id=run_id, dir=".", mode=mode, resume=resume, settings=settings)
-    given = {"log_model": "checkpoint", "suffix": run_id, "finish_timeout": 20, "output_dir": out, **options}
-    return run, Artifacts(run, **given), out
+    config = TrackingConfig(**{"wandb_log_model": "checkpoint", "wandb_finish_timeout": 20, **flags})
+    return run, Artifacts(run, config, suffix=suffix or run_id, output_dir=out), out
 
 
 def checkpoint(out: Path, step: int, size: int = 1000) -> Path:
@@ -108,20 +110,20 @@ def committed(artifacts: Artifacts, count: int, seconds: float = 30) -> None:
 def closed(run: Any, artifacts: Artifacts, limit: float | None = None) -> dict[str, Any]:
     """End the run; returns what is said of its artifacts, and the seconds that it took."""
     began = time.perf_counter()
-    delivery: Delivery = artifacts.close(limit)
+    result = artifacts.close(limit)
     seconds = time.perf_counter() - began
-    assert artifacts.close() is delivery
+    assert artifacts.close() is result
     heal()  # else wandb's own process goes on trying
     run.finish()
-    pending = [[each.name, each.aliases, each.reason] for each in delivery.pending]
-    told = {"committed": delivery.committed, "pending": pending, "staged": delivery.staged}
-    return {**told, "command": delivery.command, "line": delivery.describe(), "seconds": seconds}
+    pending = [[each.name, each.aliases, each.reason] for each in result.pending]
+    told = {"committed": result.committed, "pending": pending, "staged": result.staged}
+    return {**told, "command": result.command, "line": result.describe(), "seconds": seconds}
 
 
 @scenario
 def whole_way() -> dict[str, Any]:
     # The suffix can't be a name as it is.
-    run, artifacts, out = opened("whole", suffix="a b/c:ü", registry="MyModel")
+    run, artifacts, out = opened("whole", suffix="a b/c:ü", wandb_registry="MyModel")
     artifacts.log_architecture("Model()", metadata={"initial_model": True, "model_config": {"a": float("nan")}})
     numbers = {"train/loss": 0.5, "eval/loss": float("inf"), "x": float("nan"), "model/num_parameters": 7}
     save(artifacts, out, 100, metadata=numbers)
@@ -158,7 +160,7 @@ def _files() -> list[Path]:
 
 @scenario
 def names_of_transformers() -> dict[str, Any]:
-    run, artifacts, out = opened("tnames", naming="transformers")
+    run, artifacts, out = opened("tnames", wandb_artifact_names="transformers")
     artifacts.log_architecture("Model()", metadata={})
     save(artifacts, out, 1)
     final(artifacts, out)
@@ -167,7 +169,7 @@ def names_of_transformers() -> dict[str, Any]:
 
 @scenario
 def end_only() -> dict[str, Any]:
-    run, artifacts, out = opened("endonly", log_model="end")
+    run, artifacts, out = opened("endonly", wandb_log_model="end")
     save(artifacts, out, 1)
     final(artifacts, out)
     return closed(run, artifacts)
@@ -212,7 +214,7 @@ def keep() -> dict[str, Any]:
     other, theirs, out = opened("other", suffix="shared")
     save(theirs, out, 1)
     closed(other, theirs)
-    run, artifacts, out = opened("keeper", suffix="shared", keep_checkpoints=2)
+    run, artifacts, out = opened("keeper", suffix="shared", wandb_keep_checkpoints=2)
     save(artifacts, out, 1)
     committed(artifacts, 1)
     named = wandb.Api().artifact("tester/p/checkpoint-shared:latest")
@@ -237,7 +239,7 @@ def resumed() -> dict[str, Any]:
 @scenario
 def bad_registry() -> dict[str, Any]:
     uploads.RETRY_SECONDS = (0.1, 0.1)
-    run, artifacts, out = opened("badreg", log_model="end", registry="wandb-registry-nowhere/M")
+    run, artifacts, out = opened("badreg", wandb_log_model="end", wandb_registry="wandb-registry-nowhere/M")
     final(artifacts, out)
     return closed(run, artifacts)
 
@@ -289,7 +291,7 @@ def limited() -> dict[str, Any]:
     save(artifacts, out, 1)
     save(artifacts, out, 2, best=True)
     first = closed(run, artifacts, limit=1)
-    run, artifacts, out = opened("limited", resume="must", output_dir=out)
+    run, artifacts, out = opened("limited", resume="must")
     save(artifacts, out, 3)
     return {"first": first, **closed(run, artifacts)}
 

@@ -1,20 +1,15 @@
-"""Read what a run left in its .wandb file: LevelDB's log format around protobuf records."""
+"""All that a run left in its .wandb file, in a form that tests compare."""
 
 from __future__ import annotations
 
 import json
-import struct
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
-from wandb.proto import wandb_internal_pb2
 
-HEADER, BLOCK, CHUNK_HEADER = b":W&B", 32768, struct.Struct("<IHB")
-WHOLE, FIRST, LAST = 1, 2, 4
+from harness.tracking.rows.wandb_file import HEADER_BYTES, read_records
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class WandbFile:
 def read(path: Path) -> WandbFile:
     """The run in one .wandb file. Raises ValueError where the file is torn."""
     run = WandbFile(path)
-    for record in _records(path.read_bytes()):
+    for record in _whole_records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.project, run.display_name = record.run.project, record.run.display_name
@@ -82,25 +77,13 @@ def _artifact(record: Any) -> RecordedArtifact:
     return RecordedArtifact(record.name, record.type, list(record.aliases), json.loads(record.metadata or "{}"), files)
 
 
-def _records(data: bytes) -> Iterator[Any]:
-    if data[:4] != HEADER:
-        raise ValueError("not a .wandb file")
-    position, body = 7, b""
-    while position + CHUNK_HEADER.size <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < CHUNK_HEADER.size:
-            position += left
-            continue
-        checksum, size, kind = CHUNK_HEADER.unpack_from(data, position)
-        chunk = data[position + 7 : position + 7 + size]
-        if zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
-            raise ValueError(f"torn at byte {position}")
-        position += 7 + size
-        body = chunk if kind in (WHOLE, FIRST) else body + chunk
-        if kind in (WHOLE, LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(body)
-            yield record
+def _whole_records(path: Path) -> list[Any]:
+    data = path.read_bytes()
+    found = list(read_records(data))
+    end = found[-1][1] if found else HEADER_BYTES
+    if end != len(data):
+        raise ValueError(f"torn behind byte {end}")
+    return [record for record, _ in found]
 
 
 def _values(items: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, EvalPrediction, Trainer, TrainingArgumen
 
 from harness.config import Json
 from harness.tasks import Task, TaskConfig
-from harness.tracking.run.randomness import separate_randomness
+from harness.tracking.client import separate_randomness
 from harness.train import main as train
 from tests.support.parity import as_flags, reset
 from tests.support.tasks import parity_task

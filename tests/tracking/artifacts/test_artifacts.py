@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from harness.errors import DeliveryError
-from harness.tracking.artifacts.staging import FOLDER, stage, waiting
+from harness.tracking.artifacts.staging import STAGING_FOLDER, stage, waiting
 from harness.tracking.artifacts.upload import deliver
 from tests.support.wandb.artifact_processes import command, ended, start
 from tests.support.wandb_server import WandbServer
@@ -223,7 +223,7 @@ def test_what_wandb_refuses_for_good_stays_staged(played: Played, server: WandbS
     assert result["committed"] == []
     ((_, _, reason),) = result["pending"]
     assert "CommitArtifact" in reason or "commitArtifact" in reason
-    assert waiting(played.folder / "stuck" / FOLDER)
+    assert waiting(played.folder / "stuck" / STAGING_FOLDER)
     assert result["command"] == f"python -m harness.tracking upload {played.folder / 'stuck'}"
 
 
@@ -266,7 +266,7 @@ def test_whatever_wandb_raises_reaches_the_report_only(played_slow: Played) -> N
     assert sum("could not be staged" in line for line in result["messages"]) == 1
 
 
-def test_a_limit_ends_the_waiting_and_the_next_life_delivers(played: Played, server: WandbServer) -> None:
+def test_a_limit_ends_the_waiting_and_the_next_attempt_delivers(played: Played, server: WandbServer) -> None:
     first = played["limited"]["first"]
     assert first["seconds"] < 3, "the server hangs"
     assert {reason for _, _, reason in first["pending"]} == {"not confirmed for 1 s"}
@@ -276,7 +276,7 @@ def test_a_limit_ends_the_waiting_and_the_next_life_delivers(played: Played, ser
     steps = [alias for version in sorted(found) for alias in found[version] if "global_step" in alias]
     assert steps == [f"checkpoint_global_step_{step}" for step in (1, 2, 3)]
     assert {version for version, names in found.items() if names & {"best", "latest"}} == {"v1", "v2"}
-    assert not (played.folder / "limited" / FOLDER).exists()
+    assert not (played.folder / "limited" / STAGING_FOLDER).exists()
 
 
 def test_offline_the_newest_and_the_best_wait_for_wandb_sync(played: Played) -> None:
@@ -284,7 +284,7 @@ def test_offline_the_newest_and_the_best_wait_for_wandb_sync(played: Played) -> 
     assert (result["committed"], result["pending"]) == ([], [])
     assert sorted(result["staged"]) == ["checkpoint-offline"] * 2 + ["model-offline"] * 2
     assert result["command"].startswith("wandb sync wandb/offline-run-")
-    staged = waiting(played.folder / "offline" / FOLDER)
+    staged = waiting(played.folder / "offline" / STAGING_FOLDER)
     assert [each.aliases[1] for each in staged if each.name == "checkpoint-offline"] == [
         *("checkpoint_global_step_2", "checkpoint_global_step_4"),
     ]
@@ -301,7 +301,7 @@ def test_wandb_sync_delivers_what_an_offline_run_staged(played: Played, server: 
         }
         assert aliases(server, "model-offline") == {"v0": {"base_model"}, "v1": {"final_model", "latest"}}
         assert len(server.run("offline").rows) == 1
-    assert not (folder / "offline" / FOLDER).exists()
+    assert not (folder / "offline" / STAGING_FOLDER).exists()
 
 
 def test_the_command_delivers_without_opening_the_run(played: Played, server: WandbServer) -> None:
@@ -309,7 +309,7 @@ def test_the_command_delivers_without_opening_the_run(played: Played, server: Wa
     done = command(played["refused_always"]["command"], played.folder, server)
     assert (done.returncode, done.stderr) == (0, "")
     assert aliases(server, "checkpoint-stuck") == {"v0": {"epoch_0.33", "checkpoint_global_step_1", "latest"}}
-    assert not (played.folder / "stuck" / FOLDER).exists()
+    assert not (played.folder / "stuck" / STAGING_FOLDER).exists()
     after = server.run("stuck")
     assert (after.state, after.exit_code, after.rows) == (before.state, before.exit_code, before.rows)
 
@@ -317,7 +317,7 @@ def test_the_command_delivers_without_opening_the_run(played: Played, server: Wa
 def test_a_killed_run_delivers_what_was_staged_when_it_is_resumed(server: WandbServer, tmp_path: Path) -> None:
     process = start(*SCRIPT, "killed_first", folder=tmp_path, server=server)
     end = time.monotonic() + 60
-    while len(list(tmp_path.glob(f"killed/{FOLDER}/*/artifact.json"))) < 2:
+    while len(list(tmp_path.glob(f"killed/{STAGING_FOLDER}/*/artifact.json"))) < 2:
         assert time.monotonic() < end
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness.errors import ConfigError
 from harness.tracking.media import histograms as module
 from harness.tracking.media.graph import log_graph
-from harness.tracking.media.histograms import Histogram, Watch
+from harness.tracking.media.histograms import Histogram, Selection, Watch
 from tests.support.launching import run, torchrun
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import read_all
@@ -44,7 +44,9 @@ def backward(model: nn.Module, *, scale: float = 1.0) -> None:
 
 
 def observed(model: nn.Module, **options: Any) -> dict[str, Histogram]:
-    return Watch(model, **{"log": "all", "log_freq": 1, "is_main": True, **options}).observe()
+    selection = Selection(**{name: options.pop(name) for name in ("max_tensors", "patterns") if name in options})
+    given = {"log": "all", "log_freq": 1, "is_main": True, "selection": selection, **options}
+    return Watch(model, **given).observe()
 
 
 def names(found: dict[str, Histogram], kind: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Each row once: over lives that end anywhere, with rows lost on the way, and a journal that lost its end."""
+"""Each row once: over attempts that end anywhere, with rows lost on the way, and a journal that lost its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Server:
 
 
 class Run:
-    """The client of one life: it takes rows at once, and `lose` forgets the newest of them."""
+    """The client of one attempt: it takes rows at once, and `lose` forgets the newest of them."""
 
     def __init__(self, server: Server, *, offline: bool = False) -> None:
         self.server, self.summary, self.first = server, {}, len(server.rows)
@@ -53,24 +53,24 @@ def opened(path: Path, run: Run | None, *, rows: int = 0, first_row: int = 0, fi
 
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 @pytest.mark.parametrize("seed", range(12))
-def test_lives_that_end_anywhere_make_one_history(seed: int, offline: bool, tmp_path: Path) -> None:
+def test_attempts_that_end_anywhere_make_one_history(seed: int, offline: bool, tmp_path: Path) -> None:
     drawn, server, path = random.Random(seed), Server(), tmp_path / "metrics.jsonl"
     total, saved, synced = 60, 0, 0
-    for life in range(12):
+    for attempt in range(12):
         run = (
-            None if 0 < life < 11 and drawn.random() < 0.15 else Run(server, offline=offline)
+            None if 0 < attempt < 11 and drawn.random() < 0.15 else Run(server, offline=offline)
         )  # None: W&B is out of reach
         history = opened(path, run, rows=saved)
-        end = total if life == 11 else drawn.randint(saved, min(saved + 12, total))
+        end = total if attempt == 11 else drawn.randint(saved, min(saved + 12, total))
         for number in range(saved, end):
             history.log(row(number))
             if drawn.random() < 0.2:
                 history.sync()
                 saved, synced = history.rows, path.stat().st_size
         assert history.rows == end
-        if life < 11 and run is not None:
+        if attempt < 11 and run is not None:
             run.lose(drawn.randint(0, 8))
-        if life < 11 and drawn.random() < 0.3:  # the power went
+        if attempt < 11 and drawn.random() < 0.3:  # the power went
             size = path.stat().st_size
             with path.open("r+b") as file:
                 file.truncate(drawn.randint(min(synced, size), size))
@@ -162,7 +162,7 @@ def test_rows_that_nobody_has_are_told(tmp_path: Path, caplog: pytest.LogCapture
     assert server.rows[-1] == row(5)
 
 
-def test_the_summary_of_a_new_fragment_has_the_latest_of_all(tmp_path: Path) -> None:
+def test_the_summary_of_a_new_attempt_has_the_latest_of_all(tmp_path: Path) -> None:
     server, path = Server(), tmp_path / "metrics.jsonl"
     first = opened(path, Run(server))
     for number in range(4):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import wandb
 
-from harness.tracking.rows.journal import Journal, encoded, revived
+from harness.tracking.rows.journal import Journal, decoded, encoded
 
 
 def test_a_torn_line_is_no_row_and_is_cut_off(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_is_no_number_is_kept_and_comes_back() -> None:
     values = json.loads(json.dumps(encoded(row)))
     assert values["h"] == {"_type": "histogram", "values": [1, 2], "bins": [0.0, 0.5, 1.0]}
     assert (values["n"], values["x"], values["s"]) == (0.5, 2, "text")
-    back = revived({"_row": 1, "_step": 1, "_timestamp": 0.0, **values})
+    back = decoded({"_row": 1, "_step": 1, "_timestamp": 0.0, **values})
     assert list(back) == list(row)
     assert (back["h"].histogram, back["h"].bins) == ([1, 2], [0.0, 0.5, 1.0])
     assert (back["t"].columns, back["t"].data) == (table.columns, table.data)

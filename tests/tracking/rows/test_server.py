@@ -13,9 +13,9 @@ import pytest
 from harness.errors import RowsError
 from harness.tracking.rows import server as rows_module
 from harness.tracking.rows.server import AtServer, deliver_rows, missing, online_logs
-from harness.tracking.rows.wandb_file import TransactionLog, read_log
+from harness.tracking.rows.wandb_file import TransactionLog
 from tests.support.wandb import artifact_processes as processes
-from tests.support.wandb import file as wandb_file
+from tests.support.wandb.file import read_all
 from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
 
@@ -87,7 +87,7 @@ def test_a_run_that_did_not_end_is_not_ended_by_the_upload() -> None:
 
 
 @pytest.mark.parametrize("rows", [4, 5, 9])
-def test_only_the_life_that_wrote_the_last_row_ends_the_run(rows: int) -> None:
+def test_only_the_attempt_that_wrote_the_last_row_ends_the_run(rows: int) -> None:
     server = Server(made_rows(0, rows))
     assert deliver_rows(made_log(made_rows(0, 5)), ask=server.ask, post=server.post) == 5 - min(rows, 5)
     assert server.state == ("crashed" if rows > 5 else "finished")
@@ -114,31 +114,13 @@ def test_rows_that_do_not_surely_follow_are_refused(rows: Any, at_server: Any, m
 
 
 def test_only_the_rows_behind_the_servers_are_missing() -> None:
-    life = made_rows(3, 4)  # a resumed life begins where the server ended
+    attempt = made_rows(3, 4)  # a resumed attempt begins where the server ended
     for count in range(3, 8):
         at_server = AtServer(count=count, last=made_rows(0, count)[-1], summary={}, state="crashed")
-        assert missing(life, at_server) == made_rows(count, 7 - count)
+        assert missing(attempt, at_server) == made_rows(count, 7 - count)
 
 
-def test_a_log_longer_than_a_block_is_read_as_the_tests_own_reader_does(tmp_path: Path) -> None:
-    path = written(tmp_path / "run-a.wandb", records_of("a", start=5, rows=20, size=5000))
-    log, seen = read_log(path), wandb_file.read(path)
-    assert log is not None
-    assert log.rows == seen.rows
-    assert (log.run_id, log.project, log.started_at, log.exit_code) == ("a", "p", 5.0, 3)
-    assert log.summary == {"nested": {"step": 19}}
-
-
-def test_a_log_torn_by_a_kill_gives_what_is_whole(tmp_path: Path) -> None:
-    log = read_log(written(tmp_path / "run-a.wandb", records_of("a", start=5, rows=4), torn_bytes=30))
-    assert log is not None
-    assert (len(log.rows), log.exit_code) == (4, None)
-    empty = tmp_path / "run-b.wandb"
-    empty.write_bytes(b":W&B" + bytes(3))
-    assert read_log(empty) is None
-
-
-def test_the_last_life_of_each_online_run_is_found(tmp_path: Path) -> None:
+def test_the_last_attempt_of_each_online_run_is_found(tmp_path: Path) -> None:
     for folder, start, rows in (("run-2-a", 20, 2), ("run-1-a", 10, 1), ("run-1-b", 15, 3), ("offline-run-3-a", 30, 9)):
         name = f"run-{folder[-1]}.wandb"
         written(tmp_path / "wandb" / folder / name, records_of(folder[-1], start=start, rows=rows))
@@ -205,13 +187,13 @@ def test_what_a_dead_server_missed_is_delivered_once_by_the_command(server: Wand
     assert "harness.tracking upload" in " ".join(told["report"])
     assert "rows delivered" in uploaded(server, tmp_path)
     assert "W&B has all rows" in uploaded(server, tmp_path)
-    run, (recorded,) = server.run("cut"), wandb_file.read_all(tmp_path)
+    run, (recorded,) = server.run("cut"), read_all(tmp_path)
     assert run.rows == [quoted(row) for row in unflattened(recorded.rows)]
     assert [row["train/global_step"] for row in run.rows] == [10 * step for step in range(13)]
     assert (run.state, run.exit_code) == ("finished", 0)
     assert run.summary["train/loss"] == 1 / 12
     assert (run.summary["train_runtime"], run.summary["train_loss"]) == (3.5, "Infinity")
-    # A second life, which fails: its rows follow those of the first.
+    # A second attempt, which fails: its rows follow those of the first.
     cut_run(server, tmp_path, "cut", rows=8, exit_code=1)
     assert "rows delivered" in uploaded(server, tmp_path)
     run = server.run("cut")

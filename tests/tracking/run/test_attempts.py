@@ -26,13 +26,13 @@ ARGUMENTS: dict[str, Any] = {
     "eval_steps": 5,
     "resume_from_checkpoint": "auto",
 }
-# The same in each life: it is an argument of the task.
+# The same in each attempt: it is an argument of the task.
 PACE = 0.12
 ROWS = 30 + 6 + 1  # a log a step, six evaluations, the end
 
 
 def begun(folder: Path, server: WandbServer | None, *, pace: float = PACE, **more: Any) -> Training:
-    """A life of the training in `folder`; offline without a server."""
+    """An attempt of the training in `folder`; offline without a server."""
     (folder / "times").unlink(missing_ok=True)
     variables = {"WANDB_SILENT": "true", **more.pop("variables", {})}
     return Training(folder, server, pace=pace, variables=variables, **{**ARGUMENTS, **more})
@@ -112,7 +112,7 @@ def test_killed_before_and_after_a_checkpoint_the_history_is_that_of_a_run_that_
     what: str, server: WandbServer, whole: tuple[Training, RunRecord], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    for step in (4, 14, 8):  # of each life: before the first checkpoint, behind it, behind the second
+    for step in (4, 14, 8):  # of each attempt: before the first checkpoint, behind it, behind the second
         training = begun(folder, server)
         training.reach(step)
         kill(training, what)
@@ -150,7 +150,7 @@ def test_another_process_of_wandbs_takes_over_from_one_that_was_killed(
 
 
 @pytest.mark.parametrize("torn_bytes", [0, 700])
-def test_offline_one_sync_of_all_lives_gives_the_same_history(
+def test_offline_one_sync_of_all_attempts_gives_the_same_history(
     torn_bytes: int, server: WandbServer, whole: tuple[Training, RunRecord], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -162,15 +162,15 @@ def test_offline_one_sync_of_all_lives_gives_the_same_history(
     preempted.reach(5)
     preempted.process.terminate()
     preempted.ended(85)
-    (fragment,) = (preempted.output_dir / "wandb").glob("offline-run-*/*.wandb")
-    with fragment.open("r+b") as file:  # as a loss of power may leave it
-        file.truncate(fragment.stat().st_size - torn_bytes)
+    (path,) = (preempted.output_dir / "wandb").glob("offline-run-*/*.wandb")
+    with path.open("r+b") as file:  # as a loss of power may leave it
+        file.truncate(path.stat().st_size - torn_bytes)
     killed = begun(folder, None, **offline)
     killed.reach(8)
     kill(killed, "script")
     # Without a word on it the run stays what it is, though there is a server.
     training = begun(folder, server).ended()
-    # wandb's process writes after up to 15 s: a short life that was killed has left nothing but its folder.
+    # wandb's process writes after up to 15 s: a short attempt that was killed has left nothing but its folder.
     torn, left = (len(list((training.output_dir / "wandb").glob(f"{name}-*"))) for name in ("torn", "offline-run"))
     assert torn + left == 4
     assert left >= 2

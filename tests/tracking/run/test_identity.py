@@ -1,7 +1,8 @@
-"""Which W&B run a life belongs to."""
+"""Which W&B run an attempt belongs to."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from harness.errors import ConfigError
 from harness.tracking import TrackingConfig
-from harness.tracking.run.identity import FILE, Identity, choose, parse, read, write
+from harness.tracking.run.identity import IDENTITY_FILE, Identity, choose, parse, read, write
 
 OLD = Identity(run_id="old", project="p", entity="e", first_step=0, mode="online")
 FORK = Identity(run_id="fork", project="p", entity="e", group="old", first_row=7, first_step=0, forked_from="old")
@@ -76,11 +77,15 @@ def test_it_comes_back_from_the_disk_and_from_a_checkpoint(tmp_path: Path, caplo
     assert read(tmp_path) is None
     write(tmp_path, FORK)
     assert read(tmp_path) == FORK
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [IDENTITY_FILE]
+    offline = Identity(run_id="r", mode="offline", offline_folders={"wandb/offline-run-1-r": 3})
+    write(tmp_path, offline)
+    assert json.loads((tmp_path / IDENTITY_FILE).read_text())["fragments"] == {"wandb/offline-run-1-r": 3}
+    assert read(tmp_path) == offline, "under the name that the first versions gave it"
     kept = parse(FORK.of_checkpoint() | {"of_a_newer_version": 1})
     assert kept is not None
-    assert (kept.run_id, kept.first_row, kept.fragments, kept.processes) == ("fork", 7, {}, {})
-    (tmp_path / FILE).write_text("{")
+    assert (kept.run_id, kept.first_row, kept.offline_folders, kept.processes) == ("fork", 7, {}, {})
+    (tmp_path / IDENTITY_FILE).write_text("{")
     with caplog.at_level(logging.WARNING):
         assert read(tmp_path) is None
     assert "can't be read, the checkpoint says which run it is" in caplog.text

@@ -1,4 +1,4 @@
-"""The process that delivers a dead life's rows is waited for, and ended if it stays."""
+"""The process that delivers a dead attempt's rows is waited for, and ended if it stays."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_a_core_that_stays_is_ended(caplog: pytest.LogCaptureFixture) -> None:
     assert "did not end within 0.3 s" in caplog.text
 
 
-@pytest.mark.parametrize("which", ["owner lives", "other host", "other process", "nothing"])
-def test_what_is_not_a_dead_lifes_is_left_alone(which: str) -> None:
+@pytest.mark.parametrize("which", ["owner runs", "other host", "other process", "nothing"])
+def test_what_is_not_a_dead_attempts_is_left_alone(which: str) -> None:
     core = started(60)
     try:
         given = processes(core)
-        if which == "owner lives":
+        if which == "owner runs":
             given["owner"] = describe_processes()["owner"]
         elif which == "other host":
             given["host"] = "elsewhere"
