@@ -21,9 +21,6 @@ from typing import Any
 
 from harness.checkpoint.lock import SILENCE_SECONDS, is_held
 from harness.distributed.ranks import is_running
-from harness.errors import BusyError, ConfigError, DeliveryError, ParcelError, RowsError, UnreachableError
-from harness.tracking.client import open_api
-from harness.distributed.accelerator import is_running
 from harness.errors import BusyError, ConfigError, DeliveryError, RowsError, SyncError, UnreachableError
 from harness.tracking.client import one_line, open_api, server_answers
 from harness.tracking.run import identity as identities

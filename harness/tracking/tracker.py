@@ -15,8 +15,6 @@ from accelerate.tracking import GeneralTracker
 
 from harness.config import masked, plain
 from harness.distributed.accelerator import choose_backend
-from harness.tracking.artifacts.log import Artifacts, Delivery, open_artifacts
-from harness.distributed.zero import gradient_function
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Selection, Watch

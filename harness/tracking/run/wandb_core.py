@@ -13,8 +13,6 @@ from typing import Any
 import psutil
 
 from harness.distributed.ranks import is_running
-from harness.tracking.run.open import failures
-from harness.distributed.accelerator import is_running
 from harness.tracking.client import failures
 
 logger = logging.getLogger(__name__)
