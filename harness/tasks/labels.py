@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import ConfigError
+from harness.tasks.splits import Split
 
 REGRESSION = "regression"
 SINGLE = "single_label_classification"
@@ -69,13 +70,14 @@ class Labels:
         return ids[name]
 
 
-def read_labels(dataset: Any, column: str, given: str, do_regression: bool | None) -> Labels:
+def read_labels(split: Split, column: str, do_regression: bool | None) -> Labels:
     """
     Find kind and names of the labels from the training data.
 
     The names are a ClassLabel's, else the values there, sorted. Floats mean regression unless `do_regression`
     is False; lists mean any number of labels a sample. Raises ConfigError for samples without a label.
     """
+    dataset, given = split.rows, split.source
     values = dataset.select_columns([column])
     first = next((row[column] for row in values if row[column] is not None), None)
     if isinstance(first, Mapping):

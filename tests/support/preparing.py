@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.tasks import TaskConfig
-from harness.tasks.rows import load_splits, transform
+from harness.tasks.rows import load_splits
 
 SECONDS = 0.5
 
@@ -27,7 +27,7 @@ def main(file: str, cache: str, calls: str) -> None:
         return {"number": [number + 1 for number in batch["number"]]}
 
     config = TaskConfig(train_file=file, cache_dir=cache)
-    rows = transform(load_splits(config)["train"], slowly, config)
+    rows = load_splits(config)["train"].transform(slowly, config, keep_columns=True).rows
     print(sum(rows["number"]), len(rows))
 
 

@@ -23,7 +23,7 @@ from harness.config import RECIPES_DIR
 from harness.errors import ConfigError
 from harness.tasks import SHIPPED, Task, TaskConfig, quickstart, resolve
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer
-from harness.tasks.rows import hold_out, load_splits
+from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import LabelScores, MultiLabelScores, RegressionScores, TokenAccuracy
 from harness.tasks.text import causal_lm, masked_lm
 from harness.tasks.text import sequence_classification as classification
@@ -208,15 +208,15 @@ class TestBadInput:
 class TestSplits:
     def test_percentage_of_the_first_training_rows_is_held_out(self, tmp_path: Path) -> None:
         config = TaskConfig(train_file=write_text(tmp_path / "a.txt"), validation_split_percentage=10)
-        splits = hold_out(load_splits(config), config)
-        assert splits["validation"]["text"][:] == SENTENCES[:4]
-        assert len(splits["train"]) == 36
+        splits = load_splits(config).hold_out(config)
+        assert splits["validation"].rows["text"][:] == SENTENCES[:4]
+        assert len(splits["train"].rows) == 36
 
     def test_validation_file_switches_holding_out_off(self, tmp_path: Path) -> None:
         train, validation = write_text(tmp_path / "a.txt"), write_text(tmp_path / "b.txt", 3)
         config = TaskConfig(train_file=train, validation_file=validation, test_file=validation)
-        splits = hold_out(load_splits(config), config)
-        assert {name: len(rows) for name, rows in splits.items()} == {"train": 40, "validation": 3, "test": 3}
+        splits = load_splits(config).hold_out(config)
+        assert {name: len(split.rows) for name, split in splits.items()} == {"train": 40, "validation": 3, "test": 3}
 
     @pytest.mark.parametrize("name", ["validation", "dev", "validation_matched"])
     @pytest.mark.parametrize("streaming", [False, True])
@@ -224,7 +224,7 @@ class TestSplits:
         rows = datasets.Dataset.from_dict({"text": SENTENCES})
         datasets.DatasetDict({"train": rows, name: rows.select([0])}).save_to_disk(tmp_path / "saved")
         splits = load_splits(TaskConfig(dataset_name=str(tmp_path / "saved"), streaming=streaming))
-        assert [row["text"] for row in splits["validation"]] == SENTENCES[:1]
+        assert [row["text"] for row in splits["validation"].rows] == SENTENCES[:1]
 
     @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
     def test_every_format_gives_the_same_rows(self, suffix: str, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ class TestSplits:
             path.write_text(json.dumps(rows), encoding="utf-8")
         else:
             write_rows(path, rows)
-        assert load_splits(TaskConfig(train_file=str(path)))["train"]["text"][:] == SENTENCES
+        assert load_splits(TaskConfig(train_file=str(path)))["train"].rows["text"][:] == SENTENCES
 
 
 class TestCausalLm:
@@ -265,6 +265,11 @@ class TestCausalLm:
 
     def test_second_build_prepares_nothing_anew(self, gpt: dict[str, Any]) -> None:
         first, second = (causal_lm.build(TaskConfig(**gpt)) for _ in range(2))
+        assert first.train_dataset.cache_files == second.train_dataset.cache_files
+
+    def test_flags_that_do_not_touch_the_tokens_find_them_prepared(self, gpt: dict[str, Any]) -> None:
+        first = causal_lm.build(TaskConfig(**gpt))
+        second = causal_lm.build(TaskConfig(**gpt, preprocess_on_main=True))
         assert first.train_dataset.cache_files == second.train_dataset.cache_files
 
     def test_new_model_fits_the_tokenizer(self, gpt: dict[str, Any]) -> None:

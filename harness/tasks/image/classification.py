@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,9 @@ from harness.tasks.flags import TaskConfig
 from harness.tasks.labels import SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import recognised
 from harness.tasks.pretrained import load_config, load_image_processor, load_model
-from harness.tasks.rows import SPLITS, columns_of, cut, hold_out, label_column, load_splits, require_columns, source
+from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import LABEL_METRICS, LabelScores
+from harness.tasks.splits import Split, Splits
 
 # What the flags of texts and of prepared rows are to images.
 UNREAD = {
@@ -83,9 +84,8 @@ def build(config: TaskConfig) -> Task:
     """
     _check(config)
     splits = load_splits(config)
-    if "train" not in splits:
-        raise ConfigError("No training data to learn the labels from; give --train_dir or --dataset_name.")
-    labels_from = label_column(config, splits)
+    train = splits.to_learn_labels("train_dir")
+    labels_from = splits.label_column(config)
     images_from = _image_column(config, splits)
     processor = load_image_processor(config)
     size = _size_of(processor)
@@ -93,33 +93,27 @@ def build(config: TaskConfig) -> Task:
     is_fresh = config.model_name_or_path is None and config.config_name is None
     if is_fresh and hasattr(model_config, "image_size") and "image_size" not in (config.config_overrides or ""):
         model_config.image_size = size[0] if size[0] == size[1] else list(size)
-    labels = read_labels(splits["train"], labels_from, source(config, "train"), config.do_regression)
+    labels = read_labels(train, labels_from, config.do_regression)
     if labels.kind != SINGLE:
         raise ConfigError(
-            f"{source(config, 'train')}: column {labels_from!r} holds no single label an image; name another one by "
+            f"{train.source}: column {labels_from!r} holds no single label an image; name another one by "
             "--label_column_name."
         )
     labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
     metric = config.metric_name or "accuracy"
     choice("metric_name", metric, LABEL_METRICS)
-    limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
-    limits["test"] = config.max_predict_samples
-    samples = {
-        split: Images(
-            rows := cut(part, limits[split]),
-            images_from,
-            None if split == "test" else _ids(labels, rows, source(config, split)),
-            processor=processor,
-            size=size if split == "train" and not config.without_augmentation else None,
-        )
-        for split, part in hold_out(splits, config, shuffled=True).items()
-        if split in SPLITS
-    }
+
+    def images(split: Split) -> Split:
+        drawn = size if split.name == "train" and not config.without_augmentation else None
+        ids = None if split.name == "test" else _ids(labels, split)
+        return replace(split, rows=Images(split.rows, images_from, ids, processor=processor, size=drawn))
+
+    samples = splits.hold_out(config, shuffled=True).cut(config).map(images)
     return Task(
         model=load_model(config, AutoModelForImageClassification, model_config, None),
-        train_dataset=samples["train"],
-        eval_dataset=samples.get("validation"),
-        test_dataset=samples.get("test"),
+        train_dataset=samples.rows("train"),
+        eval_dataset=samples.rows("validation"),
+        test_dataset=samples.rows("test"),
         data_collator=default_data_collator,
         processing_class=processor,
         metrics=lambda: LabelScores([metric], len(labels.names)),
@@ -156,25 +150,23 @@ def _check(config: TaskConfig) -> None:
             )
 
 
-def _image_column(config: TaskConfig, splits: Mapping[str, Any]) -> str:
-    given = source(config, "train")
-    features = splits["train"].features or {}
+def _image_column(config: TaskConfig, splits: Splits) -> str:
+    train = splits["train"]
+    features = train.rows.features or {}
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     column = config.image_column_name or ("image" if "image" in found or len(found) != 1 else found[0])
     if column not in found:
-        present = ", ".join(columns_of(splits["train"], given))
         raise ConfigError(
-            f"--image_column_name={column}: {given} has no such column of images; its columns: {present}; with images: "
-            f"{', '.join(found) or 'none'}."
+            f"--image_column_name={column}: {train.source} has no such column of images; its columns: "
+            f"{', '.join(train.columns)}; with images: {', '.join(found) or 'none'}."
         )
-    for split in SPLITS:
-        if split in splits:
-            require_columns("image_column_name", [column], splits[split], source(config, split))
+    for split in splits.known:
+        split.require_columns("image_column_name", column)
     return column
 
 
-def _ids(labels: Labels, rows: Any, given: str) -> list[int]:
-    return labels.encode(rows[labels.column], coded_names(rows, labels.column), given)
+def _ids(labels: Labels, split: Split) -> list[int]:
+    return labels.encode(split.rows[labels.column], coded_names(split.rows, labels.column), split.source)
 
 
 def _size_of(processor: Any) -> tuple[int, int]:

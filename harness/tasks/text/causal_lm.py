@@ -13,20 +13,9 @@ from harness.tasks import Task
 from harness.tasks.flags import TaskConfig
 from harness.tasks.predictions import continued
 from harness.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, longest_sequence
-from harness.tasks.rows import (
-    SPLITS,
-    columns_of,
-    cut,
-    grouped,
-    hold_out,
-    joined,
-    load_splits,
-    require_samples,
-    source,
-    text_columns,
-    transform,
-)
+from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import TokenAccuracy
+from harness.tasks.splits import Split, grouped, joined
 
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 60
@@ -42,22 +31,16 @@ def build(config: TaskConfig) -> Task:
     tokenizer = load_tokenizer(config)
     model_config = load_config(config, tokenizer)
     size = _block_size(config, tokenizer, model_config)
-    splits = hold_out(load_splits(config, keep_linebreaks=config.keep_linebreaks), config)
-    columns = text_columns(config, splits)
-    blocks = {
-        split: _blocks(splits[split], config, source(config, split), columns, tokenizer, size)
-        for split in SPLITS
-        if split in splits
-    }
+    splits = load_splits(config, keep_linebreaks=config.keep_linebreaks).hold_out(config)
+    columns = splits.text_columns(config)
+    blocks = splits.map(lambda split: _blocks(split, config, columns, tokenizer, size)).cut(config)
     model = load_model(config, AutoModelForCausalLM, model_config, tokenizer)
-    train_dataset = cut(blocks.get("train"), config.max_train_samples)
-    eval_dataset = cut(blocks.get("validation"), config.max_eval_samples)
-    shown = train_dataset if eval_dataset is None else eval_dataset
+    shown = blocks.rows("validation" if "validation" in blocks else "train")
     return Task(
         model=model,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        test_dataset=cut(blocks.get("test"), config.max_predict_samples),
+        train_dataset=blocks.rows("train"),
+        eval_dataset=blocks.rows("validation"),
+        test_dataset=blocks.rows("test"),
         data_collator=default_data_collator,
         processing_class=tokenizer,
         metrics=lambda: TokenAccuracy(shift=1),
@@ -73,18 +56,19 @@ def _block_size(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
     return config.block_size
 
 
-def _blocks(dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int) -> Any:
+def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer: Any, size: int) -> Split:
+    delimiter = config.text_column_delimiter
+
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         # Longer than the model takes is no concern here: the blocks are cut afterwards.
-        return dict(tokenizer(joined(batch, columns, config.text_column_delimiter), verbose=False))
+        return dict(tokenizer(joined(batch, columns, delimiter), verbose=False))
 
     def cut_to_blocks(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         blocks = grouped(batch, size)
         return {**blocks, "labels": [list(ids) for ids in blocks["input_ids"]]}
 
-    tokens = transform(dataset, tokenised, config, remove=columns_of(dataset, given))
-    blocks = transform(tokens, cut_to_blocks, config)
-    require_samples(blocks, given, f"fewer tokens than one block of {size}; lower --block_size or give more text.")
+    blocks = split.transform(tokenised, config).transform(cut_to_blocks, config, keep_columns=True)
+    blocks.require_samples(f"fewer tokens than one block of {size}; lower --block_size or give more text.")
     return blocks
 
 

@@ -14,20 +14,9 @@ from harness.tasks import Task
 from harness.tasks.flags import TaskConfig
 from harness.tasks.predictions import restored
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
-from harness.tasks.rows import (
-    SPLITS,
-    columns_of,
-    cut,
-    grouped,
-    hold_out,
-    joined,
-    load_splits,
-    require_samples,
-    source,
-    text_columns,
-    transform,
-)
+from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import TokenAccuracy
+from harness.tasks.splits import Split, grouped, joined
 
 
 def build(config: TaskConfig) -> Task:
@@ -46,22 +35,16 @@ def build(config: TaskConfig) -> Task:
     require_padding(tokenizer)
     model_config = load_config(config, tokenizer)
     size = sequence_length(config, tokenizer, model_config, default=1024)
-    splits = hold_out(load_splits(config), config)
-    columns = text_columns(config, splits)
-    samples = {
-        split: _samples(splits[split], config, source(config, split), columns, tokenizer, size)
-        for split in SPLITS
-        if split in splits
-    }
+    splits = load_splits(config).hold_out(config)
+    columns = splits.text_columns(config)
+    samples = splits.map(lambda split: _samples(split, config, columns, tokenizer, size)).cut(config)
     model = load_model(config, AutoModelForMaskedLM, model_config, tokenizer)
-    train_dataset = cut(samples.get("train"), config.max_train_samples)
-    eval_dataset = cut(samples.get("validation"), config.max_eval_samples)
-    shown = train_dataset if eval_dataset is None else eval_dataset
+    shown = samples.rows("validation" if "validation" in samples else "train")
     return Task(
         model=model,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        test_dataset=cut(samples.get("test"), config.max_predict_samples),
+        train_dataset=samples.rows("train"),
+        eval_dataset=samples.rows("validation"),
+        test_dataset=samples.rows("test"),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.mlm_probability),
         processing_class=tokenizer,
         metrics=lambda: TokenAccuracy(shift=0),
@@ -70,11 +53,12 @@ def build(config: TaskConfig) -> Task:
     )
 
 
-def _samples(dataset: Any, config: TaskConfig, given: str, columns: Sequence[str], tokenizer: Any, size: int) -> Any:
+def _samples(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer: Any, size: int) -> Split:
     padding = "max_length" if config.pad_to_max_length else False
+    delimiter = config.text_column_delimiter
 
     def lines(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        texts = [text for text in joined(batch, columns, config.text_column_delimiter) if text.strip()]
+        texts = [text for text in joined(batch, columns, delimiter) if text.strip()]
         if not texts:
             return {name: [] for name in (*tokenizer.model_input_names, "special_tokens_mask")}
         return dict(
@@ -82,20 +66,19 @@ def _samples(dataset: Any, config: TaskConfig, given: str, columns: Sequence[str
         )
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        texts = joined(batch, columns, config.text_column_delimiter)
+        texts = joined(batch, columns, delimiter)
         return dict(tokenizer(texts, return_special_tokens_mask=True, verbose=False))
 
     def cut_to_size(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         return dict(grouped(batch, size))
 
-    remove = columns_of(dataset, given)
     if config.line_by_line:
-        samples = transform(dataset, lines, config, remove=remove)
+        samples = split.transform(lines, config)
         reason = "no line with text; give text, or leave --line_by_line out."
     else:
-        samples = transform(transform(dataset, tokenised, config, remove=remove), cut_to_size, config)
+        samples = split.transform(tokenised, config).transform(cut_to_size, config, keep_columns=True)
         reason = f"fewer tokens than one sequence of {size}; lower --max_seq_length or give --line_by_line."
-    require_samples(samples, given, reason)
+    samples.require_samples(reason)
     return samples
 
 

@@ -23,21 +23,10 @@ from harness.tasks.pretrained import (
     longest_sequence,
     require_padding,
 )
-from harness.tasks.rows import (
-    SPLITS,
-    column_names,
-    columns_of,
-    cut,
-    hold_out,
-    joined,
-    load_splits,
-    require_columns,
-    source,
-    string_columns,
-    transform,
-)
+from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import IGNORED, TokenAccuracy
 from harness.tasks.scores.generated import TextScores, decoded
+from harness.tasks.splits import Split, Splits, column_names, joined
 
 # The example scripts' defaults.
 SOURCE_LENGTH, TARGET_LENGTH = 1024, 128
@@ -77,21 +66,16 @@ def build(config: TaskConfig) -> Task:
     lengths = _lengths(config, tokenizer, model_config)
     metrics = partial(TextScores, tokenizer) if config.predict_with_generate else partial(TokenAccuracy, shift=0)
     metrics()  # refuses what is not installed, before the model is loaded
-    limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
-    limits["test"] = config.max_predict_samples
-    samples = {
-        name: _samples(cut(part, limits[name]), columns, tokenizer, lengths, config, name)
-        for name, part in hold_out(splits, config).items()
-        if name in SPLITS
-    }
+    rows = splits.hold_out(config).cut(config)
+    samples = rows.map(lambda split: _samples(split, columns, tokenizer, lengths, config))
     model = load_model(config, AutoModelForSeq2SeqLM, model_config, tokenizer)
     collate = partial(_collated, pad=DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED))
     generate = _generator(config, lengths)
     return Task(
         model=model,
-        train_dataset=samples.get("train"),
-        eval_dataset=samples.get("validation"),
-        test_dataset=samples.get("test"),
+        train_dataset=samples.rows("train"),
+        eval_dataset=samples.rows("validation"),
+        test_dataset=samples.rows("test"),
         data_collator=collate,
         processing_class=tokenizer,
         metrics=metrics,
@@ -101,27 +85,27 @@ def build(config: TaskConfig) -> Task:
     )
 
 
-def _columns(config: TaskConfig, splits: Mapping[str, Any]) -> Columns:
-    first = next(split for split in SPLITS if split in splits)
-    given = source(config, first)
+def _columns(config: TaskConfig, splits: Splits) -> Columns:
+    first = splits.known[0]
     target = config.summary_column or "summary"
-    strings = [name for name in string_columns(splits[first], given) if name != target]
+    strings = [name for name in first.string_columns if name != target]
     names = column_names(config) or (["text"] if "text" in strings else strings)
     if target in names:
         raise ConfigError(f"--text_column_names names {target!r}, the text to write; name the one to read.")
     if not config.text_column_names and len(names) != 1:
-        present = ", ".join(columns_of(splits[first], given))
-        raise ConfigError(f"{given}: which column holds the text to read? Of {present}; give --text_column_names.")
-    for split in SPLITS:
-        if split in splits:
-            require_columns("text_column_names", names, splits[split], source(config, split))
-            if split != "test":
-                require_columns("summary_column", [target], splits[split], source(config, split))
-            elif not config.predict_with_generate and target not in columns_of(splits[split], source(config, split)):
-                raise ConfigError(
-                    f"{source(config, split)} has no column {target!r} (--summary_column) to compute a loss with; "
-                    "add it, or give --predict_with_generate to have the texts written."
-                )
+        raise ConfigError(
+            f"{first.source}: which column holds the text to read? Of {', '.join(first.columns)}; give "
+            "--text_column_names."
+        )
+    for split in splits.known:
+        split.require_columns("text_column_names", *names)
+        if split.name != "test":
+            split.require_columns("summary_column", target)
+        elif not config.predict_with_generate and target not in split.columns:
+            raise ConfigError(
+                f"{split.source} has no column {target!r} (--summary_column) to compute a loss with; "
+                "add it, or give --predict_with_generate to have the texts written."
+            )
     return Columns(source=names, target=target)
 
 
@@ -151,14 +135,13 @@ def _set_start(config: TaskConfig, model_config: Any, tokenizer: Any) -> None:
     model_config.decoder_start_token_id = tokenizer.pad_token_id
 
 
-def _samples(rows: Any, columns: Columns, tokenizer: Any, lengths: Lengths, config: TaskConfig, split: str) -> Any:
+def _samples(split: Split, columns: Columns, tokenizer: Any, lengths: Lengths, config: TaskConfig) -> Split:
     """Tokenise a split, with the texts to write if it has them."""
-    given, prefix, pads = source(config, split), config.source_prefix or "", config.pad_to_max_length
-    present = columns_of(rows, given)
-    has_target = columns.target in present
+    given, prefix, delimiter = split.source, config.source_prefix or "", config.text_column_delimiter
+    pads, has_target = config.pad_to_max_length, columns.target in split.columns
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        texts = [prefix + text for text in joined(batch, columns.source, config.text_column_delimiter)]
+        texts = [prefix + text for text in joined(batch, columns.source, delimiter)]
         padding = "max_length" if pads else False
         samples = dict(tokenizer(texts, padding=padding, max_length=lengths.source, truncation=True))
         if has_target:
@@ -173,7 +156,7 @@ def _samples(rows: Any, columns: Columns, tokenizer: Any, lengths: Lengths, conf
             samples["labels"] = [row + [IGNORED] * (lengths.target - len(row)) for row in ids] if pads else ids
         return samples
 
-    return transform(rows, tokenised, config, remove=present)
+    return split.transform(tokenised, config)
 
 
 def _collated(samples: list[Any], *, pad: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,20 +16,7 @@ from harness.tasks.flags import TaskConfig
 from harness.tasks.labels import MULTI, REGRESSION, SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import classified
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
-from harness.tasks.rows import (
-    SPLITS,
-    column_names,
-    columns_of,
-    cut,
-    hold_out,
-    joined,
-    label_column,
-    load_splits,
-    require_columns,
-    source,
-    string_columns,
-    transform,
-)
+from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import (
     LABEL_METRICS,
     MULTI_LABEL_METRICS,
@@ -37,6 +25,7 @@ from harness.tasks.scores.classification import (
     MultiLabelScores,
     RegressionScores,
 )
+from harness.tasks.splits import Split, Splits, column_names, joined
 from harness.tasks.text.glue import GLUE, with_glue
 
 DEFAULT_LENGTH = 128
@@ -52,41 +41,30 @@ def build(config: TaskConfig) -> Task:
     """
     config = with_glue(config)
     splits = load_splits(config)
-    if "train" not in splits:
-        raise ConfigError("No training data to learn the labels from; give --train_file or --dataset_name.")
-    labels_from = label_column(config, splits)
+    train = splits.to_learn_labels()
+    labels_from = splits.label_column(config)
     columns = _text_columns(config, splits, labels_from)
     tokenizer = load_tokenizer(config)
     require_padding(tokenizer)
     model_config = load_config(config, tokenizer)
     length = sequence_length(config, tokenizer, model_config, default=DEFAULT_LENGTH)
-    labels = read_labels(splits["train"], labels_from, source(config, "train"), config.do_regression)
+    labels = read_labels(train, labels_from, config.do_regression)
     labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
     metrics = _metrics(config, labels)
     if model_config.pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     tokenise = _tokeniser(config, columns, tokenizer, length)
-    splits = hold_out(splits, config, shuffled=True)
-    samples = {
-        split: _samples(
-            cut(splits[split], _limit(config, split)),
-            None if split == "test" else labels,
-            tokenise,
-            config,
-            source(config, split),
-        )
-        for split in (*SPLITS, "validation_mismatched")
-        if split in splits
-    }
-    eval_dataset = samples.get("validation")
+    texts = splits.hold_out(config, shuffled=True).cut(config)
+    samples = texts.map(lambda split: _samples(split, labels, tokenise, config), "validation_mismatched")
+    eval_dataset = samples.rows("validation")
     if "validation_mismatched" in samples:
-        eval_dataset = {"mnli": eval_dataset, "mnli-mm": samples["validation_mismatched"]}
+        eval_dataset = {"mnli": eval_dataset, "mnli-mm": samples.rows("validation_mismatched")}
     collate = default_data_collator if config.pad_to_max_length else DataCollatorWithPadding(tokenizer)
     return Task(
         model=load_model(config, AutoModelForSequenceClassification, model_config, tokenizer),
-        train_dataset=samples["train"],
+        train_dataset=samples.rows("train"),
         eval_dataset=eval_dataset,
-        test_dataset=samples.get("test"),
+        test_dataset=samples.rows("test"),
         data_collator=collate,
         processing_class=tokenizer,
         metrics=metrics,
@@ -95,9 +73,9 @@ def build(config: TaskConfig) -> Task:
     )
 
 
-def _text_columns(config: TaskConfig, splits: Mapping[str, Any], labels_from: str) -> list[str]:
-    given = source(config, "train")
-    strings = [name for name in string_columns(splits["train"], given) if name != labels_from]
+def _text_columns(config: TaskConfig, splits: Splits, labels_from: str) -> list[str]:
+    train = splits["train"]
+    strings = [name for name in train.string_columns if name != labels_from]
     if config.text_column_names:
         columns = column_names(config)
     elif {"sentence1", "sentence2"} <= set(strings):
@@ -107,15 +85,14 @@ def _text_columns(config: TaskConfig, splits: Mapping[str, Any], labels_from: st
     elif 1 <= len(strings) <= 2:
         columns = strings
     else:
-        present = ", ".join(columns_of(splits["train"], given))
+        present = ", ".join(train.columns)
         raise ConfigError(
-            f"{given}: which of its columns hold the text? They are: {present}; give --text_column_names."
+            f"{train.source}: which of its columns hold the text? They are: {present}; give --text_column_names."
         )
     if labels_from in columns:
         raise ConfigError(f"--text_column_names names {labels_from!r}, which holds the labels; name the texts' column.")
-    for split in SPLITS:
-        if split in splits:
-            require_columns("text_column_names", columns, splits[split], source(config, split))
+    for split in splits.known:
+        split.require_columns("text_column_names", *columns)
     return columns
 
 
@@ -138,38 +115,31 @@ def _metrics(config: TaskConfig, labels: Labels) -> Callable[[], Metrics]:
 def _tokeniser(
     config: TaskConfig, columns: Sequence[str], tokenizer: Any, length: int
 ) -> Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]]:
+    padding = "max_length" if config.pad_to_max_length else False
+    delimiter = config.text_column_delimiter
+
     def tokenise(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         texts = (
             [joined(batch, [column], "") for column in columns]
             if len(columns) == 2
-            else [joined(batch, columns, config.text_column_delimiter)]
+            else [joined(batch, columns, delimiter)]
         )
-        padding = "max_length" if config.pad_to_max_length else False
         return dict(tokenizer(*texts, padding=padding, max_length=length, truncation=True))
 
     return tokenise
 
 
-def _limit(config: TaskConfig, split: str) -> int | None:
-    limits = {"train": config.max_train_samples, "test": config.max_predict_samples}
-    return limits.get(split, config.max_eval_samples)
-
-
 def _samples(
-    rows: Any,
-    labels: Labels | None,
-    tokenise: Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]],
-    config: TaskConfig,
-    given: str,
-) -> Any:
-    """Tokenise a split, with its labels as numbers or, for None, without any."""
-    if labels is None:
-        return transform(rows, tokenise, config, remove=columns_of(rows, given))
-    known, coded = labels, coded_names(rows, labels.column)
+    split: Split, labels: Labels, tokenise: Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]], config: TaskConfig
+) -> Split:
+    """Tokenise a split, with its labels as numbers; the one to predict on goes without."""
+    if split.name == "test":
+        return split.transform(tokenise, config)
+    given, coded = split.source, coded_names(split.rows, labels.column)
     # `datasets` would cast the ids back to the type of a column of the same name.
-    rows = rows.rename_column(labels.column, RAW_LABEL)
+    renamed = replace(split, rows=split.rows.rename_column(labels.column, RAW_LABEL))
 
     def labelled(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        return {**tokenise(batch), "label": known.encode(batch[RAW_LABEL], coded, given)}
+        return {**tokenise(batch), "label": labels.encode(batch[RAW_LABEL], coded, given)}
 
-    return transform(rows, labelled, config, remove=columns_of(rows, given))
+    return renamed.transform(labelled, config)

@@ -16,19 +16,9 @@ from harness.tasks.flags import TaskConfig
 from harness.tasks.labels import MULTI, SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import tagged
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
-from harness.tasks.rows import (
-    SPLITS,
-    column_names,
-    columns_of,
-    cut,
-    first_row,
-    hold_out,
-    load_splits,
-    require_columns,
-    source,
-    transform,
-)
+from harness.tasks.rows import load_splits
 from harness.tasks.scores.entities import IGNORED, EntityScores
+from harness.tasks.splits import Split, Splits, column_names
 
 DEFAULT_LENGTH = 512
 # Their tokenizers take a word for the start of a text, unless they are told to put a space before it.
@@ -53,26 +43,23 @@ def build(config: TaskConfig) -> Task:
     that the user can put right.
     """
     splits = load_splits(config)
-    if "train" not in splits:
-        raise ConfigError("No training data to learn the labels from; give --train_file or --dataset_name.")
+    train = splits.to_learn_labels()
     columns = _columns(config, splits)
     tokenizer, model_config = _tokenizer_and_config(config)
-    labels = _labels(config, splits["train"], columns, model_config)
+    labels = _labels(config, train, columns, model_config)
     tokenise = _tokeniser(config, tokenizer, sequence_length(config, tokenizer, model_config, default=DEFAULT_LENGTH))
-    limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
-    limits["test"] = config.max_predict_samples
-    rows = {name: cut(part, limits[name]) for name, part in hold_out(splits, config).items() if name in SPLITS}
-    samples = {name: _samples(part, columns, labels, tokenise, config, name) for name, part in rows.items()}
+    words = splits.hold_out(config).cut(config)
+    samples = words.map(lambda split: _samples(split, columns, labels, tokenise, config))
     return Task(
         model=load_model(config, AutoModelForTokenClassification, model_config, tokenizer),
-        train_dataset=samples["train"],
-        eval_dataset=samples.get("validation"),
-        test_dataset=samples.get("test"),
+        train_dataset=samples.rows("train"),
+        eval_dataset=samples.rows("validation"),
+        test_dataset=samples.rows("test"),
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
         metrics=lambda: EntityScores(labels.names),
         describe_predictions=partial(
-            _described, rows=rows.get("test", ()), column=columns.words, labels=labels, tokenise=tokenise
+            _described, rows=words.rows("test") or (), column=columns.words, labels=labels, tokenise=tokenise
         ),
         predict_samples=partial(
             tagged, tokenizer=tokenizer, collate=DataCollatorForTokenClassification(tokenizer), names=labels.names
@@ -97,7 +84,7 @@ def _tokenizer_and_config(config: TaskConfig) -> tuple[Any, Any]:
     return tokenizer, model_config
 
 
-def _columns(config: TaskConfig, splits: Mapping[str, Any]) -> Columns:
+def _columns(config: TaskConfig, splits: Splits) -> Columns:
     words = column_names(config) or ["tokens"]
     if len(words) > 1:
         raise ConfigError(
@@ -105,28 +92,24 @@ def _columns(config: TaskConfig, splits: Mapping[str, Any]) -> Columns:
             "words; name one."
         )
     columns = Columns(words=words[0], labels=config.label_column_name or "ner_tags")
-    for split in SPLITS:
-        if split not in splits:
-            continue
-        given = source(config, split)
-        require_columns("text_column_names", [columns.words], splits[split], given)
-        if split != "test":
-            require_columns("label_column_name", [columns.labels], splits[split], given)
-        value = first_row(splits[split], given)[columns.words]
+    for split in splits.known:
+        split.require_columns("text_column_names", columns.words)
+        if split.name != "test":
+            split.require_columns("label_column_name", columns.labels)
+        value = split.first_row()[columns.words]
         if not isinstance(value, list):
             raise ConfigError(
-                f"{given}: column {columns.words!r} holds no lists of words but {value!r}; name another column by "
-                "--text_column_names, and use json, jsonl or parquet: other files have no lists."
+                f"{split.source}: column {columns.words!r} holds no lists of words but {value!r}; name another column "
+                "by --text_column_names, and use json, jsonl or parquet: other files have no lists."
             )
     return columns
 
 
-def _labels(config: TaskConfig, train: Any, columns: Columns, model_config: Any) -> Labels:
-    given = source(config, "train")
-    labels = read_labels(train, columns.labels, given, False)
+def _labels(config: TaskConfig, train: Split, columns: Columns, model_config: Any) -> Labels:
+    labels = read_labels(train, columns.labels, False)
     if labels.kind != MULTI:
         raise ConfigError(
-            f"{given}: column {columns.labels!r} holds no lists of labels, one a word; name another column by "
+            f"{train.source}: column {columns.labels!r} holds no lists of labels, one a word; name another column by "
             "--label_column_name."
         )
     labels = dataclasses.replace(labels, kind=SINGLE)  # one label a word
@@ -145,12 +128,11 @@ def _tokeniser(config: TaskConfig, tokenizer: Any, length: int) -> Tokenise:
     return tokenise
 
 
-def _samples(rows: Any, columns: Columns, labels: Labels, tokenise: Tokenise, config: TaskConfig, split: str) -> Any:
+def _samples(split: Split, columns: Columns, labels: Labels, tokenise: Tokenise, config: TaskConfig) -> Split:
     """Tokenise a split, with the labels of its words if it has them."""
-    given = source(config, split)
-    present = columns_of(rows, given)
-    coded, inside = coded_names(rows, columns.labels), _inside(labels.names)
-    is_labelled, label_all = columns.labels in present, config.label_all_tokens
+    given = split.source
+    coded, inside = coded_names(split.rows, columns.labels), _inside(labels.names)
+    is_labelled, label_all = columns.labels in split.columns, config.label_all_tokens
 
     def labelled(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         _check_words(batch[columns.words], given)
@@ -170,7 +152,7 @@ def _samples(rows: Any, columns: Columns, labels: Labels, tokenise: Tokenise, co
             ]
         return samples
 
-    return transform(rows, labelled, config, remove=present)
+    return split.transform(labelled, config)
 
 
 def _check_words(rows: Sequence[Any], given: str) -> None:

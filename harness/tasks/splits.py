@@ -1,0 +1,245 @@
+"""The data in its parts: what each came from, which columns count, what is held out, how it is prepared."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+
+from harness.errors import ConfigError
+from harness.tasks.flags import TaskConfig
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of the data: its name, its rows (mostly of `datasets`) and the flag that it came from, for messages."""
+
+    name: str
+    rows: Any
+    source: str
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns; a stream may know them from its first row only."""
+        return list(self.rows.column_names or self.first_row())
+
+    @property
+    def string_columns(self) -> list[str]:
+        """The columns of strings, judged by the features or, in a stream without, by its first row."""
+        if self.rows.features is not None:
+            kinds = {name: getattr(feature, "dtype", None) for name, feature in self.rows.features.items()}
+            return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+        return [name for name, value in self.first_row().items() if isinstance(value, str)]
+
+    def first_row(self) -> dict[str, Any]:
+        """Read the first row. Raises ConfigError where there is none, or a stream is malformed there."""
+        return self._first(f"{self.source} holds no rows; give data with at least one.")
+
+    def require_samples(self, reason: str) -> None:
+        """Refuse data of which preparation left nothing. Raises ConfigError that gives the `reason`."""
+        self._first(f"{self.source}: {reason}")
+
+    def require_columns(self, flag: str, *names: str) -> None:
+        """Refuse names that are no columns of the data. Raises ConfigError with the columns there are."""
+        present = self.columns
+        for name in names:
+            if name not in present:
+                raise ConfigError(f"--{flag}: {self.source} has no column {name!r}; its columns: {', '.join(present)}.")
+
+    def transform(self, function: Callable[[Any], Any], config: TaskConfig, *, keep_columns: bool = False) -> Split:
+        """
+        Apply a function to batches of rows: cached on disk, or lazily in a stream. What it returns replaces the rows.
+
+        With `keep_columns` it replaces the columns of the same names only. The function should be a closure:
+        `datasets` then hashes its code and what it uses into the cache's key, so let it use single values in place
+        of all flags. Of a function that can be imported it hashes the name only, so a changed one would find old
+        results. One process at a time prepares, the others find its result.
+        """
+        remove = [] if keep_columns else self.columns
+        if isinstance(self.rows, datasets.IterableDataset):
+            return replace(self, rows=self.rows.map(function, batched=True, remove_columns=remove))
+        with _one_at_a_time(self.rows, function.__name__):
+            rows = self.rows.map(
+                function,
+                batched=True,
+                remove_columns=remove,
+                num_proc=config.preprocessing_num_workers,
+                load_from_cache_file=not config.overwrite_cache,
+            )
+        return replace(self, rows=rows)
+
+    def cut(self, config: TaskConfig) -> Split:
+        """Keep as many rows as the --max_*_samples flag of this part says, all without it."""
+        limits = {"train": config.max_train_samples, "test": config.max_predict_samples}
+        limit = limits.get(self.name, config.max_eval_samples)
+        if limit is None:
+            return self
+        if isinstance(self.rows, datasets.IterableDataset):
+            return replace(self, rows=self.rows.take(limit))
+        return replace(self, rows=self.rows.select(range(min(limit, len(self.rows)))))
+
+    def _first(self, refusal: str) -> dict[str, Any]:
+        with user_data(self.source):
+            row = next(iter(self.rows), None)
+        if row is None:
+            raise ConfigError(refusal)
+        return dict(row)
+
+
+class Splits(dict[str, Split]):
+    """The parts of the data by name: "train", "validation", "test" where they exist, others as they are called."""
+
+    @property
+    def known(self) -> list[Split]:
+        """Those of the three names that there are, in their order."""
+        return [self[name] for name in SPLITS if name in self]
+
+    def rows(self, name: str) -> Any:
+        """The rows of a part; None where it is missing."""
+        return self[name].rows if name in self else None
+
+    def to_learn_labels(self, flag: str = "train_file") -> Split:
+        """The training data. Raises ConfigError where there is none; the message offers the `flag`."""
+        if "train" not in self:
+            raise ConfigError(f"No training data to learn the labels from; give --{flag} or --dataset_name.")
+        return self["train"]
+
+    def map(self, function: Callable[[Split], Split], *further: str) -> Splits:
+        """Apply a function to each of the three parts that there is, and to `further` ones; others are left out."""
+        return Splits({name: function(self[name]) for name in (*SPLITS, *further) if name in self})
+
+    def cut(self, config: TaskConfig) -> Splits:
+        """Each with as many rows as its --max_*_samples flag says."""
+        return Splits({name: split.cut(config) for name, split in self.items()})
+
+    def hold_out(self, config: TaskConfig, *, shuffled: bool = False) -> Splits:
+        """
+        Split --validation_split_percentage of the training rows off as "validation" where there is none.
+
+        The first rows are taken, as run_clm does, or `shuffled` ones where their order may follow the label. A
+        stream and a single row can't be split and stay whole.
+        """
+        train = self.rows("train")
+        if train is None or "validation" in self or config.streaming or len(train) < 2:
+            return self
+        held = max(1, round(len(train) * config.validation_split_percentage / 100))
+        if shuffled:
+            # A seed of its own: the parts stay the same whatever --seed a run has.
+            train = train.shuffle(seed=0)
+        validation = split_of(config, "validation", train.select(range(held)))
+        return Splits(
+            {
+                **self,
+                "validation": validation,
+                "train": replace(self["train"], rows=train.select(range(held, len(train)))),
+            }
+        )
+
+    def label_column(self, config: TaskConfig) -> str:
+        """The column of --label_column_name, else `label` or `labels`. Raises ConfigError where it is missing."""
+        train = self["train"]
+        column = config.label_column_name or next((name for name in ("label", "labels") if name in train.columns), None)
+        if column is None:
+            raise ConfigError(
+                f"{train.source} has no column `label` or `labels`, only: {', '.join(train.columns)}; name one by "
+                "--label_column_name."
+            )
+        for split in self.known:
+            if split.name != "test":
+                split.require_columns("label_column_name", column)
+        return column
+
+    def text_columns(self, config: TaskConfig) -> list[str]:
+        """
+        Choose the columns to read as one text: --text_column_names, else `text`, else the first of strings.
+
+        Raises ConfigError for a name that one of the splits lacks, and where no column holds strings.
+        """
+        first = self.known[0]
+        strings = first.string_columns
+        columns = column_names(config) or (["text"] if "text" in strings else strings[:1])
+        if not columns:
+            present = ", ".join(first.columns)
+            raise ConfigError(
+                f"{first.source} has no column of strings, only: {present}; name one by --text_column_names."
+            )
+        for split in self.known:
+            split.require_columns("text_column_names", *columns)
+        return columns
+
+
+def split_of(config: TaskConfig, name: str, rows: Any) -> Split:
+    """A part of the data that the flags name."""
+    for flag in (f"{name}_file", f"{name}_dir"):
+        if (path := getattr(config, flag, None)) is not None:
+            return Split(name, rows, f"--{flag}={path}")
+    data = config.dataset_name or config.task_name
+    if data is not None:
+        return Split(name, rows, f"--dataset_name={data} ({name})")
+    flag = "train_file" if config.train_dir is None else "train_dir"
+    return Split(name, rows, f"--{flag}={getattr(config, flag)}")
+
+
+def column_names(config: TaskConfig) -> list[str]:
+    """The names that --text_column_names lists."""
+    return [name.strip() for name in (config.text_column_names or "").split(",") if name.strip()]
+
+
+def joined(batch: Mapping[str, Sequence[Any]], columns: Sequence[str], delimiter: str) -> list[str]:
+    """Join the columns of a batch to one text a row; an empty cell counts as an empty text."""
+    rows = zip(*(batch[column] for column in columns), strict=True)
+    return [delimiter.join("" if value is None else str(value) for value in row) for row in rows]
+
+
+def grouped(tokens: Mapping[str, Sequence[Sequence[int]]], size: int) -> dict[str, list[list[int]]]:
+    """Join a batch of token lists, cut it into pieces of `size`, and drop the rest of the batch."""
+    lines = {name: list(itertools.chain.from_iterable(values)) for name, values in tokens.items()}
+    return {
+        name: [line[start : start + size] for start in range(0, len(line) - size + 1, size)]
+        for name, line in lines.items()
+    }
+
+
+@contextmanager
+def user_data(source: str) -> Iterator[None]:
+    """Turn what `datasets` raises for data it can't find or read into ConfigError; use it around one call."""
+    try:
+        yield
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        # DatasetGenerationError says only that there was one; its cause says which.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
+        if "corresponds to no data" in reason[0]:
+            raise ConfigError(f"{source} holds no rows; give data with at least one.") from error
+        raise ConfigError(f"{source} can't be read: {reason[0]}") from error
+
+
+@contextmanager
+def _one_at_a_time(dataset: Any, name: str) -> Iterator[None]:
+    """Wait for processes, of any node that shares the cache, that apply this to the data; one that dies ends it."""
+    try:  # without a cache on disk, or where nothing can be locked, each prepares its own
+        file = (Path(dataset.cache_files[0]["filename"]).parent / f"{dataset._fingerprint}-{name}.lock").open("a")
+    except (IndexError, OSError):
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another process prepares the same data (%s): waiting for it.", file.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            logger.info("%s can't be locked: each process prepares the data.", file.name)
+        yield
