@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -26,13 +27,14 @@ from harness.model.weights import load_weights
 from harness.resume import models_from_wandb
 from harness.session import Run, Session
 from harness.slurm import time_limit_at
-from harness.tasks import Task, resolve
+from harness.tasks import Task, TaskConfig, resolve
 from harness.tracking import WandbTracker
 from harness.tracking.media.tables import SampleTables
 from harness.training import rng
 from harness.training.best import BestModel
-from harness.training.console import Console
+from harness.training.console import Console, set_up_logging
 from harness.training.evaluation import Evaluator
+from harness.training.flags import ConsoleConfig
 from harness.training.loss import Loss, prepare_model
 from harness.training.metrics import Clock, Window, Work
 from harness.training.schedule import Plan, resolve_plan
@@ -61,7 +63,9 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
     at_once = is_deepspeed_zero3_enabled()
     if not (at_once or is_first(accelerator, local=local)):
         task_config = replace(task_config, overwrite_cache=False)  # the first has just made it anew
-    task = main_process_first(accelerator, lambda: resolve(task_config.task)(task_config), local=local, at_once=at_once)
+    task = main_process_first(
+        accelerator, lambda: _build(task_config, config.console, accelerator), local=local, at_once=at_once
+    )
     task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
     _check_data(config, task)
@@ -99,6 +103,13 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
         console=console,
         artifacts=artifacts,
     )
+
+
+def _build(task_config: TaskConfig, console: ConsoleConfig, accelerator: Accelerator) -> Task:
+    builder = resolve(task_config.task)
+    # Again, for the libraries that the task has loaded.
+    set_up_logging(console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
+    return builder(task_config)
 
 
 def _check_data(config: Config, task: Task) -> None:

@@ -8,10 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import yaml
-from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import try_to_load_from_cache
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -118,6 +116,9 @@ def _check_dataset(name: str, task: TaskConfig) -> None:
         return
     if task.streaming:
         raise ConfigError(f"--streaming of {name} needs the network, and the nodes have none: leave it out.")
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
     cache = Path(task.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
     variant = task.dataset_config_name or (task.task_name if name == HUB_NAME else None)
     *namespace, short = name.split("/")

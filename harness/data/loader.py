@@ -12,14 +12,13 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
-from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from harness.data.batches import BatchMaker, IndexedBatches, as_it_is
 from harness.data.digest import digest_of_samples
 from harness.data.flags import DataConfig
-from harness.data.samples import Samples, worker_options
+from harness.data.samples import Samples, class_if_loaded, worker_options
 from harness.data.streams import StreamBatches
 from harness.distributed.ranks import ranks_of
 from harness.training import rng
@@ -230,7 +229,8 @@ class TrainLoader:
         they start would be theirs too.
         """
         has_workers = self.config.dataloader_num_workers > 0
-        if self.stream is not None or (has_workers and not isinstance(self.dataset, Dataset)):
+        is_table = isinstance(self.dataset, class_if_loaded("datasets", "Dataset"))
+        if self.stream is not None or (has_workers and not is_table):
             return None
         return digest_of_samples(self.dataset)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import RemoveColumnsCollator
@@ -40,12 +40,21 @@ class Samples:
         return isinstance(self.dataset, torch.utils.data.IterableDataset)
 
 
+def class_if_loaded(module: str, name: str) -> Any:
+    """A library's class for `isinstance`; where nothing has imported the module nothing is of it, and it stays so."""
+    return getattr(sys.modules.get(module), name, ())
+
+
 def first_samples(dataset: Any, count: int) -> Any:
     """The first samples of a data set. Raises ConfigError for a stream."""
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise ConfigError("--overfit_batches needs data with a length; with --streaming use --max_train_samples.")
     count = min(count, len(dataset))
-    return dataset.select(range(count)) if isinstance(dataset, Dataset) else Subset(dataset, range(count))
+    return (
+        dataset.select(range(count))
+        if isinstance(dataset, class_if_loaded("datasets", "Dataset"))
+        else Subset(dataset, range(count))
+    )
 
 
 def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Accelerator) -> Any:
@@ -131,7 +140,8 @@ def usable_samples(
     labels = find_labels(model.__class__)
     wanted = [*inspect.signature(model.forward).parameters, *sorted({"label", "label_ids", *labels})]
     name = type(model).__name__
-    if not isinstance(dataset, (Dataset, IterableDataset)) or dataset.column_names is None:
+    tables = tuple(class_if_loaded("datasets", name) for name in ("Dataset", "IterableDataset"))
+    if not isinstance(dataset, tables) or dataset.column_names is None:
         hiding = RemoveColumnsCollator(collate, wanted, logger=library_logger, model_name=name)
         return Samples(dataset=dataset, collate=hiding, lengths=lengths)
     unused = [column for column in dataset.column_names if column not in wanted]

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from torch.utils.data import IterableDataset, get_worker_info
 
+from harness.data.samples import class_if_loaded
 from harness.errors import ConfigError
 
 # Of one worker after one of its batches: its number, how many batches it has given, the state of its stream or None.
@@ -93,7 +92,8 @@ class StreamBatches(IterableDataset[Any]):
         """Put the stream to a state; None is its beginning."""
         if state is not None and self._beginning is None:
             # A stream of `datasets` builds its state when it is read: an empty one is its beginning.
-            self._beginning = {} if isinstance(self.stream, datasets.IterableDataset) else self.stream.state_dict()
+            built_when_read = isinstance(self.stream, class_if_loaded("datasets", "IterableDataset"))
+            self._beginning = {} if built_when_read else self.stream.state_dict()
         if self._beginning is not None:
             self.stream.load_state_dict(self._beginning if state is None else state)
         # What accelerate does with several processes.
@@ -141,10 +141,11 @@ def why_no_state(stream: Any) -> str:
     """Why a stream can't go on from a state; empty if it can."""
     if not (hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict")):
         return "it has no state_dict and load_state_dict"
+    shuffled = class_if_loaded("datasets.iterable_dataset", "BufferShuffledExamplesIterable")
     sources: list[Any] = [getattr(stream, "_ex_iterable", None)]
     while sources:
         source = sources.pop()
-        if isinstance(source, BufferShuffledExamplesIterable):
+        if isinstance(source, shuffled):
             return "a shuffle buffer is not in its state"
         sources += [source.ex_iterable] if hasattr(source, "ex_iterable") else getattr(source, "ex_iterables", [])
     return ""

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from transformers import get_scheduler
-from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_optimizer import (
+    _OPTIMIZER_HANDLERS,
+    OptimizerContext,
+    _parse_optim_args,
+    is_optimizer_factory,
+)
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
@@ -39,8 +44,6 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     The classes and their arguments come from the Trainer's own table. Raises ConfigError for a package that is not
     installed or arguments that the optimizer does not take.
     """
-    from transformers import Trainer  # not above: with WANDB_MODE=offline its import prints to standard output
-
     decay = decay_parameter_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: Any = [
@@ -55,7 +58,10 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     args.optim_target_modules = targets[0] if targets and len(targets) == 1 else targets
     args.optim = OptimizerNames(config.optim)
     try:
-        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        # As Trainer.get_optimizer_cls_and_kwargs, whose file loads `datasets` and prints with WANDB_MODE=offline.
+        adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+        context = OptimizerContext(args, model, {"lr": config.learning_rate}, adam, _parse_optim_args(args.optim_args))
+        cls, kwargs = _OPTIMIZER_HANDLERS[args.optim](context)
         if is_optimizer_factory(cls):
             optimizer: torch.optim.Optimizer = cls()(model, **kwargs)
             return optimizer

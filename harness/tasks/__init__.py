@@ -14,6 +14,18 @@ if TYPE_CHECKING:  # the parser reads this package, and loads no torch
     import numpy.typing as npt
     import torch
 
+__all__ = [
+    "Builder",
+    "Generate",
+    "LossFunction",
+    "Metrics",
+    "PredictSamples",
+    "SamplePredictions",
+    "Task",
+    "TaskConfig",
+    "resolve",
+]
+
 
 class Metrics(Protocol):
     """

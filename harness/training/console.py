@@ -187,18 +187,20 @@ def _make_handler() -> logging.Handler:
 
 def _set_up_libraries(level: int | None, *, shows_progress: bool) -> None:
     # Here, not above: they take a second to import, which importing this file should not.
-    import datasets
     import huggingface_hub.utils
     from transformers.utils import logging as transformers_logging
 
     # Said of every GPT-2 at its first step, whose class has no loss_type; nothing that a user could change.
     logging.getLogger("transformers.modeling_utils").addFilter(_says_something_new)
+    datasets = sys.modules.get("datasets")
     if level is not None:
         transformers_logging.set_verbosity(level)
-        datasets.utils.logging.set_verbosity(level)
+        if datasets is not None:
+            datasets.utils.logging.set_verbosity(level)
     if not shows_progress:
         transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        if datasets is not None:
+            datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]  # lazily exported
 
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from harness.config import RECIPES_DIR
 from harness.errors import ConfigError
-from harness.tasks import SHIPPED, Task, TaskConfig, quickstart, resolve
+from harness.tasks import Task, TaskConfig, quickstart, resolve
+from harness.tasks.flags import SHIPPED
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import LabelScores, MultiLabelScores, RegressionScores, TokenAccuracy

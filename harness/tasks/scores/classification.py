@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
-import sklearn.metrics
 import torch
 
 IGNORED = -100
@@ -160,6 +158,8 @@ def _label_score(
 ) -> float:
     if name == "accuracy":
         return float(weights[true == predicted].sum() / weights.sum())
+    import sklearn.metrics  # half a second
+
     if name == "matthews_correlation":
         if len({*true, *predicted}) < 2:
             return 0.0  # sklearn's value too, but with a warning
@@ -173,5 +173,7 @@ def _number_score(name: str, predicted: npt.NDArray[np.float64], true: npt.NDArr
         return float(np.mean((predicted - true) ** 2))
     if len(true) < 2 or not (np.ptp(predicted) > 0 and np.ptp(true) > 0):
         return math.nan
+    import scipy.stats
+
     correlation = scipy.stats.pearsonr if name == "pearson" else scipy.stats.spearmanr
     return float(correlation(predicted, true).statistic)
