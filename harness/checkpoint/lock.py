@@ -22,7 +22,7 @@ from harness.slurm import SlurmJob, slurm_job
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "harness.checkpoint.lock"
+LOCK_FILE = "harness.lock"
 HEARTBEAT_SECONDS = 20.0
 # On another machine a process can't be asked for: one that has not touched its lock for so long is dead.
 SILENCE_SECONDS = 120.0
