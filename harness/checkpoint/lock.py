@@ -1,4 +1,4 @@
-"""Who writes to the folder of a run: one life at a time, and a later one shuts an earlier one out."""
+"""Who writes to the folder of a run: one attempt at a time, and a later one fences an earlier one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Lock:
         """
         Take the lock of a folder that exists; a second time changes nothing.
 
-        Raises ConfigError while another process has it, unless that is an earlier life of our own SLURM job; OSError.
+        Raises ConfigError while another process has it, unless that is an earlier attempt of our SLURM job; OSError.
         """
         if self._path is not None:
             return
@@ -114,7 +114,7 @@ class Lock:
 
 
 def is_held(output_dir: Path) -> bool | None:
-    """Whether a life of the training is going in a folder, on any machine; None if no file says so."""
+    """Whether an attempt of the training is running in a folder, on any machine; None if no file says so."""
     path = output_dir / LOCK_FILE
     holder = _read(path)
     return None if holder is None else not _may_shut_out(holder, path, None)
