@@ -114,7 +114,7 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
 
 
 def stop_if_finished(accelerator: Accelerator, record: JobRecord) -> None:
-    """Collective: raise StoppedError, with exit code 0, if an earlier life of this SLURM job has done all."""
+    """Collective: raise StoppedError, with exit code 0, if an earlier attempt of this SLURM job has done all."""
     if tell_all(accelerator, record.says_finished):
         message = f"The training of this job is complete, there is nothing left to do: {record.path.parent}."
         raise StoppedError(message, exit_code=0, was_preempted=False)

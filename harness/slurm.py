@@ -1,4 +1,4 @@
-"""The SLURM job that a training runs in: who it is, when its time is over, and what its lives have come to."""
+"""The SLURM job that a training runs in: who it is, when its time is over, and what its attempts have come to."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SlurmJob:
 
     @property
     def output_dir(self) -> Path:
-        """Where its run lives if nobody says: the same folder in each of its lives."""
+        """Where its run is kept if nobody says: the same folder in each of its attempts."""
         return Path("runs") / f"job-{self.id}"
 
     def facts(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _ask_squeue(job: SlurmJob) -> str:
 
 class JobRecord:
     """
-    The lives of jobs, in the folder of their run: a list, each with how it ended. No end is a death without a word.
+    The attempts of jobs, in the folder of their run: a list, each with how it ended. No end is a death without a word.
 
     Rank zero's; without a job it stays without effect.
     """
@@ -101,60 +101,64 @@ class JobRecord:
         self.path, self.job = output_dir / JOB_FILE, job
 
     def says_finished(self) -> bool:
-        """Whether this very job has done all that it was asked for, in an earlier life."""
-        return any(self._is_earlier(life) and life.get("ended") == FINISHED for life in self._lives()[-1:])
+        """Whether this very job has done all that it was asked for, in an earlier attempt."""
+        return any(self._is_earlier(attempt) and attempt.get("ended") == FINISHED for attempt in self._attempts()[-1:])
 
     def begin(self, *, from_step: int) -> None:
-        """Note a life that goes on at a step. Raises ConfigError if earlier ones have died there; OSError."""
+        """Note an attempt that goes on at a step. Raises ConfigError if earlier ones have died there; OSError."""
         if self.job is None:
             return
-        lives = self._lives()
+        attempts = self._attempts()
         deaths = 0
-        for life in reversed(lives):
-            if not self._is_earlier(life) or life.get("from_step") != from_step or life.get("ended") == PREEMPTED:
+        for attempt in reversed(attempts):
+            if (
+                not self._is_earlier(attempt)
+                or attempt.get("from_step") != from_step
+                or attempt.get("ended") == PREEMPTED
+            ):
                 break
             deaths += 1
         if deaths >= MOST_DEATHS:
             raise ConfigError(
                 f"Job {self.job.id} has died {deaths} times since step {from_step} without a checkpoint in between, so "
-                f"it is not started once more. See what its lives have said; then submit a new job with "
+                f"it is not started once more. See what its attempts have said; then submit a new job with "
                 f"--output_dir {self.path.parent} --resume_from_checkpoint auto, perhaps with a smaller --save_steps."
             )
         facts = {name: value for name, value in asdict(self.job).items() if name != "is_batch"}
-        self._write([*lives, {**facts, "from_step": from_step, "began_at": time.time(), "ended": None}])
+        self._write([*attempts, {**facts, "from_step": from_step, "began_at": time.time(), "ended": None}])
 
     def end(self, how: str) -> None:
-        """Note how this life ends: FINISHED, PREEMPTED, STOPPED or FAILED. If that can't be written it is a warning."""
+        """Note how this attempt ends: FINISHED, PREEMPTED, STOPPED or FAILED. A failure to write is a warning."""
         if self.job is None:
             return
-        lives = self._lives()
-        own = [life for life in lives if self._key(life) == (self.job.id, self.job.restart_count)]
+        attempts = self._attempts()
+        own = [attempt for attempt in attempts if self._key(attempt) == (self.job.id, self.job.restart_count)]
         if not own:  # it ends before it began
             return
         own[-1]["ended"] = how
         try:
-            self._write(lives)
+            self._write(attempts)
         except OSError as error:
             logger.warning("%s can't be written: %s", self.path, error)
 
-    def _is_earlier(self, life: Mapping[str, Any]) -> bool:
-        # Of this job before it was requeued: a second command in the same life is somebody's will.
-        job, count = self._key(life)
+    def _is_earlier(self, attempt: Mapping[str, Any]) -> bool:
+        # Of this job before it was requeued: a second command in the same attempt is somebody's will.
+        job, count = self._key(attempt)
         return self.job is not None and job == self.job.id and count < self.job.restart_count
 
     @staticmethod
-    def _key(life: Mapping[str, Any]) -> tuple[str, int]:
-        return str(life.get("id")), int(life.get("restart_count", 0))
+    def _key(attempt: Mapping[str, Any]) -> tuple[str, int]:
+        return str(attempt.get("id")), int(attempt.get("restart_count", 0))
 
-    def _lives(self) -> list[dict[str, Any]]:
+    def _attempts(self) -> list[dict[str, Any]]:
         try:
-            lives = json.loads(self.path.read_text(encoding="utf-8"))
+            attempts = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:
             logger.warning("%s can't be read, a new one is begun: %s", self.path, error)
             return []
-        return [life for life in lives if isinstance(life, dict)] if isinstance(lives, list) else []
+        return [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
 
-    def _write(self, lives: list[dict[str, Any]]) -> None:
-        write_whole(self.path, json.dumps(lives, indent=2) + "\n")
+    def _write(self, attempts: list[dict[str, Any]]) -> None:
+        write_whole(self.path, json.dumps(attempts, indent=2) + "\n")

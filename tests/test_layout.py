@@ -59,6 +59,7 @@ TOP_LEVEL = {
     "slurm",
     "pyproject.toml",
     "README.md",
+    "README.ko.md",
     "LICENSE",
     "CONTRIBUTING.md",
     "CHANGELOG.md",

@@ -1,4 +1,4 @@
-"""Who writes to the folder of a run: one life at a time, and a later one shuts an earlier one out."""
+"""Who writes to the folder of a run: one attempt at a time, and a later one fences an earlier one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.slurm import SlurmJob, slurm_job
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "harness.checkpoint.lock"
+LOCK_FILE = "harness.lock"
 HEARTBEAT_SECONDS = 20.0
 # On another machine a process can't be asked for: one that has not touched its lock for so long is dead.
 SILENCE_SECONDS = 120.0
@@ -64,7 +64,7 @@ class Lock:
         """
         Take the lock of a folder that exists; a second time changes nothing.
 
-        Raises ConfigError while another process has it, unless that is an earlier life of our own SLURM job; OSError.
+        Raises ConfigError while another process has it, unless that is an earlier attempt of our SLURM job; OSError.
         """
         if self._path is not None:
             return
@@ -114,7 +114,7 @@ class Lock:
 
 
 def is_held(output_dir: Path) -> bool | None:
-    """Whether a life of the training is going in a folder, on any machine; None if no file says so."""
+    """Whether an attempt of the training is running in a folder, on any machine; None if no file says so."""
     path = output_dir / LOCK_FILE
     holder = _read(path)
     return None if holder is None else not _may_shut_out(holder, path, None)

@@ -142,7 +142,7 @@ class Work:
 
 
 class Clock:
-    """Seconds, samples and tokens of this process's life."""
+    """Seconds, samples and tokens of this process, since its start."""
 
     def __init__(self, state: TrainState) -> None:
         self.begin(state)

@@ -73,8 +73,8 @@ class Throughput:
 
     The time is all that passes from one report to the next in this process, without what goes by in `paused`:
     evaluations and saves (what of a save is written in the background goes on beside the steps). Waiting for data,
-    logging, and the warm-up of the first steps are in it. After a resume the first window is what this life has done of
-    it, which may be nothing: all names are there then, and their values are NaN.
+    logging, and the warm-up of the first steps are in it. After a resume the first window is what this attempt has
+    done of it, which may be nothing: all names are there then, and their values are NaN.
 
     Samples are those that the batches hold. Tokens are the elements of `input_ids`, padding included: what the device
     has worked on; where the main input is another one there are none. Their number on the host is known without

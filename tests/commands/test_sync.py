@@ -277,10 +277,10 @@ def test_how_a_run_is(exit_code: int | None, has_marker: bool, is_held: bool, st
         if is_held:
             owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
             lock.take(output_dir)
-            holder = json.loads((output_dir / "harness.checkpoint.lock").read_text())
+            holder = json.loads((output_dir / "harness.lock").read_text())
             process = psutil.Process(owner.pid)
             holder |= {"pid": owner.pid, "created_at": process.create_time()}
-            (output_dir / "harness.checkpoint.lock").write_text(json.dumps(holder))
+            (output_dir / "harness.lock").write_text(json.dumps(holder))
         try:
             assert _state(output_dir, identity) == state
         finally:

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.launching import Ended, run
-from tests.support.pages import blocks
+from tests.support.pages import TRACKING, blocks
 from tests.support.parity import TIMING, TRAINING, as_flags, assert_equal_runs
 from tests.support.wandb_server import WandbServer
 
 ROOT = Path(__file__).parents[2]
 CLOCK = re.compile(rf"^_|{TIMING.pattern}")
 TASK = "tests.support.tasks.parity_task:build"
-BY_HAND = next(block for block in blocks("python") if "log_checkpoint" in block)
-RESUME = next(block for block in blocks("python") if 'resume="must"' in block)
+BY_HAND = next(block for block in blocks("python", TRACKING) if "log_checkpoint" in block)
+RESUME = next(block for block in blocks("python", TRACKING) if 'resume="must"' in block)
 # Waits where it is going to be killed: after its second checkpoint.
 TO_BE_KILLED = """
 import runpy, time

@@ -39,7 +39,7 @@ def test_a_process_whose_folder_is_taken_over_ends_at_once_and_leaves_it_alone(
     assert message == f"harness-train: Another process has taken over {folder}: this one ends at step 5 of 30."
     assert not list(folder.glob("checkpoint-*"))
     assert not (folder / "model.safetensors").exists()
-    assert '"token": "another"' in (folder / "harness.checkpoint.lock").read_text(encoding="utf-8")
+    assert '"token": "another"' in (folder / "harness.lock").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
