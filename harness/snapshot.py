@@ -276,7 +276,7 @@ class Data:
         """Into harness_state.json; the generators into a file a rank: the Trainer's, with our own part beside its."""
         content.shared["data"] = self.run.loader.state_dict()
         content.rank_state |= rng.capture(world_size=self.run.accelerator.num_processes)
-        content.rank_state["harness"] = {"data": self.run.loader.rng_state_dict()}
+        content.rank_state.setdefault("harness", {})["data"] = self.run.loader.rng_state_dict()
 
     def load(self, saved: Saved) -> None:
         """In the very batches of the checkpoint, if they are as large and as many; else at the same samples."""
@@ -318,7 +318,7 @@ class LossWindow:
 
     def save(self, content: Content) -> None:
         """Beside the generators: each rank has its own."""
-        content.rank_state["harness"]["window"] = self.run.window.state_dict()
+        content.rank_state.setdefault("harness", {})["window"] = self.run.window.state_dict()
 
     def load(self, saved: Saved) -> None:
         """This rank's, or what those of another number of ranks come to; a Trainer keeps none."""
