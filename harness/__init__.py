@@ -1,3 +1,22 @@
-"""A training harness on Hugging Face Accelerate with the Trainer's flags, numbers and checkpoints."""
+"""
+A training harness on Hugging Face Accelerate with the Trainer's flags, numbers and checkpoints.
+
+`harness.run([...])` is the command `harness train` as a function: flags in, exit code out.
+`harness.latest_checkpoint(output_dir)` is the newest checkpoint that a training can go on from. Both load what they
+need when they are asked for.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "latest_checkpoint", "run"]
+
+_WHERE = {"run": ("harness.train", "main"), "latest_checkpoint": ("harness.checkpoint.find", "latest_checkpoint")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, function = _WHERE[name]
+    return getattr(import_module(module), function)

@@ -84,7 +84,7 @@ def parse_sections(
     """
     parser = _Parser(
         [_unlinked(section) for section in sections],
-        prog="harness-train",
+        prog="harness train",
         allow_abbrev=False,
         formatter_class=ArgumentDefaultsHelpFormatter,
     )

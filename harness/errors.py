@@ -16,10 +16,12 @@ HarnessError            1  all of them; the message is one line that says what t
     ├── DeliveryError      W&B has not what was sent of an artifact
     └── BusyError          another process brings this run to W&B
 
-`harness.train.main` and `harness.commands` are the boundaries that turn them into exit codes.
+`exit_code_of` is the boundary that turns them into a message and an exit code, for every command.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 
 class HarnessError(Exception):
@@ -32,6 +34,24 @@ class ConfigError(HarnessError):
     """Something the user can put right: bad input, bad configuration. The process ends with exit code 2."""
 
     exit_code = 2
+
+
+def exit_code_of(
+    work: Callable[[], int], say: Callable[[int, str], object], *, interrupted: str = "Interrupted."
+) -> int:
+    """
+    Do the work of a command and return its exit code; `say` is given the code and the message of what ends it.
+
+    130 after Ctrl-C. What is a bug of ours raises with its traceback.
+    """
+    try:
+        return work()
+    except HarnessError as error:
+        code, message = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, interrupted
+    say(code, message)
+    return code
 
 
 class CheckpointError(HarnessError):

@@ -1,8 +1,9 @@
 """
 The script: parses, loads what a training needs, runs it, and turns what ends it into an exit code.
 
-`accelerate launch harness/train.py`, `python harness/train.py`, `python -m harness.train` and `harness-train` are
-the same. Exit codes: 0 finished, 1 failed, 2 bad input or configuration, 85 preempted after a save, 130 interrupted.
+`harness train`, `harness-train`, `python harness/train.py` and `python -m harness.train` are the same; with several
+processes: `accelerate launch harness/train.py`. Exit codes: 0 finished, 1 failed, 2 bad input or configuration, 85
+preempted after a save, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ if __name__ == "__main__":
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from harness.config import is_first_rank
-from harness.errors import HarnessError
+from harness.errors import HarnessError, exit_code_of
 from harness.flags import Config, parse
 
 SECONDS_FOR_RANK_ZERO = 10.0
@@ -37,24 +39,24 @@ def script() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code. Errors that are not the user's raise with their traceback."""
-    try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        if config.run.print_config:
-            sys.stdout.write(config.as_yaml())
-            return 0
-        _load(config)
-        from harness.execute import run_command
+    return exit_code_of(partial(_command, sys.argv[1:] if argv is None else argv), _say)
 
+
+def _command(argv: Sequence[str]) -> int:
+    config = parse(argv)
+    if config.run.print_config:
+        sys.stdout.write(config.as_yaml())
+        return 0
+    _load(config)
+    from harness.execute import run_command
+
+    try:
         run_command(config)
-    except HarnessError as error:
-        return _fail(error.exit_code, str(error))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not even be loaded
             raise
         remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
-        return _fail(1, f"Out of memory: {remedy}. ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        return _fail(130, "Interrupted.")
+        raise HarnessError(f"Out of memory: {remedy}. ({str(error).splitlines()[0]})") from error
     return 0
 
 
@@ -66,15 +68,14 @@ def _load(config: Config) -> None:
     import harness.execute  # noqa: F401
 
 
-def _fail(code: int, message: str) -> int:
+def _say(code: int, message: str) -> None:
     if is_first_rank():
-        print(f"harness-train: {message}", file=sys.stderr, flush=True)
+        print(f"harness train: {message}", file=sys.stderr, flush=True)
     elif code in (1, 2):
         # Ranks fail together, with one message. A launcher ends all when one has ended, and that has to be rank zero;
         # who is still here after it failed alone.
         time.sleep(SECONDS_FOR_RANK_ZERO)
-        print(f"harness-train: {message} (not on rank zero)", file=sys.stderr, flush=True)
-    return code
+        print(f"harness train: {message} (not on rank zero)", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -75,9 +75,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check_message(shown: str, *expected: str) -> None:
-    assert shown.count("harness-train: ") == 1, shown
+    assert shown.count("harness train: ") == 1, shown
     assert "Traceback" not in shown
-    message = shown[shown.index("harness-train: ") :].rstrip()
+    message = shown[shown.index("harness train: ") :].rstrip()
     assert len(message.splitlines()) <= 8, "a message, and at most places in a file below it"
     for part in expected:
         assert re.search(part, message), f"{part!r} is not in: {message}"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 HARNESS = ROOT / "harness"
 # From the bottom up; a package stands for its files.
 LAYERS = (
-    ("__init__", "errors", "signals"),
+    ("errors", "signals"),
     ("files",),
     ("config",),
     ("slurm",),
@@ -38,7 +38,7 @@ LAYERS = (
     ("execute",),
     ("train",),
     ("commands",),
-    ("sync", "submit"),
+    ("__init__", "__main__"),
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(HARNESS.rglob("*.py"))

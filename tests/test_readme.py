@@ -14,12 +14,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from harness.__main__ import COMMANDS
-from harness.__main__ import main as harness_command
 from transformers import TrainingArguments
 
 import harness
 from harness import loop
+from harness.__main__ import COMMANDS
+from harness.__main__ import main as harness_command
 from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
 from harness.tracking.flags import VARIABLES
 from harness.train import main

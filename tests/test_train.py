@@ -194,14 +194,14 @@ def test_an_interrupt_ends_with_130(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(flags) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err.splitlines()[-1] == "harness-train: Interrupted."
+    assert capsys.readouterr().err.splitlines()[-1] == "harness train: Interrupted."
 
 
 def test_out_of_memory_says_what_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--task=tests.support.tasks.odd_tasks:out_of_memory", *FAST, f"--output_dir={tmp_path / 'out'}"]
     assert main(flags) == 1
     shown = capsys.readouterr().err
-    assert shown.count("harness-train: ") == 1
+    assert shown.count("harness train: ") == 1
     assert "--per_device_train_batch_size" in shown
     assert "--activation_checkpointing" in shown
     assert "Traceback" not in shown

@@ -90,6 +90,12 @@ def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
     return Found(path=None)
 
 
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that a training can go on from, None if there is none. Reads all of it."""
+    found = reversed(list_checkpoints(Path(output_dir).expanduser()))
+    return next((path for path in found if why_invalid(path) is None), None)
+
+
 def choose_output_dir(config: CheckpointConfig) -> Path:
     """The folder of the run: as given, or a fresh one named by the time."""
     if config.output_dir is not None:

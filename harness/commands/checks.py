@@ -194,16 +194,16 @@ def check_tracking(config: TrackingConfig, *, has_internet: bool, mode: str | No
         return "no W&B"
     if not has_internet and config.wandb_mode == "online":
         raise ConfigError(
-            "--wandb_mode=online with --no-internet: leave one of them out; harness.sync brings offline runs."
+            "--wandb_mode=online with --no-internet: leave one of them out; `harness sync` brings offline runs."
         )
     if not has_internet or mode == "offline" or config.wandb_mode == "offline":
-        return "W&B is offline, python -m harness.sync brings it"
+        return "W&B is offline, `harness sync` brings it"
     if not has_credentials():
         if config.wandb_mode == "online":
             raise ConfigError(NEEDS_CREDENTIALS)
-        return "no W&B credentials: the run will be offline (`wandb login` first, or python -m harness.sync later)"
+        return "no W&B credentials: the run will be offline (`wandb login` first, or `harness sync` later)"
     try:
-        open_api("python -m harness.submit", silent=True)
+        open_api("harness submit", silent=True)
     except UnreachableError as error:
         if config.wandb_mode == "online":
             raise ConfigError(f"--wandb_mode=online: {error} Try again, or give --no-internet.") from error

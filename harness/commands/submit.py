@@ -1,26 +1,27 @@
 """
-From the login node into the queue: `python -m harness.submit [OPTIONS] --config recipe ...`.
+From the login node into the queue: `harness submit [OPTIONS] --config recipe ...`.
 
-What it does not know goes to train.py. It refuses what would fail after hours in the queue, prints the sbatch line,
-runs it, and says how to follow. Exit codes: 0 submitted (or would be), 1 sbatch failed, 2 refused, 130 interrupted.
+What it does not know goes to the training. It refuses what would fail after hours in the queue, prints the sbatch line,
+runs it, and says how to follow. Exit codes: 0 submitted (or would be), 1 sbatch failed, 2 refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness.commands.checks import check_cache, check_disk, check_launch_config, check_tracking
-from harness.errors import ConfigError
-from harness.flags import Config, parse
+from harness.commands import Parser
+from harness.errors import ConfigError, HarnessError
+
+if TYPE_CHECKING:
+    from harness.flags import Config
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = "slurm"
@@ -101,17 +102,11 @@ class Request:
         return found | (OFFLINE if self.no_internet else {})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
-    try:
-        parser = _parser()
-        given, arguments = parser.parse_known_args(argv)
-        values = {name: value for name, value in vars(given).items() if name != "dry_run"}
-        return submit(Request(**values, arguments=arguments), is_dry=given.dry_run)
-    except ConfigError as error:
-        return _say_error(2, str(error))
-    except KeyboardInterrupt:
-        return _say_error(130, "Interrupted; nothing was submitted.")
+def run(argv: Sequence[str]) -> int:
+    """Submit what a command line asks for; returns the exit code. Raises HarnessError."""
+    given, arguments = parser().parse_known_args(argv)
+    values = {name: value for name, value in vars(given).items() if name != "dry_run"}
+    return submit(Request(**values, arguments=arguments), is_dry=given.dry_run)
 
 
 def submit(request: Request, *, is_dry: bool) -> int:
@@ -135,7 +130,7 @@ def submit(request: Request, *, is_dry: bool) -> int:
         check=False,
     )
     if done.returncode != 0:
-        return _say_error(1, f"sbatch refuses the job: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        raise HarnessError(f"sbatch refuses the job: {done.stderr.strip() or f'exit code {done.returncode}'}")
     _tell(request, config, done.stdout.strip().split(";")[0], environment)
     return 0
 
@@ -143,7 +138,10 @@ def submit(request: Request, *, is_dry: bool) -> int:
 def check(request: Request, environment: Mapping[str, str]) -> tuple[Config, list[str]]:
     """The configuration of the training and what was found out about it. Raises ConfigError for what would fail."""
     if not request.script.is_file():
-        raise ConfigError(f"{request.script}: no such file. harness.submit needs a checkout: pip install -e . in one.")
+        raise ConfigError(f"{request.script}: no such file. harness submit needs a checkout: pip install -e . in one.")
+    from harness.commands.checks import check_cache, check_disk, check_launch_config, check_tracking
+    from harness.flags import parse
+
     config = parse(request.arguments)
     is_offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     notes = [
@@ -175,7 +173,7 @@ def _tell(request: Request, config: Config, job: str, environment: Mapping[str, 
     print(f"  its folder:    {folder}{' (task 0)' if request.array is not None else ''}")
     if config.tracking.uses_wandb and environment.get("WANDB_MODE", config.tracking.wandb_mode) != "online":
         parent = shlex.quote(str(folder.parent))
-        print(f"  offline runs to W&B, from here once it has begun:  python -m harness.sync {parent}")
+        print(f"  offline runs to W&B, from here once it has begun:  harness sync {parent} --until-finished")
     print(f"  end it:        scancel {job}", flush=True)
 
 
@@ -183,19 +181,14 @@ def _from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(message[:1].upper() + message[1:] + ". See --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m harness.submit",
-        usage="%(prog)s [OPTIONS] FLAGS OF train.py, e.g. --config recipe --output_dir runs/first",
+def parser() -> Parser:
+    """Its command line, but for the flags of the training."""
+    own = Parser(
+        "submit",
+        usage="%(prog)s [OPTIONS] FLAGS OF harness train, e.g. --config recipe --output_dir runs/first",
         description="Check a training, put it into SLURM's queue by the scripts in slurm/, say how to follow it.",
-        allow_abbrev=False,
     )
-    add = parser.add_argument
+    add = own.add_argument
     add("--nodes", type=int, default=1, help="Nodes of the job. Default: 1.")
     add("--gpus-per-node", type=int, help="GPUs of each, a process on each; 0: CPU. Default: the script's.")
     add("--time", help="Time limit of a life, 12:00:00; the job goes on in the next. Default: the script's.")
@@ -210,9 +203,4 @@ def _parser() -> argparse.ArgumentParser:
         "--no-internet", action="store_true", help="The nodes have none: W&B and Hub offline, all looked for in caches."
     )
     add("--dry-run", action="store_true", help="Check and print, don't submit.")
-    return parser
-
-
-def _say_error(code: int, message: str) -> int:
-    print(f"harness.submit: {message}", file=sys.stderr, flush=True)
-    return code
+    return own

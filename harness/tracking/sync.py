@@ -1,4 +1,8 @@
-"""An offline run brought to the server from another machine, while it is written and after: each row once."""
+"""
+What `harness sync` brings to the server, each row once.
+
+An offline run, while it is written and after, and what online runs could not deliver.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.errors import DeliveryError, RowsError, SyncError
+from harness.errors import DeliveryError, RowsError, SyncError, UnreachableError
 from harness.files import write_whole
-from harness.tracking.artifacts.staging import STAGING_FOLDER, Staged, waiting
+from harness.tracking.artifacts.staging import RECORD_FILE, STAGING_FOLDER, Staged, waiting
 from harness.tracking.artifacts.upload import deliver_staged, versions_of
-from harness.tracking.client import REOPEN_RUN, execute, one_line
+from harness.tracking.client import REOPEN_RUN, execute, one_line, server_answers
 from harness.tracking.rows.journal import JOURNAL_FILE, Journal
-from harness.tracking.rows.server import AtServer, connection, deliver_rows, is_plain, sync_without_rows
+from harness.tracking.rows.server import (
+    AtServer,
+    connection,
+    deliver_rows,
+    is_plain,
+    online_files,
+    online_logs,
+    sync_without_rows,
+)
 from harness.tracking.rows.wandb_file import TransactionLog, mark_synced, read_log, read_records
 from harness.tracking.run.identity import Identity
 
@@ -81,6 +93,8 @@ class OfflineRun:
         self.output_dir, self.identity = output_dir, identity
         self._logs: dict[Path, TransactionLog] = {}
         self._problems: list[str] = []
+
+    def _read(self) -> None:
         for path in self.files():
             try:
                 log = read_log(path)
@@ -104,6 +118,7 @@ class OfflineRun:
 
         Raises RowsError, SyncError, and what wandb, requests and the disk raise.
         """
+        self._read()
         sent = Sent.read(self.output_dir, self.identity.run_id)
         if not self._logs:
             return self._outcome(rows=sum(rows for _, _, rows in sent.lives.values()), num_delivered=0)
@@ -216,19 +231,9 @@ class OfflineRun:
         return [staged for staged in waiting(self.output_dir / STAGING_FOLDER) if staged.run_id == self.identity.run_id]
 
     def _send_artifacts(self, api: Any, *, is_over: bool) -> int:
-        count = 0
-        for staged in self._staged():
-            # In a life that goes on one may be half made, or given up for a newer one meanwhile.
-            if not is_over and not all(staged.path_of(name).exists() for name in staged.files):
-                continue
-            try:
-                deliver_staged(api, staged)
-                count += 1
-            except Exception as error:  # wandb and its transports raise many types; the next one is tried all the same
-                if staged.is_waiting:
-                    reason = str(error) if isinstance(error, DeliveryError) else one_line(error)
-                    self._problems.append(f"{staged.name} ({staged.aliases[-1]}) is not delivered: {reason}")
-        return count
+        # In a life that goes on one may be half made, or given up for a newer one meanwhile.
+        whole = [each for each in self._staged() if is_over or all(each.path_of(name).exists() for name in each.files)]
+        return _send_artifacts(api, whole, self._problems)
 
     def _journaled(self) -> list[dict[str, Any]]:
         lines = Journal(self.output_dir / JOURNAL_FILE).lines()
@@ -243,6 +248,72 @@ class OfflineRun:
             num_waiting=len(self._staged()),
             problems=self._problems,
         )
+
+
+class OnlineRuns:
+    """
+    What online runs have left in a folder: rows that W&B lacks, and staged artifacts. The runs are over.
+
+    `identity`: of the training whose folder this is, if it is one. An offline run's artifacts are left to OfflineRun.
+    """
+
+    def __init__(self, output_dir: Path, identity: Identity | None) -> None:
+        self.output_dir, self.identity = output_dir, identity
+        self._problems: list[str] = []
+
+    def files(self) -> list[Path]:
+        """The .wandb files of the runs, the rows of the training, and what is staged."""
+        records = [staged.folder / RECORD_FILE for staged in self._staged()]
+        journal = self.output_dir / JOURNAL_FILE
+        has_journal = self.identity is not None and self.identity.mode == "online" and journal.is_file()
+        return [*online_files(self.output_dir), *([journal] if has_journal else []), *records]
+
+    def deliver(self, api: Any) -> Outcome:
+        """Bring all that is there, one after the other whatever becomes of one. Raises UnreachableError."""
+        logs, unreadable = online_logs(self.output_dir)
+        self._problems += unreadable
+        rows = sum(self._deliver_rows(api, log) for log in logs)
+        num_delivered = _send_artifacts(api, self._staged(), self._problems)
+        left = len(self._staged())
+        return Outcome(rows=rows, unsent_rows=0, num_delivered=num_delivered, num_waiting=left, problems=self._problems)
+
+    def _deliver_rows(self, api: Any, log: TransactionLog) -> int:
+        """Bring the rows of a run; returns how many W&B has of it then."""
+        ask, post = connection(api, log)
+        try:
+            deliver_rows(log, ask=ask, post=post)
+        except Exception as error:  # wandb and its transports raise many types
+            reason = str(error) if isinstance(error, RowsError) else one_line(error)
+            self._problems.append(f"the rows of {log.project}/{log.run_id} are not delivered: {reason}")
+            _check_server(api)
+            return 0
+        return int(log.rows[-1]["_step"]) + 1 if log.rows else 0
+
+    def _staged(self) -> list[Staged]:
+        offline = self.identity.run_id if self.identity is not None and self.identity.mode != "online" else None
+        return [staged for staged in waiting(self.output_dir / STAGING_FOLDER) if staged.run_id != offline]
+
+
+def _send_artifacts(api: Any, staged: list[Staged], problems: list[str]) -> int:
+    """Bring staged artifacts in their order; returns how many arrived. Raises UnreachableError."""
+    count = 0
+    for each in staged:
+        try:
+            deliver_staged(api, each)
+            count += 1
+        except Exception as error:  # wandb and its transports raise many types; the next one is tried all the same
+            is_own = isinstance(error, DeliveryError)
+            if is_own or each.is_waiting:  # else its training has given it up for a newer one
+                reason = str(error) if is_own else one_line(error)
+                problems.append(f"{each.name} ({each.aliases[-1]}) is not delivered: {reason}")
+            _check_server(api)
+    return count
+
+
+def _check_server(api: Any) -> None:
+    base_url = api.settings["base_url"]
+    if not server_answers(base_url):
+        raise UnreachableError(f"W&B can't be reached at {base_url} any more; what is left stays where it is.")
 
 
 def _content(path: Path) -> list[int]:

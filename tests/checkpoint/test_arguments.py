@@ -98,7 +98,7 @@ def test_changed_arguments_are_refused_all_at_once_and_taken_when_allowed(
     changed = {"learning_rate": 1e-3, "max_grad_norm": 0.5, "logging_steps": 2}
     assert resume(trained, tmp_path / "out", **changed) == 2
     shown = capsys.readouterr().err
-    assert shown.count("harness-train: ") == 1
+    assert shown.count("harness train: ") == 1
     assert "learning_rate 0.002 -> 0.001, max_grad_norm 1.0 -> 0.5)" in shown
     assert "logging_steps" not in shown
     assert "--allow_changed_arguments" in shown

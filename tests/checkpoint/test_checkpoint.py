@@ -309,7 +309,7 @@ def test_a_crafted_file_is_refused_and_not_executed(
     reset()
     assert main([*FLAGS, f"--output_dir={tmp_path / 'out'}", f"--resume_from_checkpoint={checkpoint}"]) == 2
     shown = capsys.readouterr().err
-    assert shown.count("harness-train: ") == 1
+    assert shown.count("harness train: ") == 1
     assert f"{name} can't be loaded safely" in shown
     assert "Traceback" not in shown
     assert not mark.exists()
@@ -410,7 +410,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     flags = [*FLAGS, f"--output_dir={tmp_path / 'out'}", f"--resume_from_checkpoint={trained / 'checkpoint-5'}"]
     assert main([*flags, '--task_args={"llama": true}']) == 2
     shown = capsys.readouterr().err
-    assert shown.count("harness-train: ") == 1
+    assert shown.count("harness train: ") == 1
     assert "is of another model" in shown
     assert "Use the model it was saved from" in shown
     assert not (tmp_path / "out").exists()
@@ -442,7 +442,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(
     )
     assert main([*flags, "--use_cpu"]) == 1
     shown = capsys.readouterr().err
-    assert shown.count("harness-train: ") == 1
+    assert shown.count("harness train: ") == 1
     assert "Traceback" not in shown
     assert "No space left" in shown
     assert "--resume_from_checkpoint true" in shown

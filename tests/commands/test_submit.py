@@ -1,4 +1,4 @@
-"""`python -m harness.submit`: what would fail in the queue is refused before, what would not is handed to sbatch."""
+"""`harness submit`: what would fail in the queue is refused before, what would not is handed to sbatch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.__main__ import main
 from harness.commands import checks
-from harness.commands.submit import ROOT, main
+from harness.commands.submit import ROOT
 
 CPU = ("--gpus-per-node", "0")
 # Name: options, flags of train.py, and what the message must say.
@@ -77,15 +78,15 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_request_is_refused_with_the_remedy(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, remedy = WRONG[name]
-    assert main(["--dry-run", *arguments]) == 2
+    assert main(["submit", "--dry-run", *arguments]) == 2
     said = capsys.readouterr()
     assert remedy in said.err
-    assert said.err.count("harness.submit:") == len(said.err.splitlines()) == 1
+    assert said.err.count("harness submit: ") == len(said.err.splitlines()) == 1
     assert "sbatch --" not in said.out
 
 
 def test_without_deepspeed_its_launch_configs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["--dry-run", *CPU, "--launch-config", "zero2.yaml"])
+    code = main(["submit", "--dry-run", *CPU, "--launch-config", "zero2.yaml"])
     said = capsys.readouterr()
     if find_spec("deepspeed") is None:
         assert (code, "pip install 'accelerate-harness[deepspeed]'" in said.err) == (2, True)
@@ -95,7 +96,7 @@ def test_without_deepspeed_its_launch_configs_are_refused(capsys: pytest.Capture
 
 def test_the_exact_line_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def lines(*arguments: str) -> list[str]:
-        assert main(["--dry-run", *arguments]) == 0, capsys.readouterr().err
+        assert main(["submit", "--dry-run", *arguments]) == 0, capsys.readouterr().err
         return capsys.readouterr().out.splitlines()
 
     asked = ["--nodes", "4", "--gpus-per-node", "8", "--time", "12:00:00", "--partition", "p", "--account", "a"]
@@ -139,7 +140,7 @@ def test_what_is_in_the_caches_is_found_there(tmp_path: Path, capsys: pytest.Cap
     data = tmp_path / "cache" / "Some___my_data" / "english-0a1b" / "0.0.0" / "4567"
     data.mkdir(parents=True)
     named = "--model_name_or_path Some/Model --dataset_name Some/MyData --dataset_config_name english"
-    asked = ["--dry-run", *CPU, "--no-internet", *named.split(), "--cache_dir", str(tmp_path / "cache")]
+    asked = ["submit", "--dry-run", *CPU, "--no-internet", *named.split(), "--cache_dir", str(tmp_path / "cache")]
     assert main(asked) == 2
     assert f"run `hf download Some/Model --cache-dir {tmp_path}/cache` here first" in capsys.readouterr().err
     (model / "snapshots" / "0123" / "model.safetensors").touch()
@@ -154,7 +155,7 @@ def test_without_a_cluster_it_says_where_to_go(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main([*CPU, "--report_to", "none"]) == 2
+    assert main(["submit", *CPU, "--report_to", "none"]) == 2
     assert "run this on the cluster's login node, or give --dry-run" in capsys.readouterr().err
 
 
@@ -167,7 +168,7 @@ def test_what_sbatch_refuses_is_said_and_what_it_takes_is_followed(
     sbatch.write_text(f'#!/bin/sh\necho "$WANDB_MODE" "$@" > {shlex.quote(str(given))}\necho "17;cluster"\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert main([*CPU, "--no-internet", "--max_steps", "3"]) == 0
+    assert main(["submit", *CPU, "--no-internet", "--max_steps", "3"]) == 0
     said = capsys.readouterr().out
     assert given.read_text().startswith("offline --parsable --nodes=1 --gpus-per-node=0 ")
     assert given.read_text().endswith("single_node.sbatch --max_steps 3\n")
@@ -175,10 +176,10 @@ def test_what_sbatch_refuses_is_said_and_what_it_takes_is_followed(
         "Submitted job 17.",
         "tail -F slurm-17.out",
         "runs/job-17",
-        "python -m harness.sync runs",
+        "harness sync runs --until-finished",
         "scancel 17",
     ):
         assert part in said
     sbatch.write_text("#!/bin/sh\necho invalid partition >&2\nexit 1\n")
-    assert main([*CPU, "--partition", "none"]) == 1
+    assert main(["submit", *CPU, "--partition", "none"]) == 1
     assert "sbatch refuses the job: invalid partition" in capsys.readouterr().err

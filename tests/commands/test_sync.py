@@ -1,4 +1,4 @@
-"""`python -m harness.sync`: offline runs arrive whole, each row once, whatever dies meanwhile."""
+"""`harness sync`: runs of all kinds arrive whole, each row once, whatever dies meanwhile."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import psutil
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from harness.__main__ import main
 from harness.checkpoint.lock import Lock
-from harness.commands.sync import _state, main
+from harness.commands.watch import find_runs, state_of
 from harness.tracking.rows.wandb_file import encode, read_records
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import Identity
@@ -54,7 +55,7 @@ class Sync:
         variables = environment(folder, server, WANDB_MODE="offline", **variables)
         with self.out.open("a") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "harness.sync", *arguments],
+                [sys.executable, "-m", "harness", "sync", *arguments],
                 env=variables,
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -98,7 +99,7 @@ def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(
         sync.wait_for(lambda: any(run.id == killed and run.rows for run in server.runs()), "no rows came of a live run")
         sync.kill()
         assert away.process.wait(60) == 2
-        assert away.out.read_text() == f"harness.sync: W&B can't be reached at {NOBODY}. Nothing was sent.\n"
+        assert away.out.read_text() == f"harness sync: W&B can't be reached at {NOBODY}. Nothing was sent.\n"
         live = server.run(killed)
         assert 0 < len(live.rows) < ROWS
         assert live.state == "running"
@@ -142,11 +143,90 @@ def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(
         assert sum("file_stream" in each["label"] for each in server.requests()) == rows
 
 
+def sent(server: WandbServer) -> int:
+    """How often rows, states or artifacts were sent."""
+    labels = [each["label"] for each in server.requests()]
+    return sum("file_stream" in label or "CommitArtifact" in label or "UpsertBucket" in label for label in labels)
+
+
+@pytest.mark.slow
+def test_one_command_brings_runs_of_all_kinds_whatever_they_are(tmp_path: Path) -> None:
+    """Finished offline, still going offline, and online with rows and artifacts that W&B had refused."""
+    runs = tmp_path / "runs"
+    with WandbServer(tmp_path / "server") as server:
+        finished = Training(runs / "finished", None, variables={"WANDB_MODE": "offline"}, **ARGUMENTS)
+        online = Training(runs / "online", server, pace=0.1, **ARGUMENTS)
+        online.reach(12)
+        server.fault("status", "file_stream", code=403)
+        server.fault("status", "graphql CommitArtifact", code=400)
+        finished.ended()
+        online.ended()
+        server.clear_faults()
+        (partly,) = server.runs()
+        assert len(partly.rows) < ROWS
+        assert f"harness sync {online.output_dir}" in " ".join(online.report)
+        assert finished.report[0].endswith(f"upload it with `harness sync {finished.output_dir}`")
+        live = Training(runs / "live", None, pace=0.2, variables={"WANDB_MODE": "offline"}, **ARGUMENTS)
+        live.reach(3)
+        live.process.send_signal(signal.SIGSTOP)  # it runs for as long as the command needs to begin
+        sync = Sync(tmp_path / "sync", server, str(runs), "--interval", "1")
+        sync.wait_for(lambda: f"{live.output_dir}: running" in sync.out.read_text(), "the live run is not seen")
+        live.process.send_signal(signal.SIGCONT)
+        live.ended()
+        assert sync.process.wait(120) == 0, sync.out.read_text()
+        said = sync.out.read_text()
+        for training in (finished, online, live):
+            run = server.run(identity(training)["run_id"])
+            assert f"{training.output_dir}: finished, {ROWS} rows in W&B" in said
+            assert [row["_step"] for row in run.rows] == list(range(ROWS))
+            assert (run.state, run.exit_code) == ("finished", 0)
+            aliases = {alias for found in committed(server) if found.logged_by == run.id for alias in found.aliases}
+            assert {"final_model", *(f"checkpoint_global_step_{step}" for step in (10, 20, 30))} <= aliases
+            assert not (training.output_dir / "wandb-artifacts").exists()
+        assert server.unknown() == []
+        before = sent(server)
+        for folder in (runs, next(finished.output_dir.glob("wandb/offline-run-*")), online.output_dir / "wandb"):
+            again = Sync(tmp_path / "sync", server, str(folder))
+            assert again.process.wait(60) == 0, again.out.read_text()
+        assert sent(server) == before
+
+
+OWN_LOOP = """
+from pathlib import Path
+import wandb
+from harness.__main__ import main
+
+for name in ("a", "b"):
+    run = wandb.init(project="p", id=name, mode="offline", dir=".")
+    for number in range(3):
+        run.log({"number": number})
+    run.finish()
+(first,) = Path("wandb").glob("offline-run-*-a")
+assert main(["sync", str(first)]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_offline_runs_of_a_loop_of_ones_own_are_brought_too(tmp_path: Path) -> None:
+    with WandbServer(tmp_path / "server") as server:
+        given: dict[str, Any] = {"env": environment(tmp_path, server), "cwd": tmp_path, "text": True, "check": False}
+        done = subprocess.run([sys.executable, "-c", OWN_LOOP], capture_output=True, **given)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [run.id for run in server.runs()] == ["a"], "one of W&B's folders is one run"
+        done = subprocess.run([sys.executable, "-m", "harness", "sync", "."], capture_output=True, **given)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for name in ("a", "b"):
+            run = server.run(name)
+            assert [row["number"] for row in run.rows] == [0, 1, 2]
+            assert (run.state, run.exit_code) == ("finished", 0)
+        assert server.unknown() == []
+
+
 LIVES = """
 import json, shutil, subprocess, sys
 from pathlib import Path
 import wandb
-from harness.commands.sync import main
+from harness.__main__ import main
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import Identity
 
@@ -172,12 +252,12 @@ seen = []
 first = life(4)
 subprocess.run([sys.executable, "-m", "wandb", "sync", first], check=True)
 second = life(3, resume="allow", config={"lives": 2})
-assert main(["run", "--once"]) == 0
+assert main(["sync", "run", "--once"]) == 0
 for folder in (first, second):
     assert (folder / "run-abc.wandb.synced").exists()
     shutil.rmtree(folder)
 life(2, resume="allow", config={"lives": 3})
-assert main(["run", "--once"]) == 0
+assert main(["sync", "run", "--once"]) == 0
 """
 
 
@@ -230,7 +310,8 @@ def offline_run(output_dir: Path, *, exit_code: int | None = 0, mode: str = "off
     [
         (["nowhere"], "nowhere: no such folder."),
         (["empty", "--once"], "empty: no run with W&B is here or in a folder below"),
-        (["online"], "is an online run; what it could not send is brought by: python -m harness.tracking upload"),
+        (["empty"], "give --until-finished to wait for one"),
+        (["online"], "No W&B credentials found: run `wandb login`, or set WANDB_API_KEY. Nothing was sent."),
         (["offline", "--interval", "0"], "--interval=0: give seconds, more than 0."),
         (["offline", "--once"], "No W&B credentials found: run `wandb login`, or set WANDB_API_KEY. Nothing was sent."),
     ],
@@ -248,7 +329,7 @@ def test_what_can_not_work_is_said(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert main(arguments) == 2
+    assert main(["sync", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1
@@ -271,8 +352,7 @@ def test_how_a_run_is(exit_code: int | None, has_marker: bool, is_held: bool, st
         (output_dir / "preempted").touch()
         wandb_file = next(output_dir.glob("wandb/*/*.wandb"))
         os.utime(wandb_file, (0, 0))
-    identity = identities.read(output_dir)
-    assert identity is not None
+    (run,) = find_runs([output_dir])
     with Lock() as lock:
         if is_held:
             owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -282,7 +362,7 @@ def test_how_a_run_is(exit_code: int | None, has_marker: bool, is_held: bool, st
             holder |= {"pid": owner.pid, "created_at": process.create_time()}
             (output_dir / "harness.lock").write_text(json.dumps(holder))
         try:
-            assert _state(output_dir, identity) == state
+            assert state_of(run) == state
         finally:
             if is_held:
                 owner.kill()

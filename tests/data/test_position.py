@@ -295,7 +295,7 @@ def test_a_resume_whose_data_would_come_in_another_order_is_refused_unless_allow
 ) -> None:
     assert resume(trained, tmp_path / "out", **changed) == 2
     shown = capsys.readouterr().err
-    assert shown.count("harness-train: ") == 1
+    assert shown.count("harness train: ") == 1
     assert re.search(says, shown)
     assert "--allow_changed_data_order" in shown
     assert not (tmp_path / "out").exists()

@@ -158,7 +158,7 @@ def test_what_fsdp_can_not_do_is_refused(
     arguments = {"task": "tests.support.tasks.parity_task:build", "report_to": "none", "output_dir": tmp_path / "run"}
     assert main([*as_flags(arguments), *more]) == 2
     shown = capsys.readouterr().err
-    assert shown.count("harness-train: ") == 1
+    assert shown.count("harness train: ") == 1
     assert message in shown
     assert not (tmp_path / "run").exists()
 

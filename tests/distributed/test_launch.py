@@ -132,7 +132,7 @@ def test_a_refusal_after_the_processes_have_met_is_said_once(tmp_path: Path) -> 
     arguments = {"resume_from_checkpoint": "true"}
     ended = run([*launcher(DDP), SCRIPT, *flags(tmp_path / "out", arguments)])
     assert ended.code != 0
-    assert ended.err.count("harness-train: ") == 1
+    assert ended.err.count("harness train: ") == 1
     assert "no whole checkpoint" in ended.err
     assert not (tmp_path / "out").exists()
 
@@ -213,7 +213,7 @@ def test_a_silent_failure_of_the_launch_is_refused_or_made_to_work(what: str, tm
         assert manifest["world_size"] == 2
         return
     assert ended.code != 0
-    assert ended.err.count("harness-train: ") == 1
+    assert ended.err.count("harness train: ") == 1
     assert re.search(says, ended.err), ended.err[-3000:]
     assert "exit status 2" in ended.err or "exitcode  : 2 " in ended.err, "the code of train.py itself"
     assert not (tmp_path / "out").exists()
@@ -240,7 +240,7 @@ def test_a_rank_that_must_not_start_ends_with_2(
     argv = [*flags(tmp_path / "out", {}), "--bf16"]
     assert main(argv) == 2
     shown = capsys.readouterr().err
-    assert shown.count("harness-train: ") == 1
+    assert shown.count("harness train: ") == 1
     assert says in shown
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("harness.train.SECONDS_FOR_RANK_ZERO", 0.5)

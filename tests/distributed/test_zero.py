@@ -190,7 +190,7 @@ def test_a_crafted_shard_is_refused_and_not_run(zero: Path, tmp_path: Path) -> N
     ended = trained(ZERO2, tmp_path, resume_from_checkpoint="true", max_steps=101)
     assert ended.code != 0
     assert "optim_states.pt can't be loaded safely" in ended.err
-    assert ended.err.count("harness-train: ") == 1
+    assert ended.err.count("harness train: ") == 1
     assert not list(ROOT.glob("executed"))
 
 
@@ -216,7 +216,7 @@ def test_what_does_not_go_together_is_refused(what: str, zero: Path, tmp_path: P
     config, more, message = WRONG[what]
     ended = trained(config, tmp_path, max_steps=101, resume_from_checkpoint=zero / "checkpoint-20", **more)
     assert ended.code != 0
-    assert ended.err.count("harness-train: ") == 1
+    assert ended.err.count("harness train: ") == 1
     assert message in ended.err
 
 
@@ -244,7 +244,7 @@ def test_a_launch_config_that_contradicts_the_flags_is_refused(
     ended = trained(config, tmp_path)
     assert ended.code != 0
     assert message in ended.err
-    assert ended.err.count("harness-train: ") == 1
+    assert ended.err.count("harness train: ") == 1
 
 
 def test_shards_are_read_by_as_many_processes_as_wrote_them(zero: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m harness.export`: any checkpoint to a folder that `from_pretrained` loads, or a message."""
+"""`harness export`: any checkpoint to a folder that `from_pretrained` loads, or a message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from harness.export.__main__ import main
+from harness.__main__ import main
 from harness.train import main as train
 from tests.support.inputs import save_gpt_tokenizer, text_flags, write_text
 from tests.support.launching import ROOT
@@ -52,7 +52,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def exported(checkpoint: Path, out: Path, *flags: str) -> Path:
-    assert main([str(checkpoint), str(out), *flags]) == 0
+    assert main(["export", str(checkpoint), str(out), *flags]) == 0
     assert [path.name for path in out.parent.iterdir() if "partial" in path.name] == []
     return out
 
@@ -173,9 +173,9 @@ def test_what_is_no_checkpoint_is_refused(name: str, tmp_path: Path, capsys: pyt
 
 
 def assert_refused(argv: list[Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(value) for value in argv]) == 2
+    assert main(["export", *(str(value) for value in argv)]) == 2
     shown = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in shown if line.startswith("harness.export: ")]
+    (line,) = [line for line in shown if line.startswith("harness export: ")]
     assert message in line
     assert shown[-1] == line
 
@@ -212,7 +212,7 @@ def test_too_little_space_is_said_before(
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     """As a command, whose files may not grow: as on a disk that fills meanwhile."""
     checkpoint = saved(tmp_path / "checkpoint")
-    line = f"ulimit -f 4; exec {sys.executable} -m harness.export {checkpoint} {tmp_path / 'out'} --max_shard_size=8KB"
+    line = f"ulimit -f 4; exec {sys.executable} -m harness export {checkpoint} {tmp_path / 'out'} --max_shard_size=8KB"
     ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
     assert ended.returncode == 2, ended.stderr
     assert "can't be written" in ended.stderr.splitlines()[-1]
@@ -221,11 +221,11 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 PEAK = """
 import sys
-from harness.export.__main__ import main
+from harness.__main__ import main
 from tests.benchmarks.evaluation_memory import peak
 peaks = []
 for checkpoint, out in ((sys.argv[1], sys.argv[2]), (sys.argv[3], sys.argv[4])):
-    assert main([checkpoint, out, "--max_shard_size=16MB"]) == 0
+    assert main(["export", checkpoint, out, "--max_shard_size=16MB"]) == 0
     peaks.append(peak())
 print(peaks[1] - peaks[0])
 """

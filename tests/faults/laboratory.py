@@ -257,7 +257,7 @@ def _order(fragment: Path) -> tuple[str, float]:
 
 def _last_words(life: Life) -> str:
     lines = [line for line in life.text("err").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("harness-train: ")]
+    said = [line for line in lines if line.startswith("harness train: ")]
     return (said or lines or [""])[-1][:600]
 
 

@@ -14,8 +14,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from harness.__main__ import main as harness
 from harness.errors import ConfigError
-from harness.export.__main__ import main as export
 from harness.flags import parse
 from harness.model.adapters import add_adapter, merged_model
 from harness.model.flags import AdapterConfig
@@ -144,7 +144,7 @@ def test_an_adapters_folder_is_a_model_and_merges_into_one(tmp_path: Path) -> No
         adapted = AutoPeftModelForCausalLM.from_pretrained(run).eval()(tokens).logits
         assert (plain - adapted).abs().max() > 0.05, "it has learnt nothing, so nothing is compared"
         whole = AutoModelForCausalLM.from_pretrained(run / "merged")
-        assert export([str(run / "checkpoint-4"), str(tmp_path / "exported"), "--max_shard_size=1KB"]) == 0
+        assert harness(["export", str(run / "checkpoint-4"), str(tmp_path / "exported"), "--max_shard_size=1KB"]) == 0
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
         for model in (whole, exported, merged_model(run), AutoModelForCausalLM.from_pretrained(run)):
             torch.testing.assert_close(model.eval()(tokens).logits, adapted, rtol=1e-4, atol=1e-4)

@@ -78,7 +78,7 @@ def test_usr1_before_the_time_limit_saves_and_requeues(scenarios: Scenarios) -> 
     job = scenarios.result(scenarios.signal_before_the_time_limit)
     assert_same_run(scenarios, scenarios.result(scenarios.reference_of_two), job, restarts=1)
     assert ends(job) == ["preempted", "finished"]
-    assert "harness-train: Preempted at step" in job.output
+    assert "harness train: Preempted at step" in job.output
     assert f"Job {job.id} was preempted after a save: requeued." in job.output
 
 
@@ -86,7 +86,7 @@ def test_the_time_limit_is_known_without_a_signal(scenarios: Scenarios) -> None:
     job = scenarios.result(scenarios.own_time_limit)
     assert_same_run(scenarios, scenarios.result(scenarios.reference_of_two), job, restarts=1)
     assert ends(job) == ["preempted", "finished"]
-    assert "harness-train: The job's time limit is near: stopped at step" in job.output
+    assert "harness train: The job's time limit is near: stopped at step" in job.output
     assert "2 processes on n" in job.output
 
 

@@ -1,4 +1,4 @@
-"""`python -m harness.submit` on a real SLURM."""
+"""`harness submit` on a real SLURM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_job_is_checked_submitted_and_trains(tmp_path: Path) -> None:
     options = ["--gpus-per-node", "0", "--time", "5", "--sbatch=--cpus-per-task=1", "--no-internet"]
     flags = as_flags({**TRAINING, "max_steps": 3, "eval_strategy": "no"})
     done = subprocess.run(
-        [sys.executable, "-m", "harness.submit", *options, *flags],
+        [sys.executable, "-m", "harness", "submit", *options, *flags],
         cwd=tmp_path,
         env=environment(tmp_path),
         capture_output=True,
@@ -33,7 +33,7 @@ def test_a_job_is_checked_submitted_and_trains(tmp_path: Path) -> None:
     assert list((job.output_dir / "wandb").glob("offline-run-*"))
     assert f"tail -F slurm-{job.id}.out" in done.stdout
     refused = subprocess.run(
-        [sys.executable, "-m", "harness.submit", *options, "--partition", "nonesuch", *flags],
+        [sys.executable, "-m", "harness", "submit", *options, "--partition", "nonesuch", *flags],
         cwd=tmp_path,
         env=environment(tmp_path),
         capture_output=True,

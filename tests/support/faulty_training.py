@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,9 +151,7 @@ class Training:
 
     def type_in(self, line: str) -> subprocess.CompletedProcess[str]:
         """Run a command that the user was told."""
-        line = line.replace("python -m", f"{sys.executable} -m").replace(
-            "wandb sync", f"{sys.executable} -m wandb sync"
-        )
+        line = re.sub(r"\b(harness|wandb) (sync|link)\b", rf"{sys.executable} -m \1 \2", line)
         return subprocess.run(  # noqa: S602 - as the user would type it
             line,
             shell=True,

@@ -222,7 +222,7 @@ def assert_kept_offline(training: Training) -> None:
     """One line says so, and the training ends as if nothing had been."""
     (line,) = [line for line in training.err.splitlines() if "kept offline" in line]
     assert "W&B could not be reached" in line
-    (command,) = re.findall(r"upload it later with `(wandb sync \S+)`", line)
+    (command,) = re.findall(r"upload it later with `(harness sync \S+)`", line)
     assert training.report[0].endswith(f"upload it with `{command}`")
     assert training.err.count("WARNING harness") == 1
 
@@ -239,7 +239,7 @@ def test_a_server_that_dies_and_stays_dead_stops_nothing_and_the_report_says_wha
     assert re.match(r"\d artifacts not delivered: ", missing)
     assert f"checkpoint-{training.run_id} (checkpoint_global_step_30): the server did not answer for 2 s" in missing
     assert f"model-{training.run_id} (final_model)" in missing
-    assert "; deliver: python -m harness.tracking upload " in artifacts
+    assert "; deliver: harness sync " in artifacts
     assert "gets no more artifacts" not in training.err  # the report has said it
     # Uploads and rows are each given up after --wandb_finish_timeout.
     assert training.closing_seconds < 20
@@ -264,7 +264,7 @@ def test_a_server_that_is_never_there_leaves_an_offline_run_said_in_one_line(pla
 def test_syncing_the_offline_run_delivers_all_rows_and_artifacts(played: Played) -> None:
     training, server = played[is_never_there]
     server.start()
-    (command,) = re.findall(r"`(wandb sync \S+)`", training.report[0])
+    (command,) = re.findall(r"`(harness sync \S+)`", training.report[0])
     synced = training.type_in(command)
     assert synced.returncode == 0, synced.stderr
     assert_rows_are_there_once(training, server)
@@ -328,7 +328,7 @@ def test_a_server_that_is_silent_from_the_start_costs_seconds_and_leaves_an_offl
     assert_kept_offline(training)
     assert training.opening_seconds < played_at_length.without.opening_seconds + 20
     server.clear_faults()
-    (command,) = re.findall(r"`(wandb sync \S+)`", training.report[0])
+    (command,) = re.findall(r"`(harness sync \S+)`", training.report[0])
     assert training.type_in(command).returncode == 0
     assert_rows_are_there_once(training, server)
     assert_artifacts_are_there_once(training, server)

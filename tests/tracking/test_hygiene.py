@@ -239,7 +239,7 @@ def test_a_crash_fails_the_run_keeps_its_rows_and_leaks_nothing(played_at_length
 
 def test_an_interrupted_run_is_not_called_finished(played_at_length: Played) -> None:
     training = played_at_length[is_interrupted]
-    assert training.err.splitlines()[-1] == "harness-train: Interrupted."
+    assert training.err.splitlines()[-1] == "harness train: Interrupted."
     run = played_at_length.server.run(training.run_id)
     assert (run.state, run.exit_code) == ("failed", 1)
     assert len(run.rows) > 0
@@ -258,7 +258,7 @@ def test_stop_in_the_app_ends_the_training_at_a_step_with_a_checkpoint(
     played_at_length: Played, scenario: Scenario
 ) -> None:
     training = played_at_length[scenario]
-    (message,) = [line for line in training.err.splitlines() if line.startswith("harness-train: ")]
+    (message,) = [line for line in training.err.splitlines() if line.startswith("harness train: ")]
     assert "Stopped from the W&B app at step " in message
     step = int(message.partition("at step ")[2].split()[0])
     assert 2 <= step < STEPS

@@ -36,7 +36,7 @@ def test_a_process_whose_folder_is_taken_over_ends_at_once_and_leaves_it_alone(
     task = {"task_args": {"folder": str(folder), "at": 6}, "save_steps": 100}
     assert main(flags(folder, "tests.support.tasks.taking_over_task:build", **task)) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message == f"harness-train: Another process has taken over {folder}: this one ends at step 5 of 30."
+    assert message == f"harness train: Another process has taken over {folder}: this one ends at step 5 of 30."
     assert not list(folder.glob("checkpoint-*"))
     assert not (folder / "model.safetensors").exists()
     assert '"token": "another"' in (folder / "harness.lock").read_text(encoding="utf-8")
@@ -52,8 +52,8 @@ def test_sigterm_saves_says_so_and_the_run_goes_on_as_if_nothing_had_been(uninte
     assert ended.code == 85, ended.err[-2000:]
     assert (folder / "preempted").is_file()
     # Sample 50 belongs to the seventh batch, which is drawn ahead: the stop is at the boundary before.
-    (message,) = [line for line in ended.err.splitlines() if line.startswith("harness-train: ")]
-    assert message.startswith("harness-train: Preempted at step 6 of 30: saved; go on with --resume_from_checkpoint")
+    (message,) = [line for line in ended.err.splitlines() if line.startswith("harness train: ")]
+    assert message.startswith("harness train: Preempted at step 6 of 30: saved; go on with --resume_from_checkpoint")
     assert (folder / "checkpoint-6" / "harness_state.json").is_file()
     assert not (folder / "model.safetensors").exists()
     (saved,) = read_all(tmp_path)
@@ -73,7 +73,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None
     command = [*launcher(DDP), SCRIPT, *flags(folder, STOPPING, **task, **more)]
     ended = run(command)
     assert ended.code != 0
-    assert ended.err.count("harness-train: Preempted at step ") == 1
+    assert ended.err.count("harness train: Preempted at step ") == 1
     (checkpoint,) = [path for path in folder.glob("checkpoint-*") if path.name != "checkpoint-4"]
     state = json.loads((checkpoint / "harness_state.json").read_text())
     assert state["world_size"] == 2

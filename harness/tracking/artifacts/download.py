@@ -43,7 +43,7 @@ def find_artifact(flag: str, path: str, config: TrackingConfig, *, run: Identity
         raise ConfigError(f"--{flag}={path} is no artifact: write wandb:ENTITY/PROJECT/NAME:ALIAS.")
     separate_randomness()
     try:
-        api = open_api("harness-train")
+        api = open_api("harness train")
     except UnreachableError as error:
         raise ConfigError(
             f"--{flag}={path}: {error} Where there is no network, download it elsewhere "
@@ -63,7 +63,7 @@ def find_artifact(flag: str, path: str, config: TrackingConfig, *, run: Identity
 def sibling(artifact: Any, alias: str) -> Any:
     """Another version of the same collection, None if there is none."""
     try:
-        return open_api("harness-train").artifact(f"{artifact.qualified_name.rpartition(':')[0]}:{alias}")
+        return open_api("harness train").artifact(f"{artifact.qualified_name.rpartition(':')[0]}:{alias}")
     except _refusals() as error:
         logger.debug("%s: %s", alias, error)
         return None

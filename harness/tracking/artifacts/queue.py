@@ -23,6 +23,7 @@ from harness.tracking.artifacts.upload import (
     registry_path,
 )
 from harness.tracking.client import bytes_sent, is_run_gone, one_line, server_answers
+from harness.tracking.run.identity import home_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Uploads:
         self._is_closing = self._is_stopped = self._has_backlog = False
         self._waiting: list[_Upload] = []
         self._committed: list[str] = []
-        self._recorded: list[str] = []
+        self._recorded: list[Staged] = []
         self._failed: list[Pending] = []  # no command can deliver these
         self._link_commands: list[str] = []
         self._unlinked: list[Pending] = []
@@ -183,16 +184,14 @@ class Uploads:
             Pending(name=each.staged.name, aliases=each.staged.aliases, reason=each.reason or reason)
             for each in self._waiting
         ]
-        commands = []
-        if self._recorded:
-            commands.append(f"wandb sync {shlex.quote(str(self._run.settings.sync_dir))}")
-        if self._waiting:
-            folders = dict.fromkeys(each.staged.folder.parent.parent for each in self._waiting)
-            commands.append(f"python -m harness.tracking upload {shlex.join(map(str, folders))}")
+        folders = [home_of(Path(self._run.settings.sync_dir))] if self._recorded else []
+        left = [*self._recorded, *(each.staged for each in self._waiting)]
+        folders += [staged.folder.parent.parent for staged in left]
+        commands = [f"harness sync {shlex.join(map(str, dict.fromkeys(folders)))}"] if folders else []
         return UploadResult(
             committed=list(self._committed),
             pending=[*pending, *self._failed, *self._unlinked],
-            staged=list(self._recorded),
+            staged=[staged.name for staged in self._recorded],
             command=" && ".join([*commands, *self._link_commands]) or None,
         )
 
@@ -267,7 +266,7 @@ class Uploads:
         except StagingError:
             if staged.is_waiting:
                 raise
-            # Else `harness.tracking upload`, or an earlier attempt's last thread, has delivered it.
+            # Else `harness sync`, or an earlier attempt's last thread, has delivered it.
         with self._changed:
             self._waiting.remove(upload)
             if committed is not None:
@@ -344,7 +343,7 @@ class Uploads:
                 continue
             with self._changed:
                 self._waiting.remove(upload)
-                self._recorded.append(upload.staged.name)
+                self._recorded.append(upload.staged)
 
 
 def _count(what: list[Any]) -> str:

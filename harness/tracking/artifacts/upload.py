@@ -81,8 +81,8 @@ def deliver_staged(api: Any, staged: Staged) -> str:
     except CommError as error:
         if not server_answers(api.settings["base_url"]):
             raise
-        sync = staged.sync_dir or "and the folder of the run"
-        raise DeliveryError(f"W&B has no run {run}; send it first: wandb sync {sync}") from error
+        sync = staged.sync_dir or "FOLDER OF THE RUN"
+        raise DeliveryError(f"W&B has no run {run}; send it first: harness sync {sync}") from error
     log = partial(save_without_run, api, staged)
     committed = deliver(staged, api=lambda: api, log=log, may_be_late=True)
     discard(staged)
@@ -141,7 +141,7 @@ def registry_path(name: str) -> str:
 def link_command(artifact: str, registry: str, aliases: Sequence[str]) -> str:
     """The command that links an artifact later."""
     options = "".join(f" --alias {alias}" for alias in aliases)
-    return f"python -m harness.tracking link {artifact} --registry {registry}{options}"
+    return f"harness link {artifact} --registry {registry}{options}"
 
 
 def save_without_run(api: Any, staged: Staged, artifact: Any, aliases: Sequence[str]) -> Any:

@@ -69,12 +69,17 @@ def rows_arrived(run: Any) -> int | None:
     return None if found is None else found.count
 
 
+def online_files(folder: Path) -> list[Path]:
+    """Return the .wandb files of the online runs in a folder."""
+    paths = {path for pattern in PATTERNS for path in folder.absolute().glob(pattern)}
+    return sorted(path for path in paths if path.parent.name.startswith("run-"))
+
+
 def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
     """Return the last attempt of each online run in a folder, oldest first, and why other files can't be read."""
     latest: dict[str, TransactionLog] = {}
     problems = []
-    paths = {path for pattern in PATTERNS for path in folder.absolute().glob(pattern)}
-    for path in sorted(path for path in paths if path.parent.name.startswith("run-")):
+    for path in online_files(folder):
         try:
             log = read_log(path)
         except (OSError, ValueError) as error:

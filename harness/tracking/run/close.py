@@ -16,8 +16,7 @@ from harness.tracking.rows.server import rows_arrived
 
 # What uploads, and then the end of the run, get of the time that a preempted job has left.
 PREEMPTED_SECONDS = 10.0
-# `wandb sync` passes online runs over.
-UPLOAD = "python -m harness.tracking upload"
+SYNC = "harness sync"
 
 
 def end_run(run: Any, exit_code: int, *, is_preempting: bool) -> None:
@@ -62,5 +61,5 @@ def describe_rows(run: Any, sent: int | None, uploads: UploadResult | None, *, h
         return [f"{known} of {sent} rows are in {folder}, the others are lost (a full disk?)"]
     if uploads is not None and uploads.command and str(folder.parents[1]) in shlex.split(uploads.command):
         return [f"{known} of {sent} rows confirmed by the server; deliver the rest as the artifacts"]
-    command = f"{UPLOAD} {shlex.quote(str(home or folder))}"
+    command = f"{SYNC} {shlex.quote(str(home or folder))}"
     return [f"{known} of {sent} rows confirmed by the server; deliver the rest: {command}"]

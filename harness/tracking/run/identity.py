@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from harness.tracking.flags import TrackingConfig
 logger = logging.getLogger(__name__)
 
 IDENTITY_FILE = "wandb_run.json"
+# W&B's folder of a run, in the folder `wandb` of an output_dir.
+RUN_FOLDER = re.compile(r"(offline-)?run-.+")
 NAMES_IN_FILE = {"offline_folders": "fragments"}  # else a field's own: runs of earlier versions go on
 
 
@@ -78,6 +81,16 @@ def write(output_dir: Path, identity: Identity) -> None:
         write_whole(path, json.dumps(values, indent=2) + "\n", durable=True)
     except OSError as error:
         logger.warning("%s can't be written, a restart may become a run of its own: %s", path, error)
+
+
+def home_of(folder: Path) -> Path:
+    """Return the folder of the training that one of W&B's folders belongs to, or the folder if it belongs to none."""
+    place = folder.absolute()
+    if (place / IDENTITY_FILE).is_file():
+        return place
+    place = place.parent if RUN_FOLDER.fullmatch(place.name) else place
+    place = place.parent if place.name == "wandb" else place
+    return place if (place / IDENTITY_FILE).is_file() else folder
 
 
 def choose(

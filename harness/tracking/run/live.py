@@ -14,7 +14,7 @@ from harness.tracking.client import failures, one_line, separate_randomness
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.rows.history import History
 from harness.tracking.run.attempts import Attempts
-from harness.tracking.run.close import PREEMPTED_SECONDS, UPLOAD, describe_rows, end_run
+from harness.tracking.run.close import PREEMPTED_SECONDS, SYNC, describe_rows, end_run
 from harness.tracking.run.open import is_notebook, open_run, where
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class LiveRun:
             self._attempts.ended(exit_code)
             if run is None:
                 path = self._attempts.journal_path
-                return [f"{history.rows} rows are in {path}; deliver them: {UPLOAD} {quote(str(path.parent))}"]
+                return [f"{history.rows} rows are in {path}; deliver them: {SYNC} {quote(str(path.parent))}"]
         if run is None:
             return []
         home = self._output_dir if history is not None else None

@@ -15,6 +15,7 @@ from harness.config import masked_arguments
 from harness.errors import ConfigError, NoCredentialsError
 from harness.tracking.client import failures, has_credentials, one_line, why_silent
 from harness.tracking.flags import TrackingConfig, check_environment
+from harness.tracking.run.identity import home_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +76,7 @@ def where(run: Any) -> str:
     if not run.offline:
         return str(run.url)
     folder = Path(run.settings.sync_dir)
-    attempts = sorted(folder.parent.glob(f"offline-run-*-{run.id}*"))
-    # In the order of their names, which is that of their beginnings; all of them are the run.
-    folders = shlex.join(map(str, attempts if len(attempts) > 1 else [folder]))
-    return f"offline in {folder}; upload it with `wandb sync {folders}`"
+    return f"offline in {folder}; upload it with `harness sync {shlex.quote(str(home_of(folder)))}`"
 
 
 def is_notebook() -> bool:
@@ -149,12 +147,12 @@ def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: 
         folder = shlex.quote(str(run.settings.sync_dir))
         logger.warning(
             "%s: the run is kept offline in %s. Look at it with `wandb leet %s`; "
-            "upload it later with %s`wandb sync %s`.",
+            "upload it later with %s`harness sync %s`.",
             reason,
             folder,
             folder,
             "`wandb login` and " if needs_login else "",
-            folder,
+            shlex.quote(str(home_of(Path(run.settings.sync_dir)))),
         )
     return run
 

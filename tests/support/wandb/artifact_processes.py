@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def ended(process: subprocess.Popen[str], *, code: int = 0, timeout: float = 150
 
 def command(line: str, folder: Path, server: WandbServer | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command that we told the user to run."""
-    line = line.replace("python -m", f"{sys.executable} -m").replace("wandb sync", f"{sys.executable} -m wandb sync")
+    line = re.sub(r"\b(harness|wandb) (sync|link)\b", rf"{sys.executable} -m \1 \2", line)
     return subprocess.run(  # noqa: S602 - as the user would type it
         line,
         shell=True,

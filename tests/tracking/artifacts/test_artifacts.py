@@ -203,8 +203,7 @@ def test_a_link_that_fails_is_reported_with_a_command(played_slow: Played, serve
     assert name == "model-badreg:v0"
     assert "not linked to wandb-registry-nowhere/M" in reason
     assert result["command"] == (
-        "python -m harness.tracking link tester/p/model-badreg:v0 --registry wandb-registry-nowhere/M "
-        "--alias final_model"
+        "harness link tester/p/model-badreg:v0 --registry wandb-registry-nowhere/M --alias final_model"
     )
 
 
@@ -224,7 +223,7 @@ def test_what_wandb_refuses_for_good_stays_staged(played: Played, server: WandbS
     ((_, _, reason),) = result["pending"]
     assert "CommitArtifact" in reason or "commitArtifact" in reason
     assert waiting(played.folder / "stuck" / STAGING_FOLDER)
-    assert result["command"] == f"python -m harness.tracking upload {played.folder / 'stuck'}"
+    assert result["command"] == f"harness sync {played.folder / 'stuck'}"
 
 
 def test_what_arrived_otherwise_than_sent_is_not_called_delivered(tmp_path: Path) -> None:
@@ -270,7 +269,7 @@ def test_a_limit_ends_the_waiting_and_the_next_attempt_delivers(played: Played, 
     first = played["limited"]["first"]
     assert first["seconds"] < 3, "the server hangs"
     assert {reason for _, _, reason in first["pending"]} == {"not confirmed for 1 s"}
-    assert first["command"] == f"python -m harness.tracking upload {played.folder / 'limited'}"
+    assert first["command"] == f"harness sync {played.folder / 'limited'}"
     assert played["limited"]["pending"] == []
     found = aliases(server, "checkpoint-limited")
     steps = [alias for version in sorted(found) for alias in found[version] if "global_step" in alias]
@@ -283,7 +282,7 @@ def test_offline_the_newest_and_the_best_wait_for_wandb_sync(played: Played) -> 
     result = played["offline"]
     assert (result["committed"], result["pending"]) == ([], [])
     assert sorted(result["staged"]) == ["checkpoint-offline"] * 2 + ["model-offline"] * 2
-    assert result["command"].startswith("wandb sync wandb/offline-run-")
+    assert result["command"].startswith("harness sync wandb/offline-run-")
     staged = waiting(played.folder / "offline" / STAGING_FOLDER)
     assert [each.aliases[1] for each in staged if each.name == "checkpoint-offline"] == [
         *("checkpoint_global_step_2", "checkpoint_global_step_4"),
@@ -292,7 +291,9 @@ def test_offline_the_newest_and_the_best_wait_for_wandb_sync(played: Played) -> 
 
 def test_wandb_sync_delivers_what_an_offline_run_staged(played: Played, server: WandbServer) -> None:
     folder, result = played.folder, played["offline"]
-    for line in (result["command"], f"python -m harness.tracking upload {folder / 'offline'}"):
+    wandb_folder, output_dir = result["command"].split()[2:]
+    assert output_dir == str(folder / "offline")
+    for line in (f"wandb sync {wandb_folder}", result["command"]):
         done = command(line, folder, server)  # the second verifies, and removes what was staged
         assert done.returncode == 0, done.stderr
         assert aliases(server, "checkpoint-offline") == {

@@ -19,7 +19,7 @@ from tests.support.wandb.file import read_all
 from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
 
-UPLOAD = "python -m harness.tracking upload"
+SYNC = "harness sync"
 
 
 def made_rows(first: int, count: int) -> list[dict[str, Any]]:
@@ -176,7 +176,7 @@ def quoted(row: dict[str, Any]) -> Any:
 
 
 def uploaded(server: WandbServer, folder: Path) -> str:
-    done = processes.command(f"{UPLOAD} .", folder, server)
+    done = processes.command(f"{SYNC} .", folder, server)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -184,9 +184,11 @@ def uploaded(server: WandbServer, folder: Path) -> str:
 @pytest.mark.slow
 def test_what_a_dead_server_missed_is_delivered_once_by_the_command(server: WandbServer, tmp_path: Path) -> None:
     told = cut_run(server, tmp_path, "cut", rows=12)
-    assert "harness.tracking upload" in " ".join(told["report"])
-    assert "rows delivered" in uploaded(server, tmp_path)
-    assert "W&B has all rows" in uploaded(server, tmp_path)
+    assert SYNC in " ".join(told["report"])
+    assert "finished, 13 rows in W&B" in uploaded(server, tmp_path)
+    before = sum("file_stream" in each["label"] for each in server.requests())
+    assert "finished, 13 rows in W&B" in uploaded(server, tmp_path)
+    assert sum("file_stream" in each["label"] for each in server.requests()) == before, "again: nothing is sent"
     run, (recorded,) = server.run("cut"), read_all(tmp_path)
     assert run.rows == [quoted(row) for row in unflattened(recorded.rows)]
     assert [row["train/global_step"] for row in run.rows] == [10 * step for step in range(13)]
@@ -195,7 +197,7 @@ def test_what_a_dead_server_missed_is_delivered_once_by_the_command(server: Wand
     assert (run.summary["train_runtime"], run.summary["train_loss"]) == (3.5, "Infinity")
     # A second attempt, which fails: its rows follow those of the first.
     cut_run(server, tmp_path, "cut", rows=8, exit_code=1)
-    assert "rows delivered" in uploaded(server, tmp_path)
+    assert "finished, 22 rows in W&B" in uploaded(server, tmp_path)
     run = server.run("cut")
     assert [row["_step"] for row in run.rows] == list(range(13 + 9))
     assert (run.state, run.summary["train/loss"]) == ("failed", 1 / 8)
@@ -206,7 +208,7 @@ def test_what_a_dead_server_missed_is_delivered_once_by_the_command(server: Wand
 def test_a_preempted_run_ends_within_seconds_and_loses_nothing(server: WandbServer, tmp_path: Path) -> None:
     told = cut_run(server, tmp_path, "preempted", rows=12, exit_code=85, preempted=True)
     assert told["seconds"] < 25, "its finish_timeout is 60 s"
-    assert "rows delivered" in uploaded(server, tmp_path)
+    assert "finished, 13 rows in W&B" in uploaded(server, tmp_path)
     run = server.run("preempted")
     assert [row["train/global_step"] for row in run.rows] == [10 * step for step in range(13)]
     assert (run.state, run.exit_code) == ("preempted", 85)
@@ -214,9 +216,9 @@ def test_a_preempted_run_ends_within_seconds_and_loses_nothing(server: WandbServ
 
 @pytest.mark.slow
 def test_a_folder_without_anything_is_bad_input(tmp_path: Path) -> None:
-    done = processes.command(f"{UPLOAD} {tmp_path}", tmp_path)
+    done = processes.command(f"{SYNC} {tmp_path}", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "no online run and no staged artifacts" in done.stderr
+    assert "no run with W&B is here or in a folder below" in done.stderr
 
 
 def unflattened(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
