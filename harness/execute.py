@@ -127,7 +127,7 @@ def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
     Writes nothing but the lock, and that where something is: who still writes there must not while it is read. And a
     checkpoint that W&B has.
     """
-    output_dir = choose_output_dir(config.checkpoint)
+    output_dir = choose_output_dir(config.checkpoint, config.tracking.run_name)
     artifact = find_checkpoint(config, output_dir)
     try:
         if artifact is not None:
