@@ -215,6 +215,11 @@ def masked_arguments(argv: Sequence[str]) -> list[str]:
     return result
 
 
+def is_dumb_terminal() -> bool:
+    """Whether the terminal can't go back to the beginning of a line."""
+    return os.environ.get("TERM") == "dumb"
+
+
 def plain(value: Any) -> Any:
     """The value in JSON types."""
     if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):

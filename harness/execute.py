@@ -31,7 +31,7 @@ from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm
 from harness.snapshot import restore
 from harness.tracking import run_config, trackers
 from harness.tracking.artifacts.download import record_use
-from harness.tracking.lifecycle import close_trackers, describe_trackers, open_trackers, wandb_tracker
+from harness.tracking.lifecycle import close_trackers, describe_links, describe_trackers, open_trackers, wandb_tracker
 from harness.training.console import set_up_logging
 from harness.training.debug import describe_batch, watch_training
 from harness.training.state import TrainState
@@ -89,6 +89,7 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         run.checkpoints.lock = lock
     configuration = run_config(session.task.model, config.flat())
     open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
+    session.console.table(describe_links(accelerator))
     record_use(tracker.tracker, [*session.artifacts, *([found.artifact] if found.artifact else [])])
     exit_code, how = 1, FAILED
     rows: list[tuple[str, str]] = []
@@ -110,6 +111,7 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
             close_trackers(accelerator, exit_code=exit_code, is_shut_out=is_shut_out)
             if not is_shut_out:
                 record.end(how)
+        rows.append(("folder", str(output_dir)))  # here, however the run has ended, and nowhere else
         session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
 
 
@@ -127,7 +129,7 @@ def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
     Writes nothing but the lock, and that where something is: who still writes there must not while it is read. And a
     checkpoint that W&B has.
     """
-    output_dir = choose_output_dir(config.checkpoint)
+    output_dir = choose_output_dir(config.checkpoint, config.tracking.run_name)
     artifact = find_checkpoint(config, output_dir)
     try:
         if artifact is not None:

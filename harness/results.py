@@ -18,6 +18,7 @@ from harness.model.adapters import complete_card, is_adapted, merged
 from harness.model.weights import save_model
 from harness.session import Run, Session
 from harness.tracking import rewrite
+from harness.training.console import in_a_line
 from harness.training.state import TRAINER_STATE_FILE, TrainState
 
 MERGED_DIR = "merged"
@@ -122,26 +123,39 @@ def make_sample(session: Session) -> str:
 def describe_end(
     session: Session, run: Run | None, state: TrainState, results: dict[str, float]
 ) -> list[tuple[str, str]]:
-    """Rank zero: what came out and where it is, as rows of a short table."""
-    rows = []
+    """Rank zero: what came out, as rows of a short table; files are named as they are called in the run's folder."""
+    rows = last_metrics(state.log_history, results)
     if state.best_metric is not None:
         best = f"{state.best_metric:.4f} at step {state.best_global_step or 'unknown'}"
         rows.append((f"best {session.config.best_metric}", best))
-    if losses := [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]:
-        rows.append(("last eval_loss", f"{losses[-1]:.4f} (first: {losses[0]:.4f})"))
     if "train_samples_per_second" in results:
         rate, seconds = results["train_samples_per_second"], results["train_runtime"]
         rows.append(("speed", f"{rate:.1f} samples/s, {seconds:.1f} s in all"))
     if run is not None:
-        rows.append(("model", str(session.output_dir)))
-        if session.config.adapters.save_merged_model:
-            rows.append(("merged model", f"{session.output_dir}/{MERGED_DIR}"))
         if session.config.plan.save_strategy != "no":
-            rows.append(("checkpoints", f"{session.output_dir}/checkpoint-*"))
-            rows.append(("", run.checkpoints.describe()))
+            rows.append(("checkpoints", run.checkpoints.describe()))
+        if session.config.adapters.save_merged_model:
+            rows.append(("merged model", f"{MERGED_DIR}/"))
     if session.config.run.do_predict and session.task.describe_predictions is not None:
-        rows.append(("predictions", f"{session.output_dir}/{PREDICTIONS_FILE}"))
+        rows.append(("predictions", PREDICTIONS_FILE))
     return rows
+
+
+def last_metrics(history: Sequence[Mapping[str, float]], results: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The last value of each metric: a row for the training, and one for each set that was evaluated."""
+    last: dict[str, float] = {}
+    for entry in (*history, results):
+        last |= entry
+    sets = sorted((name.removesuffix("_runtime") for name in last if name.endswith("_runtime")), key=len, reverse=True)
+    of: dict[str, dict[str, float]] = {"train": {}}
+    metrics = [name for name in last if name not in ("step", "epoch")]
+    for name in sorted(metrics, key=lambda name: not name.endswith("loss")):
+        # The longest that fits: a set may be called as another one and more.
+        belongs_to = next((each for each in sets if name.startswith(f"{each}_")), "train")
+        of.setdefault(belongs_to, {})[name] = last[name]
+    if not any("loss" in entry for entry in history):  # nothing was trained
+        del of["train"]
+    return [(name, in_a_line(values)) for name, values in of.items()]
 
 
 def write_model_card(folder: Path, config: Config, state: TrainState, *, badge: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -169,11 +170,20 @@ def test_the_end_says_what_came_out_and_where(tmp_path: Path, capsys: pytest.Cap
         f"--output_dir={tmp_path / 'out'}",
     ]
     assert main([*PARITY, *flags]) == 0
-    table = capsys.readouterr().out.splitlines()[-4:]
-    assert table[0].split()[:2] == ["best", "eval_accuracy"]
-    assert "at step" in table[0]
-    assert [line.split("  ")[0].strip() for line in table[1:]] == ["last eval_loss", "speed", "model"]
-    assert table[3].endswith(str(tmp_path / "out"))
+    said = capsys.readouterr().out
+    table = dict(line.split("  ", 1) for line in said.splitlines()[-5:])
+    assert [name.strip() for name in table] == ["train", "eval", "best eval_accuracy", "speed", "folder"]
+    last = {name: value for entry in history(tmp_path / "out") for name, value in entry.items()}
+    number = r"(\S+)"
+    losses = re.search(rf" loss {number}  train_loss {number}  grad_norm {number}  lr {number}$", table["train"])
+    evaluated = re.search(rf"eval_loss {number}  eval_accuracy {number}$", table["eval"])
+    assert losses is not None
+    assert evaluated is not None
+    names = ("loss", "train_loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy")
+    shown = [float(value) for value in (*losses.groups(), *evaluated.groups())]
+    assert shown == pytest.approx([last[name] for name in names], rel=1e-2)
+    assert "at step" in table["best eval_accuracy"]
+    assert said.count(str(tmp_path / "out")) == 1
 
 
 def test_a_resume_of_a_finished_run_trains_no_step(tmp_path: Path) -> None:

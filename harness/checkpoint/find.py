@@ -16,6 +16,7 @@ from harness.errors import ConfigError
 from harness.files import CHUNK_BYTES
 from harness.training.state import TRAINER_STATE_FILE
 
+MOST_LETTERS_OF_NAME = 50  # each takes up to 4 of the 255 bytes that a file system gives a name
 FOLDER = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 LEFTOVER = re.compile(r"(checkpoint-\d+|download)(\.[0-9a-f]+)?\.partial")
 
@@ -96,11 +97,12 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     return next((path for path in found if why_invalid(path) is None), None)
 
 
-def choose_output_dir(config: CheckpointConfig) -> Path:
-    """The folder of the run: as given, or a fresh one named by the time."""
+def choose_output_dir(config: CheckpointConfig, run_name: str | None = None) -> Path:
+    """The folder of the run: as given, or a fresh one named by the time and the run's name."""
     if config.output_dir is not None:
         return Path(config.output_dir).expanduser()
-    name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    suffix = re.sub(r"[^\w.-]+", "-", run_name or "").strip("-.")[:MOST_LETTERS_OF_NAME]
+    name = datetime.now().strftime("%Y%m%d-%H%M%S") + (f"-{suffix}" if suffix else "")
     candidates = (Path("runs") / (f"{name}-{i}" if i else name) for i in itertools.count())
     return next(path for path in candidates if not path.exists())
 

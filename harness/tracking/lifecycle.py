@@ -87,12 +87,23 @@ def close_trackers(accelerator: Accelerator, *, exit_code: int, is_shut_out: boo
             tracker.finish(exit_code)
 
 
+def describe_links(accelerator: Accelerator) -> list[tuple[str, str]]:
+    """Rank zero: the addresses at which the run can be watched. After the start."""
+    described = [tracker.describe() for tracker in accelerator.trackers if isinstance(tracker, WandbTracker)]
+    return [("W&B", text) for text in described if _is_link(text)]
+
+
 def describe_trackers(accelerator: Accelerator) -> list[tuple[str, str]]:
-    """Rank zero, after the end: say where each tracker keeps the run, and what W&B's server has of it."""
+    """Rank zero: where each tracker keeps the run if it has no link, and what W&B's server has of it. After the end."""
     rows = []
     for tracker in accelerator.trackers:
         if isinstance(tracker, WandbTracker):
-            rows += [("W&B", line) for line in (tracker.describe(), *tracker.report()) if line]
+            kept = [] if _is_link(tracker.describe()) else [tracker.describe()]
+            rows += [("W&B", line) for line in (*kept, *tracker.report()) if line]
         elif accelerator.logging_dir:
             rows.append((tracker.name, str(accelerator.logging_dir)))
     return rows
+
+
+def _is_link(text: str) -> bool:
+    return text.startswith(("http://", "https://"))

@@ -6,18 +6,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
 
+from harness.config import is_dumb_terminal
 from harness.training.flags import ConsoleConfig
 
 TIMING_SUFFIXES = ("_runtime", "_samples_per_second", "_steps_per_second")
 # Known to the caller's rate, or too long for a line; they are in the tracker and in the history.
 NOT_IN_A_LINE = ("num_input_tokens_seen", "train_tokens_per_second", "total_flos")
+LEAST_BAR_COLUMNS = 20  # what stands beside the bar gives way to it
 
 
 def set_up_logging(config: ConsoleConfig, *, is_main: bool, is_local_main: bool) -> None:
@@ -39,7 +42,7 @@ def set_up_logging(config: ConsoleConfig, *, is_main: bool, is_local_main: bool)
 
 class Console:
     """
-    Progress and results, for a person: a bar where stderr is a terminal, one line a report elsewhere.
+    Progress and results, for a person: lines above a bar where stderr is a terminal, one line a report elsewhere.
 
     Lines go to standard output. Not enabled (on other ranks) it is silent.
     """
@@ -48,8 +51,8 @@ class Console:
         self._enabled = enabled
         self._progress = progress
         self._bar: _Bar | None = None
+        self._redirected = ExitStack()
         self._unit = "step"
-        self._is_paused = False
         self._total_steps: int | None = None
         self._initial_step = self._step = 0
         self._started_at = time.monotonic()
@@ -60,58 +63,54 @@ class Console:
         self._unit, self._total_steps = unit, total_steps
         self._initial_step = self._step = initial_step
         self._started_at = time.monotonic()
-        if self._enabled and self._progress and _is_on_terminal():
+        if self._enabled and self._progress and _shows_a_bar():
+            self._redirected.enter_context(_libraries_above_the_bar())
             self._bar = _Bar(self, total_steps, initial_step, unit)
 
     def advance(self, global_step: int) -> None:
         """Note that this step is done. Called at every step."""
         self._step = global_step
-        if self._bar is not None and not self._is_paused:
+        if self._bar is not None:
             self._bar.update(global_step - self._bar.n)
 
     def report(self, logs: Mapping[str, float], *, step: int, rate: str | None) -> None:
-        """Show a training report, in the bar or as a line; `rate` is text such as `812 samples/s`."""
+        """Show a training report as a line; `rate` is text such as `812 samples/s`, which a bar takes."""
         if not self._enabled:
             return
-        self._step = step
-        shown = [_pair(name, value) for name, value in logs.items() if name not in NOT_IN_A_LINE]
+        shown = in_a_line(logs)
         if self._bar is None:
-            self.line("  ".join([f"{self._position()}{self._share()}", *shown, *_given(rate), f"ETA {self.eta()}"]))
+            self._step = step
+            self.line("  ".join([f"{self._position()}{self._share()}", shown, *_given(rate), f"ETA {self.eta()}"]))
             return
+        self._bar.rate = rate or ""
         self.advance(step)
-        brief = [_pair(name, logs[name]) for name in ("loss", "learning_rate") if name in logs]
-        self._bar.set_postfix_str(", ".join([*brief, *_given(rate)]), refresh=not self._is_paused)
+        self.line(f"{self._position()}  {shown}")
 
     def evaluation(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Show the results of an evaluation as one line: the loss first, the seconds last."""
         self._step = step
         names = sorted(metrics, key=lambda name: not name.endswith("_loss"))
-        shown = [_pair(name, metrics[name]) for name in names if not name.endswith(TIMING_SUFFIXES)]
         seconds = [f"{metrics[name]:.1f} s" for name in names if name.endswith("_runtime")]
-        self.line("  ".join([self._position(), *shown, *seconds]))
+        self.line("  ".join([self._position(), in_a_line({name: metrics[name] for name in names}), *seconds]))
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        if not self._enabled:
-            return
-        if self._bar is None or self._is_paused:
-            print(text, flush=True)
-        else:
+        if self._enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Take the bar away for as long as something else prints or reads: a debugger, a sample."""
-        if self._bar is None or self._is_paused:
+        if self._bar is None or self._bar.disable:
             yield
             return
         self._bar.clear()
-        self._is_paused = True
+        self._bar.disable = True  # or a log record would bring it back
         try:
             yield
         finally:
-            self._is_paused = False
+            self._bar.disable = False
             self._bar.update(self._step - self._bar.n)
             self._bar.refresh()
 
@@ -121,6 +120,7 @@ class Console:
             self._bar.refresh()
             self._bar.close()
             self._bar = None
+        self._redirected.close()
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
         """Print two aligned columns."""
@@ -145,12 +145,17 @@ class Console:
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """tqdm with the console's estimate of the time left, and without its thread: breakpoint() must work."""
+    """
+    tqdm with the console's estimate of the time left, and without its thread: breakpoint() must work.
+
+    The bar has LEAST_BAR_COLUMNS at least; the rate is shown as far as there is room for it.
+    """
 
     monitor_interval = 0
 
     def __init__(self, console: Console, total: int, initial: int, unit: str) -> None:
         self._console = console
+        self.rate = ""
         super().__init__(
             total=total,
             initial=initial,
@@ -159,13 +164,18 @@ class _Bar(tqdm):  # type: ignore[type-arg]
             dynamic_ncols=True,
             mininterval=0.2,
             miniters=1,  # each update looks at the clock, so that a slow step is shown without that thread
-            bar_format="{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| ETA {eta}{postfix}",
+            bar_format="{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| ETA {eta}{rate_text}",
         )
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """The values that the format may name: those of tqdm, and `eta`."""
-        return {**super().format_dict, "eta": self._console.eta()}
+        """The values that the format may name: those of tqdm, `eta`, and `rate_text`."""
+        values, eta = super().format_dict, self._console.eta()
+        others = f"{self.desc} {self.total}/{self.total} 100%|| ETA {eta}"
+        room = (values["ncols"] or 0) - LEAST_BAR_COLUMNS - len(others)
+        whole = f", {self.rate}" if self.rate else ""
+        fits = (text for text in (whole, whole.rpartition(", ")[0]) if len(text) <= room)
+        return {**values, "eta": eta, "rate_text": next(fits, "")}
 
 
 class _Handler(logging.Handler):
@@ -208,12 +218,47 @@ def _says_something_new(record: logging.LogRecord) -> bool:
     return "`loss_type=None` was set in the config" not in record.getMessage()
 
 
-def _is_on_terminal() -> bool:
-    """Whether stderr is a terminal that tells its size; on others (some containers) tqdm shows nothing."""
-    if not sys.stderr.isatty():
+@contextmanager
+def _libraries_above_the_bar() -> Iterator[None]:
+    """Put Python's warnings, and what loggers write to the terminal, above the bar: for as long as it stands."""
+
+    def above(write: Callable[..., None]) -> Callable[..., None]:
+        def write_above(*args: Any, **kwargs: Any) -> None:
+            with tqdm.external_write_mode(file=sys.stderr):
+                write(*args, **kwargs)
+
+        return write_above
+
+    loggers = (each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger))
+    handlers = {handler for each in (logging.root, *loggers) for handler in each.handlers} | {logging.lastResort}
+    writing = [
+        handler
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+    ]
+    show, warnings.showwarning = warnings.showwarning, above(warnings.showwarning)
+    for handler in writing:
+        vars(handler)["emit"] = above(handler.emit)
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+        for handler in writing:
+            del vars(handler)["emit"]
+
+
+def _shows_a_bar() -> bool:
+    """Whether stderr is a terminal that tells its size and can go back to the beginning of a line."""
+    if not sys.stderr.isatty() or is_dumb_terminal():
         return False
     size = os.get_terminal_size(sys.stderr.fileno())
     return size.columns > 0 and size.lines > 2
+
+
+def in_a_line(metrics: Mapping[str, float]) -> str:
+    """The metrics as text, without timings and what is too long for a line."""
+    left_out = (*NOT_IN_A_LINE, *(name for name in metrics if name.endswith(TIMING_SUFFIXES)))
+    return "  ".join(_pair(name, value) for name, value in metrics.items() if name not in left_out)
 
 
 def _given(text: str | None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -366,6 +367,29 @@ def test_fresh_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert path not in seen
         path.mkdir(parents=True)
         seen.add(path)
+
+
+@pytest.mark.parametrize(
+    ("run_name", "suffix"),
+    [
+        ("lr-3e-4", "-lr-3e-4"),
+        ("../a b/c:*", "-a-b-c"),
+        ("한국어 실험", "-한국어-실험"),
+        ("𠀀" * 300, "-" + "𠀀" * 50),
+        ("//", ""),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_a_fresh_folder_bears_the_runs_name(
+    run_name: str | None, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = choose_output_dir(CheckpointConfig(), run_name)
+    path.mkdir(parents=True)
+    assert path.parent == Path("runs")
+    assert re.fullmatch(r"\d{8}-\d{6}" + re.escape(suffix), path.name)
+    assert choose_output_dir(CheckpointConfig(output_dir="given"), run_name) == Path("given")
 
 
 def test_asking_for_a_folder_writes_nothing(tmp_path: Path) -> None:

@@ -295,9 +295,8 @@ def test_without_credentials_the_run_is_offline_and_one_line_says_so(own_loop: t
     directory = str(saved.path.parent)
     assert directory.startswith(str(folder / "out" / "wandb" / "offline-run-"))
     (line,) = [line for line in result.stderr.splitlines() if "credentials" in line]
-    assert f"`wandb leet {directory}`" in line
-    assert f"`wandb login` and `harness sync {directory}`" in line
-    assert f"WHERE offline in {directory}; upload it with `harness sync {directory}`" in result.stdout
+    assert "the run is kept offline; before you upload it: `wandb login`." in line
+    assert f"WHERE offline; upload it with `harness sync {directory}`" in result.stdout
 
 
 def test_the_commands_that_the_line_names_exist_and_read_the_run(own_loop: tuple[Path, Any]) -> None:

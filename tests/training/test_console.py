@@ -16,6 +16,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from harness.training.flags import ConsoleConfig
 
 Terminal = Callable[[], Callable[[], str]]
 ROOT = Path(__file__).parents[2]
+RATES = "122.3 samples/s, 15.7k tokens/s"
 LOGS = {"loss": 2.31, "grad_norm": 1.2, "learning_rate": 4.5e-5, "epoch": 0.4}
 EVALUATION = {
     "eval_accuracy": 0.8125,
@@ -72,11 +74,60 @@ console.line("went on")
 console.close()
 """
 
+LIBRARIES = """
+import logging, sys, warnings
+from harness.training.console import Console
+
+class Late(logging.StreamHandler):
+    stream = property(lambda self: sys.stderr)
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+ordinary, late, bare = (logging.getLogger(name) for name in ("a.library", "another", "third"))
+ordinary.addHandler(logging.StreamHandler())
+late.addHandler(Late())
+show = warnings.showwarning
+console = Console(enabled=True, progress=True)
+console.start(10, 0)
+ordinary.warning("it is late")
+late.warning("it is over")
+bare.warning("it is lost")
+warnings.warn("old ways", DeprecationWarning)
+console.close()
+ordinary.warning("afterwards")
+late.warning("as before")
+assert warnings.showwarning is show
+"""
+
 
 def terminal_of(columns: int, lines: int = 24) -> tuple[int, int]:
     controller, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     return controller, end
+
+
+def until_closed(controller: int, *commands: str) -> str:
+    """What a terminal shows until its other end is closed; each command is typed at a prompt of pdb's."""
+    shown, left = b"", list(commands)
+    with suppress(OSError):  # Linux says so when the other end is closed
+        while piece := os.read(controller, 65536):
+            shown += piece
+            if shown.rstrip().endswith(b"(Pdb)") and left:
+                os.write(controller, left.pop(0).encode())
+    os.close(controller)
+    return shown.decode()
+
+
+def on_terminal(code: str, *commands: str) -> str:
+    """What Python shows of this code on a terminal."""
+    controller, end = terminal_of(columns=100)
+    with subprocess.Popen(
+        [sys.executable, "-W", "default", "-c", code], stdin=end, stdout=end, stderr=end, cwd=ROOT, close_fds=True
+    ) as process:
+        os.close(end)
+        shown = until_closed(controller, *commands)
+    assert process.returncode == 0, shown
+    return shown
 
 
 @pytest.fixture
@@ -178,16 +229,42 @@ def test_other_ranks_say_nothing(open_terminal: Terminal) -> None:
     assert terminal() == ""
 
 
-def test_the_bar_shows_loss_rate_and_time_left(open_terminal: Terminal) -> None:
+def test_a_report_stands_above_the_bar_which_shows_rate_and_time_left(open_terminal: Terminal) -> None:
     terminal = open_terminal()
     console = Console(enabled=True, progress=True)
     console.start(500, 90, "step")
     console.advance(100)
     console.report(LOGS, step=100, rate="812 samples/s")
-    shown = lines(terminal())
-    assert len(shown) == 1
-    assert re.search(r"step 100/500  20%\|.*\| ETA \d:\d\d:\d\d, loss 2.310, lr 4.5e-05, 812 samples/s", shown[0])
+    report, bar = lines(terminal())
+    assert report == "step 100/500  loss 2.310  grad_norm 1.20  lr 4.5e-05  epoch 0.40"
+    assert re.fullmatch(r"step 100/500  20%\|.*\| ETA \d:\d\d:\d\d, 812 samples/s", bar)
     console.close()
+
+
+@pytest.mark.parametrize(
+    ("columns", "least", "rate"),
+    [(40, 2, ""), (80, 20, "122.3 samples/s"), (100, 20, RATES), (120, 40, RATES), (200, 120, RATES)],
+)
+def test_what_stands_beside_the_bar_gives_way_to_it(
+    columns: int, least: int, rate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller, end = terminal_of(columns)
+    with os.fdopen(end, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        console = Console(enabled=True, progress=True)
+        console.start(100_000, 0)
+        console.report(LOGS, step=100_000, rate=RATES)
+        console.close()
+        monkeypatch.undo()
+    shown = until_closed(controller)
+    report, bar = lines(shown)[-3:-1]
+    assert len(report) <= 80
+    assert len(bar) <= columns
+    found = re.fullmatch(r"step 100000/100000 100%\|(.*)\| ETA [\d:]+(?:, (.*))?", bar)
+    assert found is not None
+    assert len(found[1]) >= least
+    assert (found[2] or "") == rate
 
 
 def test_a_bar_stands_at_the_last_step_when_it_is_closed(open_terminal: Terminal) -> None:
@@ -223,10 +300,13 @@ def test_no_bar_where_it_is_not_wanted(open_terminal: Terminal) -> None:
     assert terminal().startswith("step 1/500 (0 %)  loss")
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(0, 24), (100, 0), (0, 0)])
-def test_a_terminal_without_a_size_gets_lines(
-    columns: int, rows: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("columns", "rows", "kind"), [(0, 24, "xterm"), (100, 0, "xterm"), (0, 0, "xterm"), (100, 24, "dumb")]
+)
+def test_a_terminal_without_a_size_or_cursor_gets_lines(
+    columns: int, rows: int, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("TERM", kind)
     controller, end = terminal_of(columns, rows)
     with os.fdopen(end, "w", encoding="utf-8") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
@@ -248,9 +328,12 @@ def test_a_pause_takes_the_bar_away_and_brings_it_back(open_terminal: Terminal) 
         console.advance(7)
         console.report(LOGS, step=7, rate=None)
         console.line("a sample")
+        _make_handler().handle(logging.makeLogRecord({"msg": "careful", "levelname": "WARNING", "name": "harness.x"}))
         with console.pause():
             print("more")
-        assert lines(terminal()) == ["a sample", "more", ""]
+        shown = lines(terminal())
+        assert shown[0].startswith("step 7/500  loss")
+        assert shown[1:] == ["a sample", "WARNING harness.x: careful", "more", ""]
     assert "step 7/500" in lines(terminal())[-1]
     console.close()
 
@@ -278,26 +361,9 @@ def test_advance_is_cheap(open_terminal: Terminal) -> None:
 
 
 def test_breakpoint_works_inside_a_pause() -> None:
-    controller, end = terminal_of(columns=100)
-    with subprocess.Popen(
-        [sys.executable, "-c", DEBUGGER], stdin=end, stdout=end, stderr=end, cwd=ROOT, close_fds=True
-    ) as process:
-        os.close(end)
-        shown, commands = b"", [b"answer + 1\n", b"continue\n"]
-        while True:
-            try:
-                piece = os.read(controller, 65536)
-            except OSError:  # Linux says so when the other end is closed
-                break
-            if not piece:
-                break
-            shown += piece
-            if shown.rstrip().endswith(b"(Pdb)") and commands:
-                os.write(controller, commands.pop(0))
-    os.close(controller)
-    assert process.returncode == 0
-    assert "42" in lines(shown.decode())
-    assert "went on" in lines(shown.decode())
+    shown = lines(on_terminal(DEBUGGER, "answer + 1\n", "continue\n"))
+    assert "42" in shown
+    assert "went on" in shown
 
 
 def test_a_log_record_does_not_tear_the_bar(open_terminal: Terminal) -> None:
@@ -310,6 +376,15 @@ def test_a_log_record_does_not_tear_the_bar(open_terminal: Terminal) -> None:
     assert shown[0] == "WARNING harness.x: careful"
     assert "step 0/10" in shown[1]
     console.close()
+
+
+def test_what_libraries_say_stands_above_the_bar() -> None:
+    shown = lines(on_terminal(LIBRARIES))
+    assert shown[:3] == ["it is late", "it is over", "it is lost"]
+    assert shown[3].endswith("DeprecationWarning: old ways")
+    assert re.match(r"step 0/10   0%\|", shown[-4])
+    assert shown[-3:] == ["afterwards", "as before", ""]
+    assert sum(line.startswith("step 0/10") for line in shown) == 1
 
 
 def levels(config: dict[str, Any], is_main: bool, is_local_main: bool) -> tuple[list[str], dict[str, Any]]:

@@ -16,6 +16,7 @@ from harness.errors import ConfigError, NoCredentialsError
 from harness.tracking.client import failures, has_credentials, one_line, why_silent
 from harness.tracking.flags import TrackingConfig, check_environment
 from harness.tracking.run.identity import home_of
+from harness.tracking.run.terminal import speak_through_log
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,19 @@ def check_credentials(config: TrackingConfig) -> None:
 
 
 def where(run: Any) -> str:
-    """Say where a run is: its address, or its folder and how to upload it."""
+    """Say where a run is: its address, or how to upload its folder."""
     if run.disabled:
         return ""
     if not run.offline:
         return str(run.url)
     folder = Path(run.settings.sync_dir)
-    return f"offline in {folder}; upload it with `harness sync {shlex.quote(str(home_of(folder)))}`"
+    return f"offline; upload it with `harness sync {shlex.quote(_as_typed(home_of(folder)))}`"
+
+
+def _as_typed(path: Path) -> str:
+    """The shorter of a path's two names: from the working directory if it is below that, else the absolute one."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def is_notebook() -> bool:
@@ -102,6 +109,7 @@ def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> A
     for name, value in ours.items():
         if name not in settings.model_fields_set | inherited:
             setattr(settings, name, value)
+    speak_through_log(settings)
     return settings
 
 
@@ -143,23 +151,16 @@ def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: 
     except failures() as error:
         logger.warning("W&B is off, the training goes on without it: %s", one_line(error))
         return None
-    if reason:
-        folder = shlex.quote(str(run.settings.sync_dir))
-        logger.warning(
-            "%s: the run is kept offline in %s. Look at it with `wandb leet %s`; "
-            "upload it later with %s`harness sync %s`.",
-            reason,
-            folder,
-            folder,
-            "`wandb login` and " if needs_login else "",
-            shlex.quote(str(home_of(Path(run.settings.sync_dir)))),
-        )
+    if reason:  # where it is, and how to upload it, is said at the end: by the harness, or by wandb
+        login = "; before you upload it: `wandb login`" if needs_login else ""
+        logger.warning("%s: the run is kept offline%s.", reason, login)
     return run
 
 
 def _init(kwargs: Mapping[str, Any]) -> Any:
     import wandb
 
+    speak_through_log(kwargs["settings"])  # again: after a teardown wandb has forgotten it
     with _masked_command_line():
         try:
             return wandb.init(**kwargs)

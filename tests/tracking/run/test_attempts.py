@@ -73,7 +73,7 @@ def journal(training: Training) -> list[dict[str, Any]]:
 
 def synced(training: Training, server: WandbServer) -> None:
     """What the user is told, typed in."""
-    (line,) = [line for line in training.report if line.startswith("offline in ")]
+    (line,) = [line for line in training.report if line.startswith("offline; ")]
     training.server = server
     training.variables = {name: value for name, value in training.variables.items() if name != "WANDB_MODE"}
     done = training.type_in(line.partition("`")[2].rstrip("`"))
