@@ -20,6 +20,7 @@ import torch
 from harness.config import parse_sections
 from harness.errors import ConfigError
 from harness.tracking import TrackingConfig, WandbTracker, rewrite, run_config, store_configuration, trackers
+from tests.support.launching import Ended, finish
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import WandbFile, read_all
 
@@ -181,18 +182,12 @@ assert "wandb" not in sys.modules
 """.replace("SECRET", SECRET)
 
 
-def run(script: str, *argv: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(script: str, *argv: str, folder: Path, forked: bool = True, **variables: str) -> Ended:
     folder.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-c", script, *argv],
-        env=environment(folder, WANDB_SILENT="true", **variables),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-c", script, *argv]
+    ended = finish(command, folder, environment(folder, WANDB_SILENT="true", **variables), forked=forked)
+    assert ended.code == 0, ended.err[-3000:]
+    return ended
 
 
 def without_clock(values: Mapping[str, Any]) -> dict[str, str]:
@@ -273,7 +268,7 @@ def own_loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     finally:
         os.close(terminal)
         os.close(controller)
-    return folder, result
+    return folder, Ended(result.returncode, result.stdout, result.stderr)
 
 
 def test_an_own_accelerate_loop_gets_its_rows(own_loop: tuple[Path, Any]) -> None:
@@ -294,10 +289,10 @@ def test_without_credentials_the_run_is_offline_and_one_line_says_so(own_loop: t
     (saved,) = read_all(folder)
     directory = str(saved.path.parent)
     assert directory.startswith(str(folder / "out" / "wandb" / "offline-run-"))
-    (line,) = [line for line in result.stderr.splitlines() if "credentials" in line]
+    (line,) = [line for line in result.err.splitlines() if "credentials" in line]
     assert f"`wandb leet {directory}`" in line
     assert f"`wandb login` and `wandb sync {directory}`" in line
-    assert f"WHERE offline in {directory}; upload it with `wandb sync {directory}`" in result.stdout
+    assert f"WHERE offline in {directory}; upload it with `wandb sync {directory}`" in result.out
 
 
 def test_the_commands_that_the_line_names_exist_and_read_the_run(own_loop: tuple[Path, Any]) -> None:
@@ -307,7 +302,7 @@ def test_the_commands_that_the_line_names_exist_and_read_the_run(own_loop: tuple
         *("leet", "inspect", "--summary", str(saved.path.parent)),
         folder=own_loop[0],
     )
-    assert "mine" in leet.stdout
+    assert "mine" in leet.out
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -331,13 +326,13 @@ def refusing_server() -> Iterator[str]:
         thread.join()
 
 
-def check_fallback(folder: Path, result: subprocess.CompletedProcess[str]) -> None:
+def check_fallback(folder: Path, result: Ended) -> None:
     saved = [file for file in read_all(folder) if "offline-run" in str(file.path)]
     assert [len(file.rows) for file in saved] == [4]
-    assert [line for line in result.stderr.splitlines() if "kept offline" in line] == [
-        line for line in result.stderr.splitlines() if line.startswith("W&B could not be reached")
+    assert [line for line in result.err.splitlines() if "kept offline" in line] == [
+        line for line in result.err.splitlines() if line.startswith("W&B could not be reached")
     ]
-    assert result.stderr.count("W&B could not be reached") == 1
+    assert result.err.count("W&B could not be reached") == 1
     assert not files_with(KEY, folder)
 
 
@@ -369,8 +364,8 @@ def test_an_open_run_is_adopted_and_left_open(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_training_survives_the_death_of_wandbs_process(tmp_path: Path) -> None:
     result = run(DEAD_CORE, str(tmp_path), folder=tmp_path, WANDB_MODE="offline")
-    assert "TRAINED" in result.stdout
-    assert result.stderr.count("W&B failed, the training goes on") == 1
+    assert "TRAINED" in result.out
+    assert result.err.count("W&B failed, the training goes on") == 1
 
 
 @pytest.mark.slow
@@ -401,8 +396,8 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
 
 def test_tensorboard_gets_the_same_names(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    result = run(TENSORBOARD, str(tmp_path), folder=tmp_path)
-    assert result.stdout.splitlines()[-1] == "[(1, 2.0), (2, 1.0)]"
+    result = run(TENSORBOARD, str(tmp_path), folder=tmp_path, forked=False)  # it says what was imported
+    assert result.out.splitlines()[-1] == "[(1, 2.0), (2, 1.0)]"
     assert not files_with(SECRET, tmp_path)
 
 
