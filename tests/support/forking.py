@@ -28,7 +28,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-MODULES = ("accelerate.commands.launch", "datasets", "transformers.trainer", "wandb")
+# Not wandb: its import makes a temporary folder, which the first process that ends would remove.
+MODULES = ("accelerate.commands.launch", "datasets", "transformers.trainer")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SERVERS: list[Path] = []
 STARTING = threading.Lock()

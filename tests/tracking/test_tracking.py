@@ -20,7 +20,7 @@ import torch
 from harness.config import parse_sections
 from harness.errors import ConfigError
 from harness.tracking import TrackingConfig, WandbTracker, rewrite, run_config, store_configuration, trackers
-from tests.support.launching import Ended, finish
+from tests.support.launching import Ended, finish, torchrun
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import WandbFile, read_all
 
@@ -182,10 +182,10 @@ assert "wandb" not in sys.modules
 """.replace("SECRET", SECRET)
 
 
-def run(script: str, *argv: str, folder: Path, forked: bool = True, **variables: str) -> Ended:
+def run(script: str, *argv: str, folder: Path, **variables: str) -> Ended:
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-c", script, *argv]
-    ended = finish(command, folder, environment(folder, WANDB_SILENT="true", **variables), forked=forked)
+    ended = finish(command, folder, environment(folder, WANDB_SILENT="true", **variables))
     assert ended.code == 0, ended.err[-3000:]
     return ended
 
@@ -372,22 +372,9 @@ def test_training_survives_the_death_of_wandbs_process(tmp_path: Path) -> None:
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS, encoding="utf-8")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            script,
-            tmp_path,
-        ],
-        env=environment(tmp_path, WANDB_SILENT="true", WANDB_MODE="offline", OMP_NUM_THREADS="1"),
-        cwd=tmp_path,
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
+    variables = environment(tmp_path, WANDB_SILENT="true", WANDB_MODE="offline", OMP_NUM_THREADS="1")
+    ended = finish([*torchrun(2), str(script), str(tmp_path)], tmp_path, variables)
+    assert ended.code == 0, ended.err[-3000:]
     assert (tmp_path / "rank-0").read_text() == "2 False True"
     assert (tmp_path / "rank-1").read_text() == "2 True False"
     (saved,) = read_all(tmp_path)
@@ -396,7 +383,7 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
 
 def test_tensorboard_gets_the_same_names(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    result = run(TENSORBOARD, str(tmp_path), folder=tmp_path, forked=False)  # it says what was imported
+    result = run(TENSORBOARD, str(tmp_path), folder=tmp_path)
     assert result.out.splitlines()[-1] == "[(1, 2.0), (2, 1.0)]"
     assert not files_with(SECRET, tmp_path)
 
