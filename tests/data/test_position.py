@@ -316,7 +316,7 @@ def test_a_changed_global_batch_goes_on_where_its_own_run_would_be(trained: Path
 def test_data_of_the_same_size_with_other_samples_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.support import parity_task
+    from tests.support.tasks import parity_task
 
     whole = parity_task.VariableLength
 

@@ -54,7 +54,7 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by our script."""
     folder = tmp_path_factory.mktemp("ours") / "run"
-    ended = run([*launcher(DDP), SCRIPT, *flags(folder, {**ARGUMENTS, "expect_num_processes": 2})])
+    ended = run([*launcher(DDP), SCRIPT, *flags(folder, {**ARGUMENTS, "expect_num_processes": 2})], forked=False)
     assert ended.code == 0, ended.err[-3000:]
     assert ended.out.count("step 1/8") == 1, "one rank speaks"
     return folder
@@ -94,7 +94,7 @@ def test_a_resume_on_two_processes_in_mid_epoch_is_the_uninterrupted_trainer(
 @pytest.mark.slow
 def test_torchrun_trains_the_same(ours: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    ended = run([*torchrun(2), SCRIPT, *flags(folder, {**ARGUMENTS, "expect_num_processes": 2})])
+    ended = run([*torchrun(2), SCRIPT, *flags(folder, {**ARGUMENTS, "expect_num_processes": 2})], forked=False)
     assert ended.code == 0, ended.err[-3000:]
     assert processes_of(folder) == 2
     assert_equal_runs(ours, folder)
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one_with_another_global_bat
 def test_every_launch_config_trains(config: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     arguments = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "expect_num_processes": content["num_processes"]}
-    ended = run([*launcher(config), SCRIPT, *flags(tmp_path / "out", arguments)])
+    ended = run([*launcher(config), SCRIPT, *flags(tmp_path / "out", arguments)], forked=False)
     assert ended.code == 0, ended.err[-3000:]
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert ended.out.count("step 1/2") == 1
@@ -205,7 +205,7 @@ def test_a_silent_failure_of_the_launch_is_refused_or_made_to_work(what: str, tm
     ours = [option for option in options if "ddp" in option]
     command = [*launcher(config_of(kind, tmp_path), *[option for option in options if option not in ours]), SCRIPT]
     arguments = {"max_steps": 2, "logging_steps": 1, "save_steps": 2}
-    ended = run([*command, *flags(tmp_path / "out", arguments), *ours])
+    ended = run([*command, *flags(tmp_path / "out", arguments), *ours], forked=False)
     if says is None:
         assert ended.code == 0, ended.err[-3000:]
         assert ended.out.count("step 1/2") == 1
@@ -263,7 +263,7 @@ def test_all_ways_to_start_are_the_same_from_any_folder(tmp_path: Path) -> None:
         [sys.executable, "-P", "-m", "harness.train"],
         *([[INSTALLED]] if INSTALLED else []),
     ]
-    found = [run([*way, *argv], cwd=tmp_path) for way in ways]
+    found = [run([*way, *argv], cwd=tmp_path, forked=False) for way in ways]
     assert [ended.code for ended in found] == [0] * len(ways), found[0].err[-2000:]
     assert len({ended.out for ended in found}) == 1
     assert yaml.safe_load(found[0].out)["train_file"] == "x.txt"
@@ -272,7 +272,12 @@ def test_all_ways_to_start_are_the_same_from_any_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_printed_config_is_yaml_with_wandb_offline_too(tmp_path: Path) -> None:
-    ended = run([sys.executable, SCRIPT, "--train_file=x.txt", "--print_config"], cwd=tmp_path, WANDB_MODE="offline")
+    ended = run(
+        [sys.executable, SCRIPT, "--train_file=x.txt", "--print_config"],
+        cwd=tmp_path,
+        forked=False,
+        WANDB_MODE="offline",
+    )
     assert ended.code == 0
     assert yaml.safe_load(ended.out)["train_file"] == "x.txt"
 
@@ -289,7 +294,7 @@ def test_the_script_does_not_put_its_own_folder_on_the_path(tmp_path: Path) -> N
     )
     argv = [*flags(tmp_path / "out", {"max_steps": 1}), "--use_cpu"]
     argv[0] = "--task=own_task:build"
-    ended = run([sys.executable, SCRIPT, *argv], cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    ended = run([sys.executable, SCRIPT, *argv], cwd=tmp_path, forked=False, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert ended.code == 0, ended.err[-2000:]
     assert re.search(r"^model +", ended.out, re.MULTILINE)
 

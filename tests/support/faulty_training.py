@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.train import main
+from tests.support.forking import fork, start
 from tests.support.parity import TRAINING, as_flags, reset
 from tests.support.wandb import artifact_processes as processes
 from tests.support.wandb_server import ArtifactRecord, WandbServer
@@ -37,6 +38,7 @@ class Training:
     The tiny training under `folder`: 30 steps of `pace` seconds at least, a checkpoint every 10. It has begun.
 
     `arguments` are further flags, None takes one away, `variables` the environment's. Its run is called like `folder`.
+    With a `command` it is a start like a user's; without one the libraries are loaded already.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Training:
         server: WandbServer | None,
         *,
         pace: float = 0.0,
-        command: tuple[str, ...] = (sys.executable, SCRIPT),
+        command: tuple[str, ...] | None = None,
         task: Mapping[str, Any] | None = None,
         builder: str = TASK,
         variables: Mapping[str, str] | None = None,
@@ -59,15 +61,8 @@ class Training:
         flags = self._flags(task or {}, {"task": builder, **wandb, **arguments})
         self.variables = environment(folder, server, **(variables or {}))
         with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
-            self.process = subprocess.Popen(
-                [*command, *flags],
-                env=self.variables,
-                cwd=cwd or folder,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            given = {"env": self.variables, "cwd": cwd or folder, "out": out, "err": err}
+            self.process = start([*command, *flags], **given) if command else fork([SCRIPT, *flags], **given)
 
     @classmethod
     def here(cls, folder: Path) -> Training:

@@ -6,15 +6,16 @@ import contextlib
 import os
 import random
 import socket
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
 
+from tests.support.forking import fork, start
 from tests.support.parity import as_flags
 
 ROOT = Path(__file__).parents[2]
@@ -48,28 +49,35 @@ class Ended:
     err: str
 
 
-def run(command: Sequence[str], *, cwd: Path = ROOT, **variables: str) -> Ended:
-    """Run to the end; a launch that hangs is ended with all its processes."""
+def run(command: Sequence[str], *, cwd: Path = ROOT, forked: bool = True, **variables: str) -> Ended:
+    """Run it to the end, without what a launch or W&B left in the environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
-    environment = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=SECONDS)
-    finally:
-        if process.poll() is None:
-            for each in [*psutil.Process(process.pid).children(recursive=True), process]:  # ranks have their own groups
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            process.communicate()
-    return Ended(process.returncode, out, err)
+    return finish(command, cwd, {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}, forked=forked)
+
+
+def finish(command: Sequence[str], cwd: Path, env: Mapping[str, str], *, forked: bool = True) -> Ended:
+    """
+    Run it to the end; a launch that hangs is ended with all its processes.
+
+    `forked` is Python with the libraries loaded; without it a start is like a user's, and may be any command.
+    """
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        if forked:
+            process = fork(command[1:], env=env, cwd=cwd, out=out, err=err)
+        else:
+            process = start(command, env=env, cwd=cwd, out=out, err=err)
+        try:
+            code = process.wait(SECONDS)
+        finally:
+            if process.poll() is None:
+                # Ranks have groups of their own.
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
+                process.wait()
+        out.seek(0)
+        err.seek(0)
+        return Ended(code, out.read(), err.read())
 
 
 def free_port() -> int:

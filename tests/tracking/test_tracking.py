@@ -20,6 +20,7 @@ import torch
 from harness.config import parse_sections
 from harness.errors import ConfigError
 from harness.tracking import TrackingConfig, WandbTracker, rewrite, run_config, store_configuration, trackers
+from tests.support.launching import Ended, finish, torchrun
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import WandbFile, read_all
 
@@ -181,18 +182,12 @@ assert "wandb" not in sys.modules
 """.replace("SECRET", SECRET)
 
 
-def run(script: str, *argv: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(script: str, *argv: str, folder: Path, **variables: str) -> Ended:
     folder.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-c", script, *argv],
-        env=environment(folder, WANDB_SILENT="true", **variables),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-c", script, *argv]
+    ended = finish(command, folder, environment(folder, WANDB_SILENT="true", **variables))
+    assert ended.code == 0, ended.err[-3000:]
+    return ended
 
 
 def without_clock(values: Mapping[str, Any]) -> dict[str, str]:
@@ -273,7 +268,7 @@ def own_loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     finally:
         os.close(terminal)
         os.close(controller)
-    return folder, result
+    return folder, Ended(result.returncode, result.stdout, result.stderr)
 
 
 def test_an_own_accelerate_loop_gets_its_rows(own_loop: tuple[Path, Any]) -> None:
@@ -294,9 +289,9 @@ def test_without_credentials_the_run_is_offline_and_one_line_says_so(own_loop: t
     (saved,) = read_all(folder)
     directory = str(saved.path.parent)
     assert directory.startswith(str(folder / "out" / "wandb" / "offline-run-"))
-    (line,) = [line for line in result.stderr.splitlines() if "credentials" in line]
+    (line,) = [line for line in result.err.splitlines() if "credentials" in line]
     assert "the run is kept offline; before you upload it: `wandb login`." in line
-    assert f"WHERE offline; upload it with `harness sync {directory}`" in result.stdout
+    assert f"WHERE offline; upload it with `harness sync {directory}`" in result.out
 
 
 def test_the_commands_that_the_line_names_exist_and_read_the_run(own_loop: tuple[Path, Any]) -> None:
@@ -306,7 +301,7 @@ def test_the_commands_that_the_line_names_exist_and_read_the_run(own_loop: tuple
         *("leet", "inspect", "--summary", str(saved.path.parent)),
         folder=own_loop[0],
     )
-    assert "mine" in leet.stdout
+    assert "mine" in leet.out
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -330,13 +325,13 @@ def refusing_server() -> Iterator[str]:
         thread.join()
 
 
-def check_fallback(folder: Path, result: subprocess.CompletedProcess[str]) -> None:
+def check_fallback(folder: Path, result: Ended) -> None:
     saved = [file for file in read_all(folder) if "offline-run" in str(file.path)]
     assert [len(file.rows) for file in saved] == [4]
-    assert [line for line in result.stderr.splitlines() if "kept offline" in line] == [
-        line for line in result.stderr.splitlines() if line.startswith("W&B could not be reached")
+    assert [line for line in result.err.splitlines() if "kept offline" in line] == [
+        line for line in result.err.splitlines() if line.startswith("W&B could not be reached")
     ]
-    assert result.stderr.count("W&B could not be reached") == 1
+    assert result.err.count("W&B could not be reached") == 1
     assert not files_with(KEY, folder)
 
 
@@ -368,30 +363,17 @@ def test_an_open_run_is_adopted_and_left_open(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_training_survives_the_death_of_wandbs_process(tmp_path: Path) -> None:
     result = run(DEAD_CORE, str(tmp_path), folder=tmp_path, WANDB_MODE="offline")
-    assert "TRAINED" in result.stdout
-    assert result.stderr.count("W&B failed, the training goes on") == 1
+    assert "TRAINED" in result.out
+    assert result.err.count("W&B failed, the training goes on") == 1
 
 
 @pytest.mark.slow
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS, encoding="utf-8")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            script,
-            tmp_path,
-        ],
-        env=environment(tmp_path, WANDB_SILENT="true", WANDB_MODE="offline", OMP_NUM_THREADS="1"),
-        cwd=tmp_path,
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
+    variables = environment(tmp_path, WANDB_SILENT="true", WANDB_MODE="offline", OMP_NUM_THREADS="1")
+    ended = finish([*torchrun(2), str(script), str(tmp_path)], tmp_path, variables)
+    assert ended.code == 0, ended.err[-3000:]
     assert (tmp_path / "rank-0").read_text() == "2 False True"
     assert (tmp_path / "rank-1").read_text() == "2 True False"
     (saved,) = read_all(tmp_path)
@@ -401,7 +383,7 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
 def test_tensorboard_gets_the_same_names(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     result = run(TENSORBOARD, str(tmp_path), folder=tmp_path)
-    assert result.stdout.splitlines()[-1] == "[(1, 2.0), (2, 1.0)]"
+    assert result.out.splitlines()[-1] == "[(1, 2.0), (2, 1.0)]"
     assert not files_with(SECRET, tmp_path)
 
 

@@ -13,7 +13,6 @@ import itertools
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
 from harness.tracking import TrackingConfig
 from harness.tracking.client import separate_randomness
 from harness.tracking.recorded import run_config
+from tests.support.forking import Forked, fork
 from tests.support.inputs import save_gpt_tokenizer
 from tests.support.launching import DDP, launcher
 from tests.support.parity import CASES as SETTINGS
@@ -189,7 +189,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, P
     return run_group
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: Forked | subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
 
@@ -213,14 +213,14 @@ def run_both(folder: Path, group: str) -> dict[str, Pair]:
         started = {}
         for who in ("trainer", "ours"):
             script = begin_repository(folder / who)
-            command = launcher(DDP) if group == "ddp" else [sys.executable]
-            started[who] = subprocess.Popen(
+            command = launcher(DDP)[1:] if group == "ddp" else []
+            out, err = (stack.enter_context((folder / who / name).open("w")) for name in ("out", "err"))
+            started[who] = fork(
                 [*command, str(script), who, str(folder / who), wandb_pair.as_json(trainings)],
                 env=environment(folder / who, WANDB_SILENT="true", **variables),
                 cwd=folder / who,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stack.enter_context((folder / who / "err").open("w")),
+                out=out,
+                err=err,
             )
             stack.callback(end, started[who])
         for who, process in started.items():
@@ -488,7 +488,7 @@ def test_files_are_the_trainers(pair: Pair) -> None:
     if pair.watch != "false" and pair.ours.files:
         pair.ours.files.remove("media/graph/graph_0_summary")
     if pair.training.opened is None and pair.ours.files:
-        pair.ours.files.remove("code/wandb_pair.py")
+        pair.ours.files.remove("code/pair.py")
     assert pair.ours.files == pair.theirs.files
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.pages import FLAGS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sbatch"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("tests/slurm/*.sh")])
 README = (ROOT / "slurm" / "README.md").read_text(encoding="utf-8")
 SETTINGS = (ROOT / "slurm" / "cluster.sh").read_text(encoding="utf-8")
