@@ -165,7 +165,7 @@ def test_one_command_brings_runs_of_all_kinds_whatever_they_are(tmp_path: Path) 
         (partly,) = server.runs()
         assert len(partly.rows) < ROWS
         assert f"harness sync {online.output_dir}" in " ".join(online.report)
-        assert finished.report[0].endswith(f"upload it with `harness sync {finished.output_dir}`")
+        assert finished.report[0] == "offline; upload it with `harness sync out`"  # from where it was typed
         live = Training(runs / "live", None, pace=0.2, variables={"WANDB_MODE": "offline"}, **ARGUMENTS)
         live.reach(3)
         live.process.send_signal(signal.SIGSTOP)  # it runs for as long as the command needs to begin

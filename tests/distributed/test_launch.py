@@ -251,7 +251,8 @@ def test_a_rank_that_must_not_start_ends_with_2(
     assert not (tmp_path / "out").exists()
 
 
-INSTALLED = shutil.which("harness-train", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+INSTALLED = {name: shutil.which(name, path=PATH) for name in ("harness", "harness-train")}
 
 
 @pytest.mark.slow
@@ -261,13 +262,16 @@ def test_all_ways_to_start_are_the_same_from_any_folder(tmp_path: Path) -> None:
     ways = [
         [sys.executable, SCRIPT],
         [sys.executable, "-P", "-m", "harness.train"],
-        *([[INSTALLED]] if INSTALLED else []),
+        [sys.executable, "-P", "-m", "harness", "train"],
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "-m", "harness", "train"],
+        *([[INSTALLED["harness"], "train"]] if INSTALLED["harness"] else []),
+        *([[INSTALLED["harness-train"]]] if INSTALLED["harness-train"] else []),
     ]
     found = [run([*way, *argv], cwd=tmp_path, forked=False) for way in ways]
     assert [ended.code for ended in found] == [0] * len(ways), found[0].err[-2000:]
     assert len({ended.out for ended in found}) == 1
     assert yaml.safe_load(found[0].out)["train_file"] == "x.txt"
-    assert len(ways) == 3 or INSTALLED is None
+    assert len(ways) == 6 or None in INSTALLED.values()
 
 
 @pytest.mark.slow
@@ -303,7 +307,7 @@ LAUNCHES = {
     "a file": (["--config_file", "{file}", "train.py"], 2, "`num_processes` in {file}, line 3"),
     "a flag": (["--config_file={file}", "--num_processes", "4", "train.py"], 4, "--num_processes of accelerate launch"),
     "no more": (["--config_file={file}", "train.py", "--num_processes=4"], 2, "`num_processes` in {file}, line 3"),
-    "a module": (["--config_file", "{file}", "-m", "harness.train"], 2, "`num_processes` in {file}, line 3"),
+    "a module": (["--config_file", "{file}", "-m", "harness", "train"], 2, "`num_processes` in {file}, line 3"),
     "no file": (["--cpu", "train.py"], None, "`num_processes` (accelerate launch --help)"),
 }
 WAYS = {
