@@ -191,7 +191,7 @@ def parser() -> Parser:
     add = own.add_argument
     add("--nodes", type=int, default=1, help="Nodes of the job. Default: 1.")
     add("--gpus-per-node", type=int, help="GPUs of each, a process on each; 0: CPU. Default: the script's.")
-    add("--time", help="Time limit of a life, 12:00:00; the job goes on in the next. Default: the script's.")
+    add("--time", help="Time limit of an attempt, 12:00:00; the job goes on in the next. Default: the script's.")
     add("--partition", help="Partition. Default: SBATCH_PARTITION or the cluster's.")
     add("--account", help="Account. Default: SBATCH_ACCOUNT or the cluster's.")
     add("--array", help="A sweep: 0-7, each task on one node; see slurm/README.md.")

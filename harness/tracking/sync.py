@@ -34,36 +34,39 @@ from harness.tracking.run.identity import Identity
 logger = logging.getLogger(__name__)
 
 SENT_FILE = "wandb_sync.json"
+FOLDERS_IN_FILE = "lives"  # as the first versions called them there
 
 
 @dataclass
 class Sent:
     """
-    What was brought to the server, in `wandb_sync.json`.
+    What has been sent to the server, in `wandb_sync.json`.
 
     - first_row: the number in W&B of our first row, None if it is not known yet.
-    - lives: of each folder the number of records and the exit code that went with `wandb sync`, and the number of its
-      rows; zeros: its beginning alone.
+    - folders: for each offline run folder the number of records and the exit code that went with `wandb sync`, and the
+      number of its rows; zeros: only its beginning was sent.
     """
 
     run_id: str
     first_row: int | None = None
-    lives: dict[str, list[int]] = field(default_factory=dict)
+    folders: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, output_dir: Path, run_id: str) -> Sent:
-        """Of this run; nothing if the file is of another. Raises RowsError if it can't be read: all would go twice."""
+        """Return what is noted of this run. Raises RowsError if the file can't be read, since all would go twice."""
         try:
-            found = cls(**json.loads((output_dir / SENT_FILE).read_text(encoding="utf-8")))
+            values = json.loads((output_dir / SENT_FILE).read_text(encoding="utf-8"))
+            found = cls(run_id=values["run_id"], first_row=values["first_row"], folders=values[FOLDERS_IN_FILE])
         except FileNotFoundError:
             return cls(run_id=run_id)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise RowsError(f"{output_dir / SENT_FILE} can't be read: {one_line(error)}") from error
         return found if found.run_id == run_id else cls(run_id=run_id)
 
     def write(self, output_dir: Path) -> None:
         """Write it, whole or not at all. Raises OSError."""
-        write_whole(output_dir / SENT_FILE, json.dumps(vars(self), indent=2) + "\n")
+        values = {"run_id": self.run_id, "first_row": self.first_row, FOLDERS_IN_FILE: self.folders}
+        write_whole(output_dir / SENT_FILE, json.dumps(values, indent=2) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ class OfflineRun:
     """
     The offline run of an output_dir. Only its own file is written there, and what W&B has confirmed is unstaged.
 
-    The order is: what makes the run, its rows by their numbers, and of each life that is over the rest; then artifacts.
+    The order is: what makes the run, its rows by number, the rest of each attempt that is over, then artifacts.
     """
 
     def __init__(self, output_dir: Path, identity: Identity) -> None:
@@ -101,12 +104,12 @@ class OfflineRun:
             except (OSError, ValueError) as error:
                 self._problems.append(f"{path} can't be read: {one_line(error)}")
                 continue
-            if log is not None:  # else a life that was killed before it had written whose it is
+            if log is not None:  # else an attempt that was killed before it had written its run
                 self._logs[path] = log
         self._logs = dict(sorted(self._logs.items(), key=lambda each: each[1].started_at))
 
     def files(self) -> list[Path]:
-        """The .wandb files of its lives."""
+        """Return the .wandb files of its attempts."""
         listed = {(self.output_dir / name).resolve() for name in self.identity.offline_folders}
         listed |= {path.resolve() for path in (self.output_dir / "wandb").glob("offline-run-*")}
         paths = [folder / f"run-{self.identity.run_id}.wandb" for folder in listed]
@@ -121,20 +124,20 @@ class OfflineRun:
         self._read()
         sent = Sent.read(self.output_dir, self.identity.run_id)
         if not self._logs:
-            return self._outcome(rows=sum(rows for _, _, rows in sent.lives.values()), num_delivered=0)
+            return self._outcome(rows=sum(rows for _, _, rows in sent.folders.values()), num_delivered=0)
         last = list(self._logs.values())[-1]
         ask, post = connection(api, last)
         server = ask()
-        if server is None and sent.lives:
+        if server is None and sent.folders:
             raise RowsError(f"W&B has the run no more; to bring all of it again delete {self.output_dir / SENT_FILE}")
         if sent.first_row is None:
             sent.first_row = self._first_row(server)
             sent.write(self.output_dir)
         # Folders that were brought may be deleted afterwards (`wandb clean`).
         names = [path.parent.name for path in self._logs]
-        gone = sum(rows for name, (_, _, rows) in sent.lives.items() if name not in names)
+        gone = sum(rows for name, (_, _, rows) in sent.folders.items() if name not in names)
         log = self._joined(sent.first_row + gone, is_over=is_over, is_finished=is_finished)
-        server = self._send_lives(api, sent, server, ask=ask, is_over=is_over, lock=lock)
+        server = self._send_attempts(api, sent, server, ask=ask, is_over=is_over, lock=lock)
         total = sent.first_row + gone + len(log.rows)
         has_more = server.count < total
         if server.state != "running" and (has_more or not is_over):
@@ -146,7 +149,7 @@ class OfflineRun:
         if after is None or after.count != total:
             self._problems.append(f"W&B has {after.count if after else 0} rows, {total} were brought there")
         else:  # for `wandb sync`, which would bring them once more
-            over = [path.parent for path in self._logs if sent.lives.get(path.parent.name, [0])[0]]
+            over = [path.parent for path in self._logs if sent.folders.get(path.parent.name, [0])[0]]
             mark_synced(over, self.identity.run_id)
         return self._outcome(rows=gone + len(log.rows), num_delivered=self._send_artifacts(api, is_over=is_over))
 
@@ -164,7 +167,7 @@ class OfflineRun:
         raise RowsError(f"W&B has {server.count} rows of a run of this id, and they are not of this folder")
 
     def _joined(self, first_row: int, *, is_over: bool, is_finished: bool) -> TransactionLog:
-        """All lives as one, the rows numbered as in W&B; of a finished run also those that the journal alone has."""
+        """Return all attempts as one, rows numbered as in W&B; of a finished run those of the journal alone too."""
         rows: list[dict[str, Any]] = []
         summary: dict[str, Any] = {}
         logs = list(self._logs.values())
@@ -187,7 +190,7 @@ class OfflineRun:
         exit_code = (1 if logs[-1].exit_code is None else logs[-1].exit_code) if is_over else None
         return replace(logs[-1], rows=rows, summary=summary, exit_code=exit_code)
 
-    def _send_lives(
+    def _send_attempts(
         self,
         api: Any,
         sent: Sent,
@@ -197,23 +200,23 @@ class OfflineRun:
         is_over: bool,
         lock: int | None,
     ) -> AtServer:
-        """What `wandb sync` brings of each life, once when it has begun and once when it is over."""
+        """Send what `wandb sync` sends of each attempt, once when it has begun and once when it is over."""
         last = list(self._logs)[-1]
         for path, log in self._logs.items():
-            before = sent.lives.get(path.parent.name)
-            is_life_over = is_over or path != last
-            content = [*_content(path), len(log.rows)] if is_life_over else [0, 0, 0]
+            before = sent.folders.get(path.parent.name)
+            has_ended = is_over or path != last
+            content = [*_content(path), len(log.rows)] if has_ended else [0, 0, 0]
             if before is None and path.with_name(f"{path.name}.synced").exists():  # by the user's own `wandb sync`
-                sent.lives[path.parent.name] = content
+                sent.folders[path.parent.name] = content
                 sent.write(self.output_dir)
                 continue
-            if server is not None and (before == content or (before is not None and not is_life_over)):
+            if server is not None and (before == content or (before is not None and not has_ended)):
                 continue
-            artifacts = sync_without_rows(path, is_over=is_life_over, resumes=server is not None, lock=lock)
+            artifacts = sync_without_rows(path, is_over=has_ended, resumes=server is not None, lock=lock)
             if (server := ask()) is None:
                 raise SyncError(f"`wandb sync` said nothing, but W&B does not have the run {log.run_id}")
             self._verify(api, artifacts)
-            sent.lives[path.parent.name] = content
+            sent.folders[path.parent.name] = content
             sent.write(self.output_dir)
         if server is None:
             raise RowsError("W&B does not have the run, though its files are marked as synced (.synced)")
@@ -231,7 +234,7 @@ class OfflineRun:
         return [staged for staged in waiting(self.output_dir / STAGING_FOLDER) if staged.run_id == self.identity.run_id]
 
     def _send_artifacts(self, api: Any, *, is_over: bool) -> int:
-        # In a life that goes on one may be half made, or given up for a newer one meanwhile.
+        # While an attempt runs one may be half made, or given up for a newer one meanwhile.
         whole = [each for each in self._staged() if is_over or all(each.path_of(name).exists() for name in each.files)]
         return _send_artifacts(api, whole, self._problems)
 
@@ -240,7 +243,7 @@ class OfflineRun:
         return [line for line, _ in lines if line["_row"] >= self.identity.first_row]
 
     def _outcome(self, *, rows: int, num_delivered: int) -> Outcome:
-        # A row that wandb's process had not written when it was killed is in the journal; the next life sends it.
+        # A row that wandb's process had not written when it was killed is in the journal; the next attempt sends it.
         return Outcome(
             rows=rows,
             unsent_rows=max(len(self._journaled()) - rows, 0),
@@ -317,7 +320,7 @@ def _check_server(api: Any) -> None:
 
 
 def _content(path: Path) -> list[int]:
-    """How much there is of a life: records but for the end's, which a later life may add, and its exit code."""
+    """Return how much an attempt has: records without the end's, which a later one may add, and its exit code."""
     kinds = [(record.WhichOneof("record_type"), record) for record, _ in read_records(path.read_bytes())]
     codes = [record.exit.exit_code for kind, record in kinds if kind == "exit"]
     return [sum(kind != "exit" for kind, _ in kinds), codes[0] if codes else 1]

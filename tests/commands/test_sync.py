@@ -21,6 +21,7 @@ from harness.commands.watch import find_runs, state_of
 from harness.tracking.rows.wandb_file import encode, read_records
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import Identity
+from harness.tracking.sync import Sent
 from tests.support.faulty_training import Training, committed, environment
 from tests.support.wandb.seen import _untimed
 from tests.support.wandb_server import WandbServer
@@ -46,7 +47,7 @@ def identity(training: Training) -> dict[str, Any]:
 
 
 class Sync:
-    """The command, in a process that can be killed and started again; all lives of it write to one file."""
+    """The command, in a process that can be killed and started again; all starts of it write to one file."""
 
     def __init__(self, folder: Path, server: WandbServer, *arguments: str, **variables: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -293,6 +294,15 @@ def test_a_parcel_is_a_whole_file_whatever_the_sizes_of_its_records() -> None:
     read = list(read_records(data))
     assert [len(each.output_raw.line) for each, _ in read] == list(sizes)
     assert read[-1][1] == len(data)
+
+
+def test_what_the_version_before_has_sent_is_known(tmp_path: Path) -> None:
+    noted = {"run_id": "abc", "first_row": 2, "lives": {"offline-run-20260101_000000-abc": [5, 0, 3]}}
+    (tmp_path / "wandb_sync.json").write_text(json.dumps(noted))
+    sent = Sent.read(tmp_path, "abc")
+    assert sent.folders == noted["lives"]
+    sent.write(tmp_path)
+    assert json.loads((tmp_path / "wandb_sync.json").read_text()) == noted
 
 
 def offline_run(output_dir: Path, *, exit_code: int | None = 0, mode: str = "offline") -> Path:
