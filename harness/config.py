@@ -1,27 +1,39 @@
-"""The parser: command line and YAML to frozen sections. The sections stand beside the code that reads them."""
+"""The parser: command line and YAML to frozen sections, each of which stands in a `flags.py` of its package."""
 
 from __future__ import annotations
 
-import copy
+import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
-from argparse import ArgumentDefaultsHelpFormatter
+import types
+import typing
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
 
 from harness.errors import ConfigError
 
 SECRET_SUFFIXES = ("_token", "api_key")
 RECIPES_DIR = Path(__file__).parent / "recipes"
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+T = TypeVar("T")
+Section = TypeVar("Section", bound=type)
+# What a resume makes of another value than the checkpoint's:
+# - unrelated: where a run lives, who watches it, what one command asks for; no value that it computes hangs on it.
+# - free: told, and taken: when something is logged, evaluated or saved, and how the same batches are computed.
+# - checked: told, and judged by what it comes to: the global batch, precision, device, length.
+# - refused: the run would go on with other numbers, and nothing would show it.
+OnResume = Literal["unrelated", "free", "checked", "refused"]
+PathKind = Literal["file", "folder", "model"]
 
 
 class Json(dict[str, Any]):
@@ -38,12 +50,107 @@ class Json(dict[str, Any]):
         super().__init__(value)
 
 
-def arg(default: Any = None, help: str = "", **argparse_options: Any) -> Any:  # noqa: A002
-    """A field of a section: its default, its help text and, where needed, argparse's own options."""
-    metadata = {"help": help.replace("%", "%%"), **argparse_options}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """
+    All that is known of a flag. Each is a field of a section, made by `arg`.
+
+    - type: of its value without None: bool, int, float, str, list[str], or Json.
+    - group: where `--help` shows it; is_common: whether `--help` alone does.
+    - env: the variable that gives it where neither the command line nor anything else does.
+    - bare: its value where the flag is given without one.
+    - path: what must be there if it is given: a file, a folder, or a model: what looks like a path and not the Hub.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    group: str
+    on_resume: OnResume
+    env: str | None = None
+    bare: Any = None
+    path: PathKind | None = None
+    is_common: bool
+
+    def value_of(self, raw: Any) -> Any:
+        """A value from a command line, a file or a variable in the flag's type. Raises ConfigError."""
+        try:
+            if self.type == list[str]:
+                return [str(item) for item in raw] if isinstance(raw, list) else [str(raw)]
+            if isinstance(raw, list) and not issubclass(self.type, dict):
+                raise ValueError(f"takes one value, not {len(raw)}")
+            if issubclass(self.type, dict):
+                return self.type(raw)
+            text = json.dumps(raw) if isinstance(raw, dict) else str(raw)
+            return _switch(text) if self.type is bool else _number_or_text(self.type, text)
+        except ValueError as error:
+            raise ConfigError(f"Argument --{self.name}: {error}. See --help {self.name}.") from error
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in (*TRUE, *FALSE):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() in TRUE
+
+
+def _number_or_text(kind: Callable[[str], T], text: str) -> T:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"invalid {getattr(kind, '__name__', kind)} value: {text!r}") from error
+
+
+def arg(
+    default: Any = None,
+    help: str = "",  # noqa: A002 - as in argparse
+    *,
+    on_resume: OnResume | None = None,
+    env: str | None = None,
+    bare: Any = None,
+    path: PathKind | None = None,
+    common: bool = False,
+) -> Any:
+    """A flag as a field of a section: see Flag. What a resume makes of it may be said by the section for all."""
+    facts = {"help": help, "on_resume": on_resume, "env": env, "bare": bare, "path": path, "is_common": common}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=facts)
+    return dataclasses.field(default=default, metadata=facts)
+
+
+def section(group: str, *, on_resume: OnResume = "refused") -> Callable[[Section], Section]:
+    """
+    Put a dataclass of flags into a group of the help.
+
+    `on_resume` holds for those that don't say it themselves: where nobody has judged a change, it is refused.
+    """
+
+    def stamp(cls: Section) -> Section:
+        for field in dataclasses.fields(cls):
+            own = {name: value for name, value in field.metadata.items() if value is not None}
+            field.metadata = types.MappingProxyType({"group": group, "on_resume": on_resume, **own})
+        return cls
+
+    return stamp
+
+
+@functools.cache
+def flags_of(*sections: type) -> Mapping[str, Flag]:
+    """The flags of some sections by name, in their order."""
+    found: dict[str, Flag] = {}
+    for each in sections:
+        hints = typing.get_type_hints(each)
+        for field in dataclasses.fields(each):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            kind = _without_none(hints[field.name])
+            found[field.name] = Flag(name=field.name, type=kind, default=default, **field.metadata)
+    return found
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) is not types.UnionType:
+        return hint
+    return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
 
 
 def choice(flag: str, value: object, allowed: Sequence[str]) -> None:
@@ -61,76 +168,117 @@ def at_least(minimum: float, **flags: float | None) -> None:
             raise ConfigError(f"--{flag}={value}: use {minimum:g} or more.")
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
-    """HfArgumentParser that raises ConfigError instead of ending the process."""
+def together(checks: Iterable[Callable[[], object]]) -> None:
+    """Run all checks. Raises one ConfigError of all that they refuse."""
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse that raises ConfigError instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message[:1].upper() + message[1:] + ". See --help.")
 
 
-def parse_sections(
-    sections: Sequence[type],
-    argv: Sequence[str],
-    *,
-    refused: Mapping[str, str],
-    base: Mapping[str, Any] | None = None,
-) -> tuple[list[Any], set[str]]:
+def build_parser(flags: Mapping[str, Flag]) -> argparse.ArgumentParser:
+    """An argparse parser of the flags, which gives the texts of those that are there."""
+    parser = _Parser(prog="harness train", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    for name, flag in flags.items():
+        options: dict[str, Any] = {"dest": name, "help": flag.help.replace("%", "%%")}
+        bare = True if flag.type is bool else flag.bare
+        if flag.type == list[str]:
+            options["nargs"] = "+"
+        elif bare is not None:
+            options |= {"nargs": "?", "const": bare}
+        parser.add_argument(*_spellings(name), **options)
+        if flag.default is True:
+            parser.add_argument(*_spellings(f"no_{name}"), dest=name, action="store_const", const=False)
+    return parser
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def read_argv(
+    argv: Sequence[str], flags: Mapping[str, Flag], refused: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """
-    Parse `argv` over the values of `base` (a recipe, already read) into one instance a section.
+    What a command line gives, still as text, by flag; and what is wrong with it.
 
-    Both go through the same conversions, so a YAML `1e-3` is a number. `refused` maps names of flags that exist
-    elsewhere to the reason they don't here. Returns the sections in order and the names given in `argv`.
-    Raises ConfigError for unknown, misspelt, repeated, refused or malformed flags.
+    That is flags which are unknown, misspelt, repeated, in `refused` (which says why), or without the value they need.
     """
-    parser = _Parser(
-        [_unlinked(section) for section in sections],
-        prog="harness train",
-        allow_abbrev=False,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    names = [field.name for section in sections for field in dataclasses.fields(section)]
-    given = [_name_of(token, names) for token in argv if token.startswith("--")]
-    for name in given:
-        _check_name(name, f"--{name}", names, refused)
-    for name, count in Counter(given).items():
-        if count > 1:
-            raise ConfigError(f"--{name} is given {count} times; give it once.")
-    # A value of the base that the command line replaces must not reach argparse: `nargs="+"` fields would mix.
-    from_base = {name: value for name, value in (base or {}).items() if name not in given and value is not None}
-    namespace, rest = parser.parse_known_args([*_as_argv(from_base), *argv])
-    if rest:
-        raise ConfigError(f"{rest[0]} belongs to no flag; values follow their flag: --flag value.")
-    built = [
-        section(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(section)})
-        for section in sections
-    ]
-    return built, set(given)
+    problems: list[str] = []
+    known: list[str] = []
+    given: Counter[str] = Counter()
+    takes = True
+    for token in argv:
+        if token.startswith("--"):
+            name = _name_of(token, flags)
+            given[name] += 1
+            fault = _why_unknown(name, f"--{name}", flags, refused)
+            problems += [fault] if fault and given[name] == 1 else []
+            takes = fault is None and given[name] == 1
+        if takes:
+            known.append(token)
+    problems += [f"--{name} is given {n} times; give it once." for name, n in given.items() if n > 1 and name in flags]
+    try:
+        namespace, rest = build_parser(flags).parse_known_args(known)
+    except ConfigError as error:
+        return {}, [*problems, *error.problems]
+    problems += [f"{rest[0]} belongs to no flag; values follow their flag: --flag value."] if rest else []
+    return vars(namespace), problems
 
 
-def read_yaml(source: str, sections: Sequence[type], *, refused: Mapping[str, str]) -> dict[str, Any]:
+def build_sections(sections: Sequence[type], raw: Mapping[str, Any]) -> list[Any]:
+    """Each section from the values, in its flags' types; None: the default. Raises one ConfigError for all of them."""
+    built: list[Any] = []
+
+    def build(cls: type) -> None:
+        flags = [flag for name, flag in flags_of(cls).items() if raw.get(name) is not None]
+        values: dict[str, Any] = {}
+        together(functools.partial(_put_value, values, flag, raw[flag.name]) for flag in flags)
+        built.append(cls(**values))
+
+    together(functools.partial(build, cls) for cls in sections)
+    return built
+
+
+def _put_value(values: dict[str, Any], flag: Flag, raw: Any) -> None:
+    values[flag.name] = flag.value_of(raw)
+
+
+def read_yaml(
+    source: str, flags: Mapping[str, Flag], *, refused: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """
-    Read a YAML file, or a shipped recipe by its name, as a flat mapping of flag names to values.
+    What a YAML file, or a shipped recipe by its name, gives by flag; and what is wrong with it.
 
-    Raises ConfigError for a missing file, broken YAML, repeated, unknown or refused keys.
+    That is a missing file, broken YAML, or keys that are repeated, unknown or in `refused` (which says why).
     """
     path = Path(source)
     if not path.is_file():
         recipes = sorted(recipe.stem for recipe in RECIPES_DIR.glob("*.yaml"))
         if source not in recipes:
-            raise ConfigError(
-                f"--config={source}: no such file, and no shipped recipe of that name; recipes: {', '.join(recipes)}."
-            )
+            known = ", ".join(recipes)
+            return {}, [f"--config={source}: no such file, and no shipped recipe of that name; recipes: {known}."]
         path = RECIPES_DIR / f"{source}.yaml"
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config={source} is not valid YAML: {error}") from error
+        return {}, [f"--config={source} is not valid YAML: {error}"]
     if not isinstance(values, dict):
-        raise ConfigError(f"--config={source} holds no mapping; write one `flag: value` a line.")
-    names = [field.name for section in sections for field in dataclasses.fields(section)]
-    for key in values:
-        _check_name(str(key), f"{path.name}: {key}", names, refused)
-    return values
+        return {}, [f"--config={source} holds no mapping; write one `flag: value` a line."]
+    faults = {str(key): _why_unknown(str(key), f"{path.name}: {key}", flags, refused) for key in values}
+    good = {name: value for name, value in values.items() if faults[str(name)] is None}
+    return good, [fault for fault in faults.values() if fault is not None]
 
 
 class _NoDuplicates(yaml.SafeLoader):
@@ -144,40 +292,20 @@ class _NoDuplicates(yaml.SafeLoader):
         return dict(super().construct_mapping(node, deep))
 
 
-def _unlinked(section: type) -> type:
-    """A copy of the class: HfArgumentParser rewrites the type of the fields it is given."""
-    twin = type(section.__name__, section.__bases__, dict(section.__dict__))
-    fields = {name: copy.copy(field) for name, field in section.__dataclass_fields__.items()}  # type: ignore[attr-defined]
-    twin.__dataclass_fields__ = fields  # type: ignore[attr-defined]
-    return twin
-
-
-def _name_of(token: str, names: Sequence[str]) -> str:
+def _name_of(token: str, flags: Mapping[str, Flag]) -> str:
     name = token[2:].split("=", 1)[0].replace("-", "_")
     positive = name.removeprefix("no_")
-    return positive if name not in names and positive in names else name
+    return positive if name not in flags and positive in flags else name
 
 
-def _check_name(name: str, shown: str, names: Sequence[str], refused: Mapping[str, str]) -> None:
-    if name in names or name == "help":
-        return
+def _why_unknown(name: str, shown: str, flags: Mapping[str, Flag], refused: Mapping[str, str]) -> str | None:
+    if name in flags:
+        return None
     if name in refused:
-        raise ConfigError(f"{shown} is not supported: {refused[name]}.")
-    near = difflib.get_close_matches(name, names, n=1)
+        return f"{shown} is not supported: {refused[name]}."
+    near = difflib.get_close_matches(name, flags, n=1)
     hint = f" Did you mean {near[0]}?" if near else " See --help for all flags."
-    raise ConfigError(f"{shown} is not a known flag.{hint}")
-
-
-def _as_argv(values: Mapping[str, Any]) -> list[str]:
-    argv: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        elif isinstance(value, dict):
-            argv.append(f"--{name}={json.dumps(value)}")
-        else:
-            argv.append(f"--{name}={value}")
-    return argv
+    return f"{shown} is not a known flag.{hint}"
 
 
 def is_first_rank() -> bool:

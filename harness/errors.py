@@ -31,9 +31,18 @@ class HarnessError(Exception):
 
 
 class ConfigError(HarnessError):
-    """Something the user can put right: bad input, bad configuration. The process ends with exit code 2."""
+    """
+    Something the user can put right: bad input, bad configuration. The process ends with exit code 2.
+
+    It may be several `problems` that were found together.
+    """
 
     exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        several = [f"{len(problems)} mistakes:", *(f"- {problem}" for problem in problems)]
+        super().__init__(problems[0] if len(problems) == 1 else "\n".join(several))
 
 
 def exit_code_of(

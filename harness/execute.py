@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from harness.build import assemble, build_run
 from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, remove_leftovers
 from harness.checkpoint.lock import Lock
+from harness.config import together
 from harness.distributed.accelerator import build_accelerator, check_compile_backend, choose_backend
 from harness.distributed.ranks import idle_accelerators, settle, tell_all
 from harness.errors import ConfigError, StoppedError
@@ -41,14 +42,19 @@ logger = logging.getLogger("harness")
 
 
 def check_names(config: Config) -> None:
-    """Raise ConfigError for names that only the libraries know."""
-    optim.check_names(config.optim)
-    check_compile_backend(config.topology)
-    config.tracking.check_trackers()
+    """Raise one ConfigError for all names that the libraries don't know."""
+    together(
+        [
+            lambda: optim.check_names(config.optim),
+            lambda: check_compile_backend(config.topology),
+            config.tracking.check_trackers,
+        ]
+    )
 
 
 def run_command(config: Config) -> None:
     """Collective: everything that a command line asks for."""
+    check_names(config)
     job = slurm_job()
     if job is not None and config.run.trains:
         config = replace(config, checkpoint=config.checkpoint.in_job(job))

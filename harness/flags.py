@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from harness.checkpoint.flags import CheckpointConfig
-from harness.config import arg, parse_sections, read_yaml
+from harness.config import (
+    Flag,
+    arg,
+    build_sections,
+    choice,
+    flags_of,
+    read_argv,
+    read_yaml,
+    section,
+    together,
+)
 from harness.data.flags import DataConfig
 from harness.distributed.flags import TopologyConfig
 from harness.errors import ConfigError
 from harness.model.flags import BY_METRIC, AdapterConfig, OptimConfig
+from harness.tasks.flags import PARTS as TASK_PARTS
 from harness.tasks.flags import SHIPPED, TaskConfig
 from harness.tracking import TrackingConfig
-from harness.tracking.flags import under_environment
+from harness.tracking.flags import from_environment
 from harness.training.flags import (
     DEBUG_DEFAULTS,
     BestConfig,
@@ -32,6 +47,12 @@ from harness.training.flags import (
 )
 
 QUICKSTART = "quickstart"
+# Which run it was is no part of how it was configured: another one of the same configuration is a new run. What one
+# resume was allowed is not allowed for good.
+NOT_CONFIGURATION = (
+    *("config", "print_config", "token", "wandb_run_id", "wandb_resume"),
+    *("allow_changed_arguments", "allow_changed_data_order"),
+)
 # Any of these says what to train; then nothing of the quickstart recipe is used.
 SAY_WHAT_TO_TRAIN = (
     "task",
@@ -93,15 +114,31 @@ GONE = {
 }
 
 
+NOT_TAKEN = OWNED_BY_LAUNCH_CONFIG | REFUSED | GONE
+
+
+@section("command", on_resume="unrelated")
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What the command does."""
 
-    config: str | None = arg(help="YAML file of flags, or the name of a shipped recipe; flags given here win.")
-    print_config: bool = arg(False, "Print the resolved configuration as YAML and end.")
+    config: str | None = arg(
+        help="YAML file of flags, or the name of a shipped recipe; flags given here win.", common=True
+    )
+    print_config: str = arg(
+        "",
+        "Print what differs from the defaults and where it is from, or all of it, as YAML, and end.",
+        bare="changed",
+        common=True,
+    )
     do_train: bool = arg(False, "Train. Without any --do_* flag training is what is done.")
-    do_eval: bool = arg(False, "Evaluate the final (or best, or given) model once more at the end.")
+    do_eval: bool = arg(False, "Evaluate the final (or best, or given) model once more at the end.", common=True)
     do_predict: bool = arg(False, "Predict on the test set at the end: predict_results.txt in --output_dir.")
+
+    def __post_init__(self) -> None:
+        meant = {"true": "changed", "false": ""}.get(self.print_config.lower(), self.print_config)
+        choice("print_config", meant, ("", "changed", "all"))
+        object.__setattr__(self, "print_config", meant)
 
     @property
     def trains(self) -> bool:
@@ -133,48 +170,48 @@ class Config:
     debug: DebugConfig
 
     def __post_init__(self) -> None:
+        if problems := [*self._contradictions()]:
+            raise ConfigError(*problems)
+
+    def _contradictions(self) -> Iterator[str]:
         plan, best = self.plan, self.best
         if self.adapters.is_on and self.task.model_name_or_path is None and self.task.task in SHIPPED:
-            raise ConfigError(
+            yield (
                 "An adapter is saved without its model, and a new model could not be found again: give "
                 "--model_name_or_path, or train the whole model."
             )
         evaluates = plan.eval_strategy != "no"
-        if best.load_best_model_at_end:
-            self._check_best_can_be_loaded()
+        if best.load_best_model_at_end and plan.save_strategy != "best":
+            yield from self._why_best_can_not_be_loaded()
         if self.optim.lr_scheduler_type in BY_METRIC and not evaluates:
-            raise ConfigError(
+            yield (
                 f"--lr_scheduler_type={self.optim.lr_scheduler_type} goes by evaluations: "
                 "give --eval_strategy steps or epoch."
             )
         if best.early_stopping_patience is not None and not evaluates:
-            raise ConfigError("--early_stopping_patience counts evaluations: give --eval_strategy steps or epoch.")
+            yield "--early_stopping_patience counts evaluations: give --eval_strategy steps or epoch."
         if self.best_metric is None and best.early_stopping_patience is not None:
-            raise ConfigError("--early_stopping_patience needs --metric_for_best_model, e.g. loss.")
+            yield "--early_stopping_patience needs --metric_for_best_model, e.g. loss."
         if self.best_metric is None and plan.save_strategy == "best":
-            raise ConfigError("--save_strategy=best needs --metric_for_best_model, e.g. loss.")
+            yield "--save_strategy=best needs --metric_for_best_model, e.g. loss."
         if self.best_metric is not None and self.evaluation.prediction_loss_only and "loss" not in self.best_metric:
-            raise ConfigError(
-                f"--metric_for_best_model={best.metric_for_best_model} is not computed with --prediction_loss_only."
-            )
+            yield f"--metric_for_best_model={best.metric_for_best_model} is not computed with --prediction_loss_only."
 
-    def _check_best_can_be_loaded(self) -> None:
+    def _why_best_can_not_be_loaded(self) -> Iterator[str]:
         plan = self.plan
-        if plan.save_strategy == "best":
-            return
-        if plan.eval_strategy != plan.save_strategy:
-            raise ConfigError(
-                f"--load_best_model_at_end needs equal strategies, not --eval_strategy {plan.eval_strategy} and "
-                f"--save_strategy {plan.save_strategy}; make them equal, or give --save_strategy best."
-            )
-        if plan.eval_strategy == "no":
-            raise ConfigError("--load_best_model_at_end needs evaluations: give --eval_strategy steps or epoch.")
         eval_steps = plan.logging_steps if plan.eval_steps is None else plan.eval_steps
         mixed = (eval_steps < 1) != (plan.save_steps < 1)
         # Shares are compared as whole millionths: their floats are not exact.
         scale = 1_000_000 if eval_steps < 1 else 1
-        if plan.eval_strategy == "steps" and (mixed or round(plan.save_steps * scale) % round(eval_steps * scale)):
-            raise ConfigError(
+        if plan.eval_strategy != plan.save_strategy:
+            yield (
+                f"--load_best_model_at_end needs equal strategies, not --eval_strategy {plan.eval_strategy} and "
+                f"--save_strategy {plan.save_strategy}; make them equal, or give --save_strategy best."
+            )
+        elif plan.eval_strategy == "no":
+            yield "--load_best_model_at_end needs evaluations: give --eval_strategy steps or epoch."
+        elif plan.eval_strategy == "steps" and (mixed or round(plan.save_steps * scale) % round(eval_steps * scale)):
+            yield (
                 f"--load_best_model_at_end needs --save_steps ({plan.save_steps:g}) to be a multiple of "
                 f"--eval_steps ({eval_steps:g}): the best evaluation must have a checkpoint."
             )
@@ -187,18 +224,13 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """All values by flag name, tokens masked: what is recorded."""
         values: dict[str, Any] = {}
-        for section in fields(self):
-            values |= asdict(getattr(self, section.name))
+        for field in fields(self):
+            values |= asdict(getattr(self, field.name))
         return {name: "<TOKEN>" if name == "token" and value else value for name, value in values.items()}
 
     def as_yaml(self) -> str:
         """The values by flag name; `--config` reads them again."""
-        # Which run it was is no part of how it was configured: another one of the same configuration is a new run.
-        # What one resume was allowed is not allowed for good.
-        skipped = ["config", "print_config", "token", "wandb_run_id", "wandb_resume"]
-        skipped += ["allow_changed_arguments", "allow_changed_data_order"]
-        values = {name: dict(v) if isinstance(v, dict) else v for name, v in self.flat().items() if name not in skipped}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return _dump({name: value for name, value in self.flat().items() if name not in NOT_CONFIGURATION})
 
 
 SECTIONS: tuple[type, ...] = (
@@ -223,30 +255,200 @@ SECTIONS: tuple[type, ...] = (
 )
 
 
-def parse(argv: Sequence[str]) -> Config:
+FLAGS = flags_of(*SECTIONS)
+INDENT = 30  # of the help's texts beside the flags
+
+
+def _described_groups() -> dict[str, str]:
+    """The groups in the sections' order, each with the first line of its largest section's docstring."""
+    sizes: dict[str, int] = {}
+    found: dict[str, str] = {}
+    for each in SECTIONS:
+        for part in reversed(TASK_PARTS) if each is TaskConfig else (each,):
+            flags = flags_of(part)
+            group = next(iter(flags.values())).group
+            if len(flags) > sizes.get(group, 0):
+                sizes[group], found[group] = len(flags), (part.__doc__ or "").strip().splitlines()[0]
+    return found
+
+
+GROUPS = _described_groups()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
     """
-    Return the configuration of a command line.
+    What a command line comes to: the values that something gave, what gave each, and what could not be read.
+
+    The values are still as they were written.
+    """
+
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
+    problems: Sequence[str]
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration. Raises ConfigError."""
+        if self.problems:
+            raise ConfigError(*self.problems)
+        names = [field.name for field in fields(Config)]
+        return Config(**dict(zip(names, build_sections(SECTIONS, self.values), strict=True)))
+
+    def checked(self) -> Config:
+        """The configuration. Raises one ConfigError for all that is wrong, paths where nothing is among it."""
+        of_values = [partial(build_sections, SECTIONS, self.values)] if self.problems else []
+        together([lambda: self.config, *of_values, self._check_paths])
+        return self.config
+
+    def _check_paths(self) -> None:
+        # A task of one's own may read them as it likes.
+        if str(self.values.get("task", FLAGS["task"].default)) not in SHIPPED:
+            return
+        given = {name: str(value) for name, value in self.values.items() if value and FLAGS[name].path}
+        missing = [(name, path, kind) for name, path in given.items() if (kind := _missing(FLAGS[name], path))]
+        if missing:
+            start = f"check the path (relative ones start at {Path.cwd()})."
+            raise ConfigError(*(f"--{name}={path}: no such {kind}; {start}" for name, path, kind in missing))
+
+    def as_yaml(self, *, everything: bool) -> str:
+        """The values as YAML that `--config` reads again, below what gave them."""
+        by_origin: dict[str, dict[str, Any]] = {origin: {} for origin in (*self.origins.values(), "default")}
+        for name, value in self.config.flat().items():
+            if name not in NOT_CONFIGURATION and (everything or value != FLAGS[name].default):
+                by_origin[self.origins.get(name, "default")][name] = value
+        parts = [f"# {origin}\n{_dump(values)}" for origin, values in by_origin.items() if values]
+        return "\n".join(parts) or "{}\n"
+
+
+def _missing(flag: Flag, path: str) -> str | None:
+    """What should be there and is not; None if it is, or may be on the Hub."""
+    if flag.path != "model":
+        return None if (Path(path).is_file() if flag.path == "file" else Path(path).is_dir()) else flag.path
+    looks_like_path = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    return "folder" if looks_like_path and not path.startswith("wandb:") and not Path(path).exists() else None
+
+
+def _dump(values: Mapping[str, Any]) -> str:
+    plain = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def read(argv: Sequence[str]) -> Reading:
+    """
+    Read a command line and what lies under it.
 
     Flags go over WANDB_* variables, over `--config` or, where nothing says what to train, over quickstart. With a bare
-    --debug whatever no flag gives takes the values of DEBUG_DEFAULTS. Raises ConfigError.
+    --debug whatever no flag gives takes the values of DEBUG_DEFAULTS.
     """
-    refused = OWNED_BY_LAUNCH_CONFIG | REFUSED | GONE
-    source = _value_of("config", argv)
-    base: Mapping[str, Any] = read_yaml(source, SECTIONS, refused=refused) if source is not None else {}
-    sections, given = parse_sections(SECTIONS, argv, refused=refused, base=under_environment(base))
-    if source is None and not given & {*SAY_WHAT_TO_TRAIN}:
-        base = read_yaml(QUICKSTART, SECTIONS, refused=refused)
-    if any(isinstance(section, DebugConfig) and section.is_on for section in sections):
-        base = {**base, **{name: value for name, value in DEBUG_DEFAULTS.items() if name not in given}}
-    sections, _ = parse_sections(SECTIONS, argv, refused=refused, base=under_environment(base))
-    return Config(**dict(zip([field.name for field in fields(Config)], sections, strict=True)))
+    given, problems = read_argv(argv, FLAGS, NOT_TAKEN)
+    from_file: dict[str, Any] = {}
+    of_file: list[str] = []
+    source = given.get("config")
+    origin = f"--config {source}"
+    if source is None and not given.keys() & {*SAY_WHAT_TO_TRAIN}:
+        source, origin = QUICKSTART, f"recipe {QUICKSTART}: nothing says what to train"
+    if source is not None:
+        from_file, of_file = read_yaml(source, FLAGS, refused=NOT_TAKEN)
+    variables, of_variables = from_environment()
+    is_debugging = DebugConfig.meant(str(given.get("debug", from_file.get("debug", "")))) == "on"
+    layers: list[tuple[Mapping[str, Any], Mapping[str, str]]] = [
+        (from_file, dict.fromkeys(from_file, origin)),
+        (DEBUG_DEFAULTS if is_debugging else {}, dict.fromkeys(DEBUG_DEFAULTS, "--debug")),
+        (variables, {name: f"variable {FLAGS[name].env}" for name in variables}),
+        (given, dict.fromkeys(given, "command line")),
+    ]
+    values = {name: value for layer, _ in layers for name, value in layer.items()}
+    origins = {name: of_layer[name] for layer, of_layer in layers for name in layer}
+    return Reading(
+        values={name: value for name, value in values.items() if value is not None},
+        origins=origins,
+        problems=[*problems, *of_file, *of_variables],
+    )
 
 
-def _value_of(flag: str, argv: Sequence[str]) -> str | None:
-    # --config has to be read before the parser can know the values under the flags.
+def parse(argv: Sequence[str]) -> Config:
+    """The configuration of a command line; see `read`. Raises ConfigError."""
+    return read(argv).config
+
+
+def help_topic(argv: Sequence[str]) -> str | None:
+    """What help a command line asks for: a topic, or an empty text; None if it asks for none."""
     for i, token in enumerate(argv):
-        if token == f"--{flag}" and i + 1 < len(argv):
-            return argv[i + 1]
-        if token.startswith(f"--{flag}="):
-            return token.split("=", 1)[1]
+        flag, _, topic = token.partition("=")
+        if flag in ("-h", "--help"):
+            return topic or next(iter(argv[i + 1 :]), "")
     return None
+
+
+def help_text(topic: str) -> str:
+    """The help on a topic; an empty one: the commonest flags. Raises ConfigError for an unknown one."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    name = topic.removeprefix("--").replace("-", "_")
+    if topic in ("", "all"):
+        shown = [flag for flag in FLAGS.values() if flag.is_common or topic]
+        return "\n\n".join([_introduction(len(shown), width), *_groups(shown, width), _ending(width)])
+    if topic == "refused":
+        return "\n".join(line for name, why in sorted(NOT_TAKEN.items()) for line in _beside(f"--{name}", why, width))
+    if topic in GROUPS:
+        return "\n\n".join(_groups([flag for flag in FLAGS.values() if flag.group == topic], width))
+    if name in FLAGS:
+        return "\n".join(_entry(FLAGS[name], width))
+    if name in NOT_TAKEN:
+        return "\n".join(_beside(f"--{name}", f"is not taken: {NOT_TAKEN[name]}.", width))
+    raise ConfigError(f"--help {topic}: no such flag or group; groups: {', '.join(GROUPS)}; or all, or refused.")
+
+
+def _introduction(count: int, width: int) -> str:
+    usage = "usage: harness train [--flag value ...]\n\n"
+    how_many = "All" if count == len(FLAGS) else f"The {count} commonest of {len(FLAGS)}"
+    return usage + textwrap.fill(
+        f"{how_many} flags. --config names a YAML file of them or a recipe; --print_config shows what a command line "
+        "comes to. Without any of them a small model learns English in a minute.",
+        width,
+        break_on_hyphens=False,
+    )
+
+
+def _ending(width: int) -> str:
+    return textwrap.fill(
+        "More: --help all, --help GROUP, --help FLAG, and --help refused for the Trainer's flags that are not taken. "
+        f"Groups: {', '.join(GROUPS)}.",
+        width,
+        break_on_hyphens=False,
+    )
+
+
+def _groups(shown: Sequence[Flag], width: int) -> Iterable[str]:
+    for group, what in GROUPS.items():
+        lines = [line for flag in shown if flag.group == group for line in _entry(flag, width)]
+        if lines:
+            yield "\n".join([*textwrap.wrap(f"{group}: {what}", width), *lines])
+
+
+def _entry(flag: Flag, width: int) -> list[str]:
+    notes = []
+    if flag.default is True:
+        notes.append(f"default: true; --no_{flag.name}")
+    elif flag.default not in (None, False, "", -1):
+        default = " ".join(flag.default) if isinstance(flag.default, list) else flag.default
+        notes.append(f"default: {default}")
+    if flag.env is not None:
+        notes.append(f"or {flag.env}")
+    text = f"{flag.help} [{'; '.join(notes)}]" if notes else flag.help
+    return _beside(f"--{flag.name}{_value(flag)}", text, width)
+
+
+def _value(flag: Flag) -> str:
+    if flag.type is bool:
+        return ""
+    value = {int: "N", float: "X", str: "TEXT", list[str]: "TEXT ..."}.get(flag.type, "JSON")
+    return f" [{value}]" if flag.bare is not None else f" {value}"
+
+
+def _beside(flag: str, text: str, width: int) -> list[str]:
+    lines = textwrap.wrap(text, width - INDENT, break_on_hyphens=False, break_long_words=False)
+    left = f"  {flag}"
+    if len(left) > INDENT - 2:
+        return [left, *(" " * INDENT + line for line in lines)]
+    return [f"{left:{INDENT}}{lines[0]}", *(" " * INDENT + line for line in lines[1:])]

@@ -20,6 +20,7 @@ from harness.distributed.accelerator import software
 from harness.distributed.ranks import agree, ranks_of
 from harness.distributed.zero import LATEST_FILE
 from harness.errors import ConfigError
+from harness.flags import FLAGS
 from harness.model.weights import save_model, whole_weights
 from harness.session import Run
 from harness.training import rng
@@ -243,7 +244,7 @@ class Arguments:
 
 def _changes(run: Run, saved: Saved) -> tuple[Changes, str]:
     """Which arguments differ from those of the checkpoint, and what makes the data come in another order."""
-    changes = compare(saved.shared.get("arguments", {}), run.arguments)
+    changes = compare(saved.shared.get("arguments", {}), run.arguments, FLAGS)
     return changes, why_other_order(saved.shared.get("data", {}), run.loader.state_dict())
 
 

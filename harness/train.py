@@ -20,13 +20,14 @@ from harness.signals import hold
 if __name__ == "__main__":
     hold()  # before any slower import
 
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
 
 from harness.config import is_first_rank
 from harness.errors import HarnessError, exit_code_of
-from harness.flags import Config, parse
+from harness.flags import Config, help_text, help_topic, read
 
 SECONDS_FOR_RANK_ZERO = 10.0
 
@@ -43,9 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: Sequence[str]) -> int:
-    config = parse(argv)
+    if (topic := help_topic(argv)) is not None:
+        _show(f"{help_text(topic)}\n")
+        return 0
+    reading = read(argv)
+    config = reading.config if "print_config" in reading.values else reading.checked()
     if config.run.print_config:
-        sys.stdout.write(config.as_yaml())
+        _show(reading.as_yaml(everything=config.run.print_config == "all"))
         return 0
     _load(config)
     from harness.execute import run_command
@@ -58,6 +63,14 @@ def _command(argv: Sequence[str]) -> int:
         remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
         raise HarnessError(f"Out of memory: {remedy}. ({str(error).splitlines()[0]})") from error
     return 0
+
+
+def _show(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as by `| head`; what is left must not raise again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load(config: Config) -> None:

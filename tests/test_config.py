@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.config import RECIPES_DIR, Json, arg, parse_sections, read_yaml
+from harness.config import RECIPES_DIR, Json, arg, build_sections, flags_of, read_argv, read_yaml, section
 from harness.errors import ConfigError
-from harness.flags import Config, parse
+from harness.flags import FLAGS, NOT_CONFIGURATION, Config, parse
 from harness.train import main
+from harness.training.flags import DEBUG_DEFAULTS
 
 
+@section("small")
 @dataclass(frozen=True, kw_only=True)
 class Small:
     """A section with a field of each kind."""
@@ -26,23 +29,29 @@ class Small:
     limit: int | None = arg(help="A number or nothing.")
     share: float | None = arg(help="A number or nothing.")
     name: str | None = arg(help="Text.")
-    names: list[str] = arg(["a"], "Texts.", nargs="+")
+    names: list[str] = arg(["a"], "Texts.")
     shuffle: bool = arg(True, "A switch that is on.")
     cache: bool = arg(False, "A switch that is off.")
-    tristate: bool | None = arg(help="Neither, unless it is given.", nargs="?", const=True)
+    tristate: bool | None = arg(help="Neither, unless it is given.")
     options: Json | None = arg(help="A dictionary.")
 
 
 def small(*argv: str, base: Mapping[str, Any] | None = None) -> Small:
-    (section,), _ = parse_sections([Small], argv, refused={"gone": "use --count"}, base=base)
-    assert isinstance(section, Small)
-    return section
+    given, problems = read_argv(argv, flags_of(Small), {"gone": "use --count"})
+    if problems:
+        raise ConfigError(*problems)
+    (found,) = build_sections([Small], {**(base or {}), **given})
+    assert isinstance(found, Small)
+    return found
 
 
 def from_yaml(text: str, folder: Path, *argv: str) -> Small:
     path = folder / "small.yaml"
     path.write_text(text, encoding="utf-8")
-    return small(*argv, base=read_yaml(str(path), [Small], refused={}))
+    values, problems = read_yaml(str(path), flags_of(Small), refused={})
+    if problems:
+        raise ConfigError(*problems)
+    return small(*argv, base=values)
 
 
 def sections_of(config: Config) -> list[Any]:
@@ -50,11 +59,11 @@ def sections_of(config: Config) -> list[Any]:
 
 
 def test_every_section_is_frozen_and_keyword_only() -> None:
-    for section in sections_of(parse([])):
+    for each in sections_of(parse([])):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(section, dataclasses.fields(section)[0].name, None)
+            setattr(each, dataclasses.fields(each)[0].name, None)
         with pytest.raises(TypeError):
-            type(section)(None)
+            type(each)(None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse([]).run = None  # type: ignore[assignment, misc]
 
@@ -125,25 +134,6 @@ def test_command_line_gives_the_field_its_type(argv: list[str], name: str, value
     assert getattr(small(*argv), name) == value
 
 
-def test_help_shows_per_cent_signs_and_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        small("--help")
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert "At most 100 % of it (%d, %s)." in shown
-    assert all(f"--{field.name}" in shown for field in dataclasses.fields(Small))
-
-
-def test_help_of_the_command_names_every_flag_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    for section in sections_of(parse([])):
-        for field in dataclasses.fields(section):
-            assert f"--{field.name}" in shown
-
-
 @pytest.mark.parametrize("argv", [["--coun", "3"], ["--opt", "{}"], ["--no_shuf"]])
 def test_abbreviations_are_refused(argv: list[str]) -> None:
     with pytest.raises(ConfigError, match="is not a known flag"):
@@ -205,8 +195,9 @@ def test_malformed_yaml_is_refused(text: str, says: str, tmp_path: Path) -> None
 def test_yaml_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "binary.yaml"
     path.write_bytes(b"\xff\xfe\x00count")
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        read_yaml(str(path), [Small], refused={})
+    values, (problem,) = read_yaml(str(path), flags_of(Small), refused={})
+    assert "not valid YAML" in problem
+    assert values == {}
 
 
 def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
@@ -221,8 +212,8 @@ def test_negated_flag_wins_over_yaml(tmp_path: Path) -> None:
 
 
 def test_names_given_as_flags_are_told() -> None:
-    _, given = parse_sections([Small], ["--count", "3"], refused={}, base={"rate": 1, "limit": None})
-    assert given == {"count"}
+    assert read_argv(["--count", "3"], flags_of(Small), {}) == ({"count": "3"}, [])
+    assert small("--count", "3", base={"rate": 1, "limit": None}) == Small(count=3, rate=1.0)
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
@@ -268,13 +259,44 @@ ELABORATE = [
 def test_printed_config_is_the_same_configuration_again(
     argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*argv, "--print_config"]) == 0
+    path = tmp_path / "printed.yaml"
+    for what in ([], ["all"]):
+        assert main([*argv, "--print_config", *what]) == 0
+        path.write_text(capsys.readouterr().out, encoding="utf-8")
+        expected, found = parse(argv).flat(), parse(["--config", str(path)]).flat()
+        assert found.pop("config") == str(path)
+        del expected["config"]
+        assert found == expected
+    assert len(yaml.safe_load(path.read_text(encoding="utf-8"))) == len(FLAGS) - len(NOT_CONFIGURATION)
+
+
+def test_printed_config_says_what_differs_and_where_it_is_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "birds")
+    path = tmp_path / "own.yaml"
+    path.write_text("seed: 5\nlearning_rate: 1e-3\nmax_steps: 7\nrun_name: null\n", encoding="utf-8")
+    assert main(["--config", str(path), "--debug", "--learning_rate=2e-3", "--bf16=false", "--print_config"]) == 0
+    parts = capsys.readouterr().out.split("\n\n")
+    shown = {part.splitlines()[0]: yaml.safe_load(part) for part in parts}
+    assert shown[f"# --config {path}"] == {"seed": 5}
+    assert shown["# --debug"] == {k: v for k, v in DEBUG_DEFAULTS.items() if FLAGS[k].default != v}
+    assert shown["# variable WANDB_PROJECT"] == {"wandb_project": "birds"}
+    assert shown["# command line"] == {"learning_rate": 2e-3, "debug": "on"}
+    others = {name for name in shown if "WANDB" not in name}
+    assert others == {f"# --config {path}", "# --debug", "# command line"}
+
+
+def test_printed_defaults_are_a_configuration_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    assert main(["--task=causal-lm", "--print_config"]) == 0
     path = tmp_path / "printed.yaml"
     path.write_text(capsys.readouterr().out, encoding="utf-8")
-    expected, found = parse(argv).flat(), parse(["--config", str(path)]).flat()
-    assert found.pop("config") == str(path)
-    del expected["config"]
-    assert found == expected
+    assert yaml.safe_load(path.read_text(encoding="utf-8")) == {}
+    assert parse(["--config", str(path)]).task == parse(["--task=causal-lm"]).task
 
 
 def test_no_token_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

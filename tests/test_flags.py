@@ -6,6 +6,8 @@ import ast
 import dataclasses
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,25 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from harness.config import RECIPES_DIR, Json
+from harness.config import RECIPES_DIR, Flag, Json
 from harness.errors import ConfigError
-from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SAY_WHAT_TO_TRAIN, SECTIONS, Config, parse
+from harness.flags import FLAGS as ALL_FLAGS
+from harness.flags import (
+    GONE,
+    GROUPS,
+    NOT_TAKEN,
+    OWNED_BY_LAUNCH_CONFIG,
+    REFUSED,
+    SAY_WHAT_TO_TRAIN,
+    SECTIONS,
+    Config,
+    help_text,
+    help_topic,
+    parse,
+    read,
+)
+from harness.tasks.flags import OWNERS, SHIPPED
+from harness.train import main
 from harness.training.flags import DEBUG_DEFAULTS
 
 HARNESS = Path(__file__).parent.parent / "harness"
@@ -83,11 +101,38 @@ def test_refused_flag_is_refused_with_its_reason(name: str, reason: str, tmp_pat
         parse(["--config", str(path)])
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_every_flag_has_help(name: str) -> None:
-    text = FLAGS[name][1].metadata["help"]
-    assert len(text) > 10
-    assert text[-1] in ".)?" or text.endswith("...")
+@pytest.mark.parametrize("flag", ALL_FLAGS.values(), ids=ALL_FLAGS)
+def test_every_flag_has_its_facts(flag: Flag) -> None:
+    assert len(flag.help) > 10
+    assert flag.help[-1] in ".)?" or flag.help.endswith("...")
+    assert flag.group in GROUPS
+    assert flag.on_resume in ("unrelated", "free", "checked", "refused")
+    assert flag.type in (bool, int, float, str, list[str]) or issubclass(flag.type, Json)
+    assert (flag.env is None) == (flag.name not in VARIABLES)
+    assert flag.env in (None, flag.name.upper())
+
+
+# Those of the guide to W&B's integration with Transformers, and wandb's own.
+VARIABLES = {f"wandb_{name}" for name in ("disabled", "mode", "project", "entity", "run_id", "resume", "run_group")}
+VARIABLES |= {f"wandb_{name}" for name in ("job_type", "tags", "notes", "dir", "silent", "log_model", "watch")}
+
+
+def test_owners_are_the_tasks_whose_group_a_flag_is_in() -> None:
+    assert set(OWNERS.values()) <= set(SHIPPED)
+    assert OWNERS["predict_with_generate"] == "seq2seq"
+    assert OWNERS["train_dir"] == "image-classification"
+    assert "max_seq_length" not in OWNERS
+
+
+@pytest.mark.usefixtures("no_variables")
+@pytest.mark.parametrize(("name", "owner"), OWNERS.items())
+def test_a_flag_of_another_task_is_refused(name: str, owner: str) -> None:
+    flag = ALL_FLAGS[name]
+    value = {bool: str(not flag.default).lower(), int: "3", float: "0.5"}.get(flag.type, "x")
+    others = [task for task in SHIPPED if task != owner]
+    for task in others:
+        with pytest.raises(ConfigError, match=f"--{name}=.* is of --task {owner}, and --task={task} does not read it"):
+            parse([f"--task={task}", f"--{name}={value}"])
 
 
 class Reads(ast.NodeVisitor):
@@ -234,3 +279,149 @@ def test_contradicting_flags_are_refused(argv: str, says: str) -> None:
 )
 def test_agreeing_flags_are_taken(argv: str) -> None:
     assert parse(["--train_file", "x.txt", *argv.split()]).plan.eval_strategy != "no"
+
+
+def flags_in(text: str) -> list[str]:
+    return re.findall(r"^  --(\w+)", text, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.usefixtures("narrow")
+def test_help_shows_the_commonest_flags_and_says_how_to_see_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert 35 <= len(flags_in(shown)) <= 50
+    assert flags_in(shown) == [flag.name for name, flag in ordered().items() if flag.is_common]
+    for more in ("--help all", "--help GROUP", "--help FLAG", "--help refused", *GROUPS):
+        assert more in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def ordered() -> dict[str, Flag]:
+    return {name: flag for group in GROUPS for name, flag in ALL_FLAGS.items() if flag.group == group}
+
+
+@pytest.mark.usefixtures("narrow")
+def test_help_shows_each_flag_once() -> None:
+    shown = help_text("all")
+    assert flags_in(shown) == list(ordered())
+    assert sorted(ordered()) == sorted(ALL_FLAGS)
+    assert [name for group in GROUPS for name in flags_in(help_text(group))] == list(ordered())
+    assert sorted(flags_in(help_text("refused"))) == sorted(NOT_TAKEN)
+    assert max(map(len, shown.splitlines())) <= 80
+    with_variables = {name: flag.env for name, flag in ALL_FLAGS.items() if flag.env}
+    assert [name for name, env in with_variables.items() if f"or {env}" not in " ".join(help_text(name).split())] == []
+
+
+def test_help_of_one_flag_says_what_becomes_of_it() -> None:
+    assert flags_in(help_text("--learning-rate")) == ["learning_rate"]
+    assert REFUSED["push_to_hub"] in " ".join(help_text("push_to_hub").split())
+    with pytest.raises(ConfigError, match="--help optimiser: no such flag or group; groups: command, model"):
+        help_text("optimiser")
+
+
+@pytest.mark.parametrize(
+    ("argv", "topic"),
+    [
+        ([], None),
+        (["--seed", "3"], None),
+        (["--help"], ""),
+        (["-h"], ""),
+        (["--seed", "3", "--help"], ""),
+        (["--help", "--seed", "3"], "--seed"),
+        (["--help", "tracking"], "tracking"),
+        (["--help=tracking"], "tracking"),
+    ],
+)
+def test_help_is_asked_for(argv: list[str], topic: str | None) -> None:
+    assert help_topic(argv) == topic
+
+
+def test_mistakes_are_reported_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.yaml").write_text("sed: 3\nseed: three\n", encoding="utf-8")
+    wrong = {
+        "--learning_rat=1": "--learning_rat is not a known flag. Did you mean learning_rate",
+        "--push_to_hub": "--push_to_hub is not supported",
+        "--label_smoothing_factor=2": "--label_smoothing_factor=2.0: use 0 to 1",
+        "--max_steps=many": "--max_steps: invalid int value: 'many'",
+        f"--config={tmp_path}/own.yaml": "own.yaml: sed is not a known flag. Did you mean seed",
+        "--train_file=gone.txt": "--train_file=gone.txt: no such file; check the path",
+        "--tokenizer_name=./gone": "--tokenizer_name=./gone: no such folder; check the path",
+    }
+    assert main([*wrong]) == 2
+    shown = capsys.readouterr().err
+    assert f"{len(wrong) + 1} mistakes:" in shown
+    assert "--seed: invalid int value: 'three'" in shown
+    for says in wrong.values():
+        assert shown.count(says) == 1
+
+
+def test_contradictions_are_reported_together() -> None:
+    argv = ["--task=causal-lm", "--load_best_model_at_end", "--save_strategy=epoch", "--early_stopping_patience=2"]
+    with pytest.raises(ConfigError) as refused:
+        parse(argv)
+    assert [problem.split()[0] for problem in refused.value.problems] == [
+        "--load_best_model_at_end",
+        "--early_stopping_patience",
+    ]
+
+
+@pytest.mark.parametrize("name", ["org/model", "model", "wandb:team/project/model:best", str(RECIPES_DIR)])
+def test_a_name_that_may_be_on_the_hub_is_not_looked_for(name: str) -> None:
+    assert read([f"--model_name_or_path={name}"]).checked().task.model_name_or_path == name
+
+
+def test_a_task_of_ones_own_reads_paths_as_it_likes() -> None:
+    assert read(["--task=own:build", "--train_file=s3://b/x.txt"]).checked().task.train_file == "s3://b/x.txt"
+
+
+# What a process that parses must not wait for.
+HEAVY = ("torch", "transformers", "accelerate", "peft", "datasets", "wandb", "sklearn", "scipy", "pandas", "PIL")
+HEAVY += ("deepspeed", "numpy", "huggingface_hub", "safetensors", "psutil", "tqdm")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], 0),
+        (["--print_config"], 0),
+        (["--config=imdb_lora", "--print_config", "all"], 0),
+        (["--report_to=all", "--print_config"], 0),
+        (["--zzz"], 2),
+        (["--train_file=gone.txt", "--optim=lomo"], 2),
+        (["--load_best_model_at_end", "--eval_strategy=epoch"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_parsing_loads_no_library(argv: list[str], code: int, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from harness.train import main\n"
+        f"code = main({argv!r})\n"
+        f"print(code, [name for name in {HEAVY!r} if name in sys.modules], len(sys.modules), file=sys.stderr)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HARNESS.parent)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"{code} [] ")
+    assert int(last.split()[-1]) < 400
+    assert "Loading" not in ended.stderr
+
+
+@pytest.mark.parametrize(("flags", "is_told"), [([], True), (["--log_level=error"], False)])
+def test_a_training_says_what_it_loads(flags: list[str], is_told: bool, tmp_path: Path) -> None:
+    # It ends by a name that only the libraries know to be wrong.
+    command = [sys.executable, str(HARNESS / "train.py"), "--torch_compile_backend=none", "--optim=adamm", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert (ended.stderr.splitlines()[0] == "Loading torch, transformers and accelerate ...") is is_told
+    assert "2 mistakes:" in ended.stderr
+    assert "--optim=adamm is not known; use one of: " in ended.stderr
+    assert "--torch_compile_backend=none is not known" in ended.stderr
+    assert not list(tmp_path.iterdir())

@@ -5,27 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness.config import arg
+from harness.config import arg, section
 from harness.errors import ConfigError
 from harness.slurm import SlurmJob, slurm_job
 
 
+@section("checkpoints", on_resume="unrelated")
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Where a run lives and what it keeps."""
 
     output_dir: str | None = arg(
-        help="Folder of the run; default: a fresh one under runs/, in a SLURM job runs/job-ID."
+        help="Folder of the run; default: a fresh one under runs/, in a SLURM job runs/job-ID.", common=True
     )
-    save_total_limit: int | None = arg(help="Keep so many checkpoints: the newest, and the best one.")
-    save_only_model: bool = arg(False, "Save the weights alone: such a checkpoint can't be resumed.")
+    save_total_limit: int | None = arg(
+        help="Keep so many checkpoints: the newest, and the best one.", on_resume="free", common=True
+    )
+    save_only_model: bool = arg(False, "Save the weights alone: such a checkpoint can't be resumed.", on_resume="free")
     async_save: bool = arg(True, "Write checkpoints in the background, from copies in host memory.")
     resume_from_checkpoint: str | None = arg(
         help="A checkpoint's folder, or wandb:ENTITY/PROJECT/NAME:ALIAS (wandb: alone: the run's newest); true: the "
         "newest in --output_dir; auto: the newest, or a fresh start; false: no resume. Default: false, and auto for a "
         "requeued SLURM job.",
-        nargs="?",
-        const="true",
+        bare="true",
+        common=True,
     )
 
     allow_changed_arguments: bool = arg(False, "Resume even if arguments that decide the numbers have changed.")

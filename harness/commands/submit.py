@@ -140,9 +140,11 @@ def check(request: Request, environment: Mapping[str, str]) -> tuple[Config, lis
     if not request.script.is_file():
         raise ConfigError(f"{request.script}: no such file. harness submit needs a checkout: pip install -e . in one.")
     from harness.commands.checks import check_cache, check_disk, check_launch_config, check_tracking
+    from harness.execute import check_names
     from harness.flags import parse
 
     config = parse(request.arguments)
+    check_names(config)
     is_offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     notes = [
         check_launch_config(request.launch, num_processes=request.num_processes, uses_gpus=request.num_gpus > 0),

@@ -4,36 +4,51 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.config import arg, at_least, choice
+from harness.config import arg, at_least, choice, section
 from harness.errors import ConfigError
 
 
+@section("batches")
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Batches and how they are loaded."""
 
-    per_device_train_batch_size: int = arg(8, "Samples a device in a micro-batch.")
-    per_device_eval_batch_size: int = arg(8, "Samples a device in a batch of an evaluation.")
-    gradient_accumulation_steps: int = arg(1, "Micro-batches of a device in an optimizer step.")
+    per_device_train_batch_size: int = arg(8, "Samples a device in a micro-batch.", on_resume="checked", common=True)
+    per_device_eval_batch_size: int = arg(
+        8, "Samples a device in a batch of an evaluation.", on_resume="free", common=True
+    )
+    gradient_accumulation_steps: int = arg(
+        1, "Micro-batches of a device in an optimizer step.", on_resume="checked", common=True
+    )
     train_sampling_strategy: str = arg("random", "Order of the training data: random, sequential, group_by_length.")
     length_column_name: str = arg("length", "Column with the lengths for group_by_length; else they are measured.")
     data_seed: int | None = arg(help="Seed of the order alone; default: --seed.")
     dataloader_drop_last: bool = arg(False, "Leave out the last batch of an epoch if it is not full.")
-    dataloader_num_workers: int = arg(0, "Processes that load batches; 0: the main process does.")
-    dataloader_pin_memory: bool = arg(True, "Load into pinned memory.")
-    dataloader_persistent_workers: bool = arg(False, "Keep the worker processes between epochs.")
-    dataloader_prefetch_factor: int | None = arg(help="Batches each worker loads ahead; default: torch's 2.")
-    dataloader_multiprocessing_context: str | None = arg(help="How workers start: fork, spawn, forkserver.")
-    dataloader_in_order: bool = arg(True, "Keep the order of the batches with several workers.")
+    dataloader_num_workers: int = arg(
+        0, "Processes that load batches; 0: the main process does.", on_resume="free", common=True
+    )
+    dataloader_pin_memory: bool = arg(True, "Load into pinned memory.", on_resume="free")
+    dataloader_persistent_workers: bool = arg(False, "Keep the worker processes between epochs.", on_resume="free")
+    dataloader_prefetch_factor: int | None = arg(
+        help="Batches each worker loads ahead; default: torch's 2.", on_resume="free"
+    )
+    dataloader_multiprocessing_context: str | None = arg(
+        help="How workers start: fork, spawn, forkserver.", on_resume="free"
+    )
+    dataloader_in_order: bool = arg(True, "Keep the order of the batches with several workers.", on_resume="free")
     dataloader_seed_batches: bool = arg(
         False,
         "Seed each batch from --seed, epoch and number: what collators and samples draw at random resumes exactly "
         "with workers too.",
     )
     remove_unused_columns: bool = arg(True, "Hide the columns that the model's forward does not take.")
-    ignore_data_skip: bool = arg(False, "On resume begin the epoch's data anew: fast, but not the same run.")
+    ignore_data_skip: bool = arg(
+        False, "On resume begin the epoch's data anew: fast, but not the same run.", on_resume="unrelated"
+    )
     allow_changed_data_order: bool = arg(
-        False, "Resume even if the global batch, the data or its order has changed: some samples come twice or never."
+        False,
+        "Resume even if the global batch, the data or its order has changed: some samples come twice or never.",
+        on_resume="unrelated",
     )
     overfit_batches: int | None = arg(help="Train and evaluate on the first N batches only, to see the loss go to 0.")
 

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.config import arg, at_least, choice
+from harness.config import arg, at_least, choice, section
 from harness.errors import ConfigError
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
+@section("devices")
 @dataclass(frozen=True, kw_only=True)
 class TopologyConfig:
     """Devices, precision, DDP. How many processes there are belongs to the launch config."""
 
-    use_cpu: bool = arg(False, "Train on the CPU even if there is an accelerator.")
-    expect_num_processes: int | None = arg(help="Refuse to start unless the launcher started so many processes.")
-    bf16: bool = arg(False, "Mixed precision with bfloat16.")
-    fp16: bool = arg(False, "Mixed precision with float16 and loss scaling.")
-    tf32: bool | None = arg(help="TF32 matrix products on Ampere or newer; default: torch's.", nargs="?", const=True)
-    seed: int = arg(42, "Seed of all random generators.")
+    use_cpu: bool = arg(False, "Train on the CPU even if there is an accelerator.", on_resume="checked")
+    expect_num_processes: int | None = arg(
+        help="Refuse to start unless the launcher started so many processes.", on_resume="unrelated"
+    )
+    bf16: bool = arg(False, "Mixed precision with bfloat16.", on_resume="checked", common=True)
+    fp16: bool = arg(False, "Mixed precision with float16 and loss scaling.", on_resume="checked")
+    tf32: bool | None = arg(help="TF32 matrix products on Ampere or newer; default: torch's.")
+    seed: int = arg(42, "Seed of all random generators.", common=True)
     full_determinism: bool = arg(False, "Deterministic kernels where there are any; slower.")
     torch_compile: bool = arg(False, "Compile the model with torch.compile.")
     torch_compile_backend: str | None = arg(help="Backend of torch.compile; turns it on. Default: inductor.")
     torch_compile_mode: str | None = arg(help=f"Mode of torch.compile; turns it on: {', '.join(COMPILE_MODES)}.")
     ddp_backend: str | None = arg(help="Backend of the process group: nccl, gloo, mpi, ccl, hccl, cncl, mccl.")
-    ddp_timeout: int = arg(1800, "Seconds until a collective that hangs raises.")
+    ddp_timeout: int = arg(1800, "Seconds until a collective that hangs raises.", on_resume="free")
     ddp_find_unused_parameters: bool | None = arg(
-        help="Default: true unless activations are checkpointed.", nargs="?", const=True
+        help="Default: true unless activations are checkpointed.", on_resume="free"
     )
     ddp_bucket_cap_mb: int | None = arg(help="Size of DDP's gradient buckets in MB.")
-    ddp_broadcast_buffers: bool | None = arg(help="Broadcast buffers before each forward.", nargs="?", const=True)
-    ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", nargs="?", const=True)
+    ddp_broadcast_buffers: bool | None = arg(help="Broadcast buffers before each forward.")
+    ddp_static_graph: bool | None = arg(help="Tell DDP that the graph never changes.", on_resume="free")
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # numpy's limits

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import Json, arg, at_least
+from harness.config import Json, arg, at_least, section
 from harness.errors import ConfigError
 
 # Names of `--optim` that need another loop than ours, with what to use.
@@ -28,27 +27,30 @@ UNSUPPORTED_OPTIMIZERS = {
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
+@section("optimizer")
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer and schedule."""
 
     optim: str = arg(
-        "adamw_torch_fused", "As transformers calls it, e.g. adamw_torch, adafactor, sgd; a wrong name lists all."
+        "adamw_torch_fused",
+        "As transformers calls it, e.g. adamw_torch, adafactor, sgd; a wrong name lists all.",
+        common=True,
     )
     optim_args: str | None = arg(help="Further arguments of the optimizer: key=value,key=value.")
     optim_target_modules: list[str] | None = arg(
-        help="Modules that GaLore or APOLLO project: names, patterns, or all-linear.", nargs="+"
+        help="Modules that GaLore or APOLLO project: names, patterns, or all-linear."
     )
-    learning_rate: float = arg(5e-5, "Peak learning rate.")
-    weight_decay: float = arg(0.0, "Weight decay, not on biases and norms.")
+    learning_rate: float = arg(5e-5, "Peak learning rate.", common=True)
+    weight_decay: float = arg(0.0, "Weight decay, not on biases and norms.", common=True)
     adam_beta1: float = arg(0.9, "First beta of Adam-like optimizers.")
     adam_beta2: float = arg(0.999, "Second beta of Adam-like optimizers.")
     adam_epsilon: float = arg(1e-8, "Epsilon of Adam-like optimizers.")
     lr_scheduler_type: str = arg(
-        "linear", "As transformers calls it, e.g. linear, cosine, constant; a wrong name lists all."
+        "linear", "As transformers calls it, e.g. linear, cosine, constant; a wrong name lists all.", common=True
     )
     lr_scheduler_kwargs: Json | None = arg(help='JSON for the schedule: {"num_cycles": 2}.')
-    warmup_steps: float = arg(0, "Steps of linear warmup; below 1: a share of all steps.")
+    warmup_steps: float = arg(0, "Steps of linear warmup; below 1: a share of all steps.", common=True)
 
     def __post_init__(self) -> None:
         if self.optim in UNSUPPORTED_OPTIMIZERS:
@@ -87,37 +89,37 @@ class PeftJson(Json):
             try:
                 value = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise argparse.ArgumentTypeError(f"{path} can't be read: {error}") from error
+                raise ValueError(f"{path} can't be read: {error}") from error
         try:
             super().__init__(value)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}; write a JSON object, or name a file of one") from error
+            raise ValueError(f"{error}; write a JSON object, or name a file of one") from error
 
 
+@section("adapter")
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """Which adapter is trained, in TRL's names and with its defaults; None of them: the whole model is trained."""
 
     use_peft: bool | None = arg(
-        help="Train a LoRA adapter. --lora_* and --peft_config turn it on too; false turns it off.",
-        nargs="?",
-        const=True,
+        help="Train a LoRA adapter. --lora_* and --peft_config turn it on too; false turns it off.", common=True
     )
-    lora_r: int | None = arg(help=f"Rank of LoRA's matrices; default: {LORA_R}.")
+    lora_r: int | None = arg(help=f"Rank of LoRA's matrices; default: {LORA_R}.", common=True)
     lora_alpha: int | None = arg(help=f"LoRA's scale, over its rank; default: {LORA_ALPHA}.")
     lora_dropout: float | None = arg(help=f"Dropout before LoRA's matrices; default: {LORA_DROPOUT}.")
     lora_target_modules: list[str] | None = arg(
-        help="Modules that get a LoRA: names, a pattern, or all-linear; default: peft's for the architecture.",
-        nargs="+",
+        help="Modules that get a LoRA: names, a pattern, or all-linear; default: peft's for the architecture."
     )
     lora_modules_to_save: list[str] | None = arg(
-        help="Modules that are trained and saved whole; a new classification head always is.", nargs="+"
+        help="Modules that are trained and saved whole; a new classification head always is."
     )
     peft_config: PeftJson | None = arg(
         help='Any adapter of peft, as JSON ({"peft_type": "IA3"}) or a file; in place of --lora_*.'
     )
     save_merged_model: bool = arg(
-        False, "At the end also write the whole model, with the adapter merged into it, to OUTPUT_DIR/merged."
+        False,
+        "At the end also write the whole model, with the adapter merged into it, to OUTPUT_DIR/merged.",
+        on_resume="unrelated",
     )
 
     def __post_init__(self) -> None:

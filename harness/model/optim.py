@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from harness.config import choice
+from harness.config import choice, together
 from harness.errors import ConfigError
 from harness.model.flags import BY_METRIC, UNSUPPORTED_OPTIMIZERS, OptimConfig
 
@@ -28,8 +29,8 @@ NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)",
 
 def check_names(config: OptimConfig) -> None:
     """Raise ConfigError for an optimizer or a schedule that Transformers does not know."""
-    choice("optim", config.optim, OPTIMIZERS)
-    choice("lr_scheduler_type", config.lr_scheduler_type, SCHEDULERS)
+    names = (("optim", OPTIMIZERS), ("lr_scheduler_type", SCHEDULERS))
+    together(partial(choice, flag, getattr(config, flag), allowed) for flag, allowed in names)
 
 
 def decay_parameter_names(model: torch.nn.Module) -> set[str]:

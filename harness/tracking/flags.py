@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from harness.config import arg, at_least, choice
+from harness.config import arg, at_least, choice, flags_of, section
 from harness.errors import ConfigError
 
 DEFAULT_PROJECT = "huggingface"
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-# Flag: variable. The value of a variable goes before a recipe's, and a flag's before both.
-VARIABLES = {
-    "wandb_disabled": "WANDB_DISABLED",
-    "wandb_mode": "WANDB_MODE",
-    "wandb_project": "WANDB_PROJECT",
-    "wandb_entity": "WANDB_ENTITY",
-    "wandb_run_id": "WANDB_RUN_ID",
-    "wandb_resume": "WANDB_RESUME",
-    "wandb_run_group": "WANDB_RUN_GROUP",
-    "wandb_job_type": "WANDB_JOB_TYPE",
-    "wandb_tags": "WANDB_TAGS",
-    "wandb_notes": "WANDB_NOTES",
-    "wandb_dir": "WANDB_DIR",
-    "wandb_silent": "WANDB_SILENT",
-    "wandb_log_model": "WANDB_LOG_MODEL",
-    "wandb_watch": "WANDB_WATCH",
-}
 LOG_MODEL = ("false", "end", "checkpoint")
 WATCH = ("false", "gradients", "parameters", "all")
 MODES = ("auto", "online", "offline", "disabled")
@@ -37,6 +19,7 @@ RESUME = ("allow", "must", "never", "auto")
 ARTIFACT_NAMES = ("harness", "transformers")
 
 
+@section("tracking", on_resume="unrelated")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where the metrics go, and what W&B gets beside them."""
@@ -44,36 +27,42 @@ class TrackingConfig:
     report_to: list[str] = arg(
         ["wandb"],
         "wandb, none, all that are installed, or trackers of Accelerate. The Trainer's default is none.",
+        common=True,
     )
-    run_name: str | None = arg(help="Name of the run in W&B; default: WANDB_NAME, or one that W&B makes up.")
+    run_name: str | None = arg(
+        help="Name of the run in W&B; default: WANDB_NAME, or one that W&B makes up.", common=True
+    )
     project: str = arg(DEFAULT_PROJECT, "Project of the run; for W&B --wandb_project goes first.")
 
-    wandb_disabled: bool = arg(False, "Nothing goes to W&B. Or WANDB_DISABLED.")
+    wandb_disabled: bool = arg(False, "Nothing goes to W&B.", env="WANDB_DISABLED")
     wandb_mode: str = arg(
         "auto",
-        "online, offline, disabled, or auto: online with credentials and a server that answers, else offline. "
-        "Or WANDB_MODE.",
+        "online, offline, disabled, or auto: online with credentials and a server that answers, else offline.",
+        env="WANDB_MODE",
     )
-    wandb_project: str | None = arg(help="Project in W&B. Or WANDB_PROJECT; default: --project.")
-    wandb_entity: str | None = arg(help="User or team in W&B. Or WANDB_ENTITY.")
-    wandb_run_id: str | None = arg(help="Id of the run, to go on with it or to choose one. Or WANDB_RUN_ID.")
+    wandb_project: str | None = arg(help="Project in W&B; default: --project.", env="WANDB_PROJECT", common=True)
+    wandb_entity: str | None = arg(help="User or team in W&B.", env="WANDB_ENTITY")
+    wandb_run_id: str | None = arg(help="Id of the run, to go on with it or to choose one.", env="WANDB_RUN_ID")
     wandb_resume: str | None = arg(
-        help="allow, must, never or auto: what a run id that exists means; default with an id: allow. Or WANDB_RESUME."
+        help="allow, must, never or auto: what a run id that exists means; default with an id: allow.",
+        env="WANDB_RESUME",
     )
     wandb_fork: bool = arg(
         False, "Go on from the checkpoint as a new W&B run, in one group with the run that the checkpoint is of."
     )
-    wandb_run_group: str | None = arg(help="Group of the run. Or WANDB_RUN_GROUP.")
-    wandb_job_type: str | None = arg(help="Job type of the run. Or WANDB_JOB_TYPE.")
-    wandb_tags: list[str] | None = arg(help="Tags of the run. Or WANDB_TAGS, with commas.", nargs="+")
-    wandb_notes: str | None = arg(help="Notes on the run. Or WANDB_NOTES.")
-    wandb_dir: str | None = arg(help="Folder for W&B's files; default: --output_dir. Or WANDB_DIR.")
-    wandb_silent: bool = arg(False, "Hide what W&B prints. Or WANDB_SILENT.")
+    wandb_run_group: str | None = arg(help="Group of the run.", env="WANDB_RUN_GROUP")
+    wandb_job_type: str | None = arg(help="Job type of the run.", env="WANDB_JOB_TYPE")
+    wandb_tags: list[str] | None = arg(help="Tags of the run.", env="WANDB_TAGS")
+    wandb_notes: str | None = arg(help="Notes on the run.", env="WANDB_NOTES")
+    wandb_dir: str | None = arg(help="Folder for W&B's files; default: --output_dir.", env="WANDB_DIR")
+    wandb_silent: bool = arg(False, "Hide what W&B prints.", env="WANDB_SILENT")
 
     wandb_log_model: str = arg(
         "false",
         "Upload models: end (the final one, or the best with --load_best_model_at_end), checkpoint (each "
-        "checkpoint too, resumable), false. Or WANDB_LOG_MODEL.",
+        "checkpoint too, resumable), false.",
+        env="WANDB_LOG_MODEL",
+        common=True,
     )
     wandb_artifact_names: str = arg(
         "harness",
@@ -87,13 +76,14 @@ class TrackingConfig:
 
     wandb_watch: str = arg(
         "false",
-        "Histograms of gradients, parameters or all, every max(100, --logging_steps) steps; false. Or WANDB_WATCH.",
+        "Histograms of gradients, parameters or all, every max(100, --logging_steps) steps; false.",
+        env="WANDB_WATCH",
     )
     wandb_watch_max_tensors: int | None = arg(
         help="Watch at most so many parameters, spread over the model; default: as many as fit into a row."
     )
     wandb_watch_patterns: list[str] | None = arg(
-        help="Watch only parameters whose names match one of these, e.g. '*.attn.*'.", nargs="+"
+        help="Watch only parameters whose names match one of these, e.g. '*.attn.*'."
     )
 
     wandb_eval_samples: int | None = arg(help="Log a table of so many predictions on the evaluation set.")
@@ -121,7 +111,7 @@ class TrackingConfig:
         for name, allowed in (("wandb_log_model", LOG_MODEL), ("wandb_watch", WATCH), ("wandb_mode", MODES)):
             value = str(getattr(self, name)).strip().strip("'\"").lower()
             value = {"": allowed[0], "dryrun": "offline", "run": "online"}.get(value, value)
-            choice(f"{name} ({VARIABLES[name]})", value, allowed)
+            choice(f"{name} ({flags_of(TrackingConfig)[name].env})", value, allowed)
             object.__setattr__(self, name, value)
         if self.wandb_resume is not None:
             choice("wandb_resume (WANDB_RESUME)", self.wandb_resume, RESUME)
@@ -177,30 +167,31 @@ class TrackingConfig:
     @classmethod
     def from_environment(cls, **flags: Any) -> TrackingConfig:
         """The configuration of an own loop: the variables, and `flags` over them. Raises ConfigError."""
-        return cls(**{**from_environment(), **flags})
+        values, problems = from_environment()
+        if problems:
+            raise ConfigError(*problems)
+        return cls(**{**values, **flags})
 
 
-def from_environment() -> dict[str, Any]:
-    """The WANDB_* variables that are set, as values of flags. Raises ConfigError for a switch that is neither."""
-    values: dict[str, Any] = {}
-    for flag, variable in VARIABLES.items():
-        value = os.environ.get(variable)
-        if not value:
-            continue
-        if flag in ("wandb_disabled", "wandb_silent"):
-            values[flag] = _switch(variable, value)
-        elif flag == "wandb_tags":
-            values[flag] = [tag.strip() for tag in value.split(",") if tag.strip()]
-        else:
-            values[flag] = value
-    return values
-
-
-def under_environment(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's values with those of the environment over them."""
+def from_environment() -> tuple[dict[str, Any], list[str]]:
+    """What the variables of flags give that are set, by flag; and what is wrong with them."""
     # W&B itself reads WANDB_NAME for a run without a name.
-    named = {name: value for name, value in recipe.items() if name != "run_name" or not os.environ.get("WANDB_NAME")}
-    return {**named, **from_environment()}
+    values: dict[str, Any] = {"run_name": None} if os.environ.get("WANDB_NAME") else {}
+    problems: list[str] = []
+    for name, flag in flags_of(TrackingConfig).items():
+        text = os.environ.get(flag.env or "")
+        if not text:
+            continue
+        if flag.type == list[str]:
+            values[name] = [item.strip() for item in text.split(",") if item.strip()]
+        elif flag.type is bool:
+            word = text.strip().strip("'\"").lower()
+            values[name] = word in TRUE
+            if word not in (*TRUE, *FALSE):
+                problems.append(f"{flag.env}={text} is not understood; use true or false, or unset it.")
+        else:
+            values[name] = text
+    return values, problems
 
 
 def check_environment() -> None:
@@ -216,13 +207,6 @@ def check_environment() -> None:
         except (ValueError, wandb.errors.UsageError) as error:  # pydantic's ValidationError is a ValueError
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"{name}={value} is refused by wandb: {reason}. Put it right or unset it.") from error
-
-
-def _switch(variable: str, value: str) -> bool:
-    word = value.strip().strip("'\"").lower()
-    if word not in (*TRUE, *FALSE):
-        raise ConfigError(f"{variable}={value} is not understood; use true or false, or unset it.")
-    return word in TRUE
 
 
 def _installed() -> list[str]:

@@ -6,27 +6,38 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from harness.config import Json, arg, at_least, choice
+from harness.config import Json, arg, at_least, choice, section
 from harness.errors import ConfigError
 
 INTERVALS = ("no", "steps", "epoch")
 
 
+@section("schedule")
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """Length and cadence, with the Trainer's names and defaults."""
 
-    num_train_epochs: float = arg(3.0, "Epochs to train; a fraction ends inside an epoch.")
-    max_steps: int = arg(-1, "Optimizer steps to train; above 0 it replaces --num_train_epochs.")
-    logging_strategy: str = arg("steps", "When to log: no, steps, epoch.")
-    logging_steps: float = arg(500, "Steps between logs; below 1: a share of all steps.")
-    logging_first_step: bool = arg(False, "Log the first step too.")
-    eval_strategy: str = arg("no", "When to evaluate: no, steps, epoch.")
-    eval_steps: float | None = arg(help="Steps between evaluations; below 1: a share. Default: --logging_steps.")
-    eval_delay: float = arg(0, "Epochs or steps to wait before the first evaluation.")
-    eval_on_start: bool = arg(False, "Evaluate before the first step.")
-    save_strategy: str = arg("steps", "When to save a checkpoint: no, steps, epoch, best.")
-    save_steps: float = arg(500, "Steps between checkpoints; below 1: a share of all steps.")
+    num_train_epochs: float = arg(
+        3.0, "Epochs to train; a fraction ends inside an epoch.", on_resume="checked", common=True
+    )
+    max_steps: int = arg(
+        -1, "Optimizer steps to train; above 0 it replaces --num_train_epochs.", on_resume="checked", common=True
+    )
+    logging_strategy: str = arg("steps", "When to log: no, steps, epoch.", on_resume="free")
+    logging_steps: float = arg(500, "Steps between logs; below 1: a share of all steps.", on_resume="free", common=True)
+    logging_first_step: bool = arg(False, "Log the first step too.", on_resume="free")
+    eval_strategy: str = arg("no", "When to evaluate: no, steps, epoch.", on_resume="free", common=True)
+    eval_steps: float | None = arg(
+        help="Steps between evaluations; below 1: a share. Default: --logging_steps.", on_resume="free", common=True
+    )
+    eval_delay: float = arg(0, "Epochs or steps to wait before the first evaluation.", on_resume="free")
+    eval_on_start: bool = arg(False, "Evaluate before the first step.", on_resume="free")
+    save_strategy: str = arg(
+        "steps", "When to save a checkpoint: no, steps, epoch, best.", on_resume="free", common=True
+    )
+    save_steps: float = arg(
+        500, "Steps between checkpoints; below 1: a share of all steps.", on_resume="free", common=True
+    )
 
     def __post_init__(self) -> None:
         choice("logging_strategy", self.logging_strategy, INTERVALS)
@@ -56,26 +67,29 @@ CHECKPOINTING = (
 )
 
 
+@section("loss")
 @dataclass(frozen=True, kw_only=True)
 class ModelingConfig:
     """What is done to the model, and how its loss and gradients are treated."""
 
     activation_checkpointing: bool | None = arg(
-        help="Compute activations again in the backward pass: less memory, more time.", nargs="?", const=True
+        help="Compute activations again in the backward pass: less memory, more time.", on_resume="free", common=True
     )
-    activation_checkpointing_kwargs: Json | None = arg(help="JSON: use_reentrant, every_n_layers, offload, ...")
-    gradient_checkpointing: bool | None = arg(
-        help="The older name of --activation_checkpointing.", nargs="?", const=True
+    activation_checkpointing_kwargs: Json | None = arg(
+        help="JSON: use_reentrant, every_n_layers, offload, ...", on_resume="free"
     )
-    gradient_checkpointing_kwargs: Json | None = arg(help="The older name of --activation_checkpointing_kwargs.")
+    gradient_checkpointing: bool | None = arg(help="The older name of --activation_checkpointing.", on_resume="free")
+    gradient_checkpointing_kwargs: Json | None = arg(
+        help="The older name of --activation_checkpointing_kwargs.", on_resume="free"
+    )
     use_liger_kernel: bool = arg(False, "Use Liger's kernels; needs liger-kernel.")
     liger_kernel_config: Json | None = arg(help='JSON for Liger: {"rope": true, "swiglu": false, ...}.')
-    use_cache: bool = arg(False, "Let the model keep keys and values for generation while it trains.")
+    use_cache: bool = arg(False, "Let the model keep keys and values for generation while it trains.", on_resume="free")
     neftune_noise_alpha: float | None = arg(help="Noise on the embeddings (NEFTune, arXiv 2310.05914), e.g. 5.")
     label_smoothing_factor: float = arg(0.0, "Label smoothing; 0 is off.")
     average_tokens_across_devices: bool = arg(True, "Divide the loss by the number of items on all devices.")
     max_grad_norm: float = arg(1.0, "Clip the norm of the gradients; 0 is off.")
-    torch_empty_cache_steps: int | None = arg(help="Empty the device's cache every N steps.")
+    torch_empty_cache_steps: int | None = arg(help="Empty the device's cache every N steps.", on_resume="free")
 
     def __post_init__(self) -> None:
         at_least(
@@ -119,13 +133,16 @@ class ModelingConfig:
         return bool(self.gradient_checkpointing if first is None else first)
 
 
+@section("loss")
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     """What is counted."""
 
-    logging_nan_inf_filter: bool = arg(True, "Show a loss that is not finite as the mean of the others.")
+    logging_nan_inf_filter: bool = arg(
+        True, "Show a loss that is not finite as the mean of the others.", on_resume="free"
+    )
     include_num_input_tokens_seen: str = arg(
-        "no", "Count the tokens of the input: no, all, non_padding; bare: all.", nargs="?", const="all"
+        "no", "Count the tokens of the input: no, all, non_padding; bare: all.", bare="all"
     )
 
     def __post_init__(self) -> None:
@@ -136,6 +153,7 @@ class MetricsConfig:
         object.__setattr__(self, "include_num_input_tokens_seen", value)
 
 
+@section("console", on_resume="unrelated")
 @dataclass(frozen=True, kw_only=True)
 class ThroughputConfig:
     """What the speed is compared with."""
@@ -149,6 +167,7 @@ class ThroughputConfig:
             raise ConfigError(f"--peak_flops={self.peak_flops:g}: give FLOP/s of one device, 1e9 or more, e.g. 312e12.")
 
 
+@section("evaluation", on_resume="free")
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """How evaluations are done."""
@@ -162,17 +181,22 @@ class EvaluationConfig:
             raise ConfigError("--bf16_full_eval and --fp16_full_eval exclude each other; give one of them.")
 
 
+@section("best")
 @dataclass(frozen=True, kw_only=True)
 class BestConfig:
     """The best model and early stopping, with the meaning of the Trainer and its EarlyStoppingCallback."""
 
-    load_best_model_at_end: bool = arg(False, "End with the weights of the best evaluation.")
-    metric_for_best_model: str | None = arg(help="The metric that decides, with or without eval_; default: loss.")
-    greater_is_better: bool | None = arg(
-        help="Default: true unless the metric's name ends with loss.", nargs="?", const=True
+    load_best_model_at_end: bool = arg(
+        False, "End with the weights of the best evaluation.", on_resume="free", common=True
     )
-    early_stopping_patience: int | None = arg(help="Stop after so many evaluations without a better one.")
-    early_stopping_threshold: float = arg(0.0, "How much better an evaluation must be to count.")
+    metric_for_best_model: str | None = arg(
+        help="The metric that decides, with or without eval_; default: loss.", common=True
+    )
+    greater_is_better: bool | None = arg(help="Default: true unless the metric's name ends with loss.")
+    early_stopping_patience: int | None = arg(
+        help="Stop after so many evaluations without a better one.", on_resume="free", common=True
+    )
+    early_stopping_threshold: float = arg(0.0, "How much better an evaluation must be to count.", on_resume="free")
 
     def __post_init__(self) -> None:
         at_least(1, early_stopping_patience=self.early_stopping_patience)
@@ -191,13 +215,12 @@ class BestConfig:
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 
 
+@section("console", on_resume="unrelated")
 @dataclass(frozen=True, kw_only=True)
 class ConsoleConfig:
     """How much is said, and by which process."""
 
-    disable_tqdm: bool | None = arg(
-        help="No progress bar; default: none if --log_level is error or critical.", nargs="?", const=True
-    )
+    disable_tqdm: bool | None = arg(help="No progress bar; default: none if --log_level is error or critical.")
     log_level: str = arg("passive", f"Level of the main process: {', '.join(LOG_LEVELS)}. passive: info for ours only.")
     log_level_replica: str = arg("warning", "Level of the other processes, same values.")
     log_on_each_node: bool = arg(True, "With several nodes, let the first process of each use --log_level.")
@@ -214,6 +237,7 @@ class ConsoleConfig:
         return not self.disable_tqdm
 
 
+@section("checkpoints", on_resume="unrelated")
 @dataclass(frozen=True, kw_only=True)
 class StoppingConfig:
     """When a training ends before its plan."""
@@ -228,13 +252,13 @@ class StoppingConfig:
         at_least(0, time_limit_margin_seconds=self.time_limit_margin_seconds)
 
 
+@section("console", on_resume="unrelated")
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
     """When a step is called slow."""
 
     slow_step_seconds: float = arg(
-        60.0,
-        "Warn, and name the late rank, if a step takes longer than this and than ten times the usual; 0: never.",
+        60.0, "Warn, and name the late rank, if a step takes longer than this and than ten times the usual; 0: never."
     )
 
     def __post_init__(self) -> None:
@@ -257,21 +281,27 @@ DEBUG_DEFAULTS: dict[str, Any] = {
 }
 
 
+@section("debugging", on_resume="unrelated")
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
-    """Debugging."""
+    """Little data, everything shown, a stop at the first value that is not finite."""
 
     debug: str = arg(
         "",
         "Bare: few samples and steps, nothing saved or tracked, all shown, stop at NaN. "
         "underflow_overflow: the Trainer's report of activations.",
-        nargs="?",
-        const="on",
+        bare="on",
+        common=True,
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "debug", {"true": "on", "false": ""}.get(self.debug.lower(), self.debug))
+        object.__setattr__(self, "debug", self.meant(self.debug))
         choice("debug", self.debug, ("", "on", "underflow_overflow"))
+
+    @staticmethod
+    def meant(value: str) -> str:
+        """The mode that a value means, which may be a YAML file's true or false."""
+        return {"true": "on", "false": ""}.get(value.lower(), value)
 
     @property
     def is_on(self) -> bool:

@@ -10,21 +10,30 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.arguments import CHECKED, FREE, REFUSED, RESOLVED, UNRELATED, compare, recorded
-from harness.flags import SECTIONS, parse
+from harness.checkpoint.arguments import RESOLVED, Changes, recorded
+from harness.checkpoint.arguments import compare as compare_flags
+from harness.config import arg, flags_of, section
+from harness.flags import FLAGS, parse
 from harness.train import main
 from tests.support.parity import TRAINING, as_flags, assert_equal_weights, history, reset, run_harness, run_trainer
 
-FLAGS = {field.name for section in SECTIONS for field in dataclasses.fields(section)}
-CLASSES = (UNRELATED, FREE, CHECKED, REFUSED)
+KINDS = {**RESOLVED} | {name: flag.on_resume for name, flag in FLAGS.items()}
 
 
-def test_every_flag_is_in_exactly_one_class() -> None:
-    classified = [name for names in CLASSES for name in names]
-    assert len(classified) == len(set(classified))
-    assert set(classified) == FLAGS | set(RESOLVED), (
-        "say in harness/checkpoint/arguments.py what a resume makes of a new flag"
-    )
+def compare(saved: dict[str, Any], now: dict[str, Any]) -> Changes:
+    return compare_flags(saved, now, FLAGS)
+
+
+def test_every_flag_says_what_a_resume_makes_of_it() -> None:
+    assert set(KINDS.values()) == {"unrelated", "free", "checked", "refused"}
+    # Where nobody has judged a change, it is refused.
+    assert flags_of(Unjudged)["number"].on_resume == "refused"
+
+
+@section("unjudged")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unjudged:
+    number: int = arg(1, "A number.")
 
 
 def test_arguments_are_plain_json_without_secrets() -> None:
@@ -46,12 +55,12 @@ def test_equal_arguments_and_those_of_a_trainer_say_nothing() -> None:
     assert compare(arguments(), arguments()).told == compare({}, arguments()).told == ()
 
 
-@pytest.mark.parametrize("name", sorted(FLAGS | set(RESOLVED)))
+@pytest.mark.parametrize("name", sorted(KINDS))
 def test_each_flag_is_told_and_refused_as_its_class_says(name: str) -> None:
     longer = {"max_steps": 30, "num_train_epochs": 30.0, "total_steps": 30}
     found = compare(arguments(), arguments(**{name: longer.get(name, "another")}))
-    assert len(found.told) == (name not in UNRELATED)
-    assert len(found.refused) == (name in REFUSED)
+    assert len(found.told) == (KINDS[name] != "unrelated")
+    assert len(found.refused) == (KINDS[name] == "refused")
 
 
 def test_what_differs_is_named_with_both_values() -> None:

@@ -39,6 +39,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         [*CPU, "--no-internet", "--model_name_or_path", "no/model", "--train_file", "a.txt"],
         "--model_name_or_path=no/model is not in the cache, and the nodes have no internet: run `hf download no/model`",
     ),
+    "name that only a library knows": ([*CPU, "--optim=adamm"], "--optim=adamm is not known"),
     "model in W&B": (
         [*CPU, "--no-internet", "--model_name_or_path", "wandb:a/b/c:v0", "--train_file", "a.txt"],
         "needs the network, and the nodes have none",

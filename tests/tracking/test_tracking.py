@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config import parse_sections
 from harness.errors import ConfigError
+from harness.flags import parse
 from harness.tracking import TrackingConfig, WandbTracker, rewrite, run_config, store_configuration, trackers
 from tests.support.launching import Ended, finish, torchrun
 from tests.support.wandb.artifact_processes import environment
@@ -417,7 +417,7 @@ class TestTrackers:
 
     def test_several_are_given_on_the_command_line(self) -> None:
         pytest.importorskip("tensorboard")
-        (config,), _ = parse_sections([TrackingConfig], ["--report_to", "wandb", "tensorboard", "wandb"], refused={})
+        config = parse(["--report_to", "wandb", "tensorboard", "wandb"]).tracking
         assert config.tracker_names() == ["wandb", "tensorboard"]
 
     @pytest.mark.parametrize("value", ["true", "TRUE", "1", "yes", "On"])

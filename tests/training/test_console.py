@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from harness.config import parse_sections
 from harness.errors import ConfigError
+from harness.flags import parse
 from harness.training.console import Console, _make_handler
 from harness.training.flags import ConsoleConfig
 
@@ -437,5 +437,4 @@ def test_a_level_that_does_not_exist_is_refused() -> None:
     ],
 )
 def test_the_bar_is_switched_as_the_trainers(argv: list[str], shows: bool) -> None:
-    (config,), _ = parse_sections([ConsoleConfig], argv, refused={})
-    assert config.shows_progress is shows
+    assert parse(argv).console.shows_progress is shows

@@ -1,0 +1,82 @@
+"""The flags of tasks on text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.config import arg, at_least, section
+from harness.errors import ConfigError
+
+
+@section("text")
+@dataclass(frozen=True, kw_only=True)
+class TextFlags:
+    """Text as tokens, for all tasks on text."""
+
+    text_column_names: str | None = arg(
+        help="Columns that hold the text, separated by commas; two make pairs.", common=True
+    )
+    text_column_delimiter: str = arg(" ", "Put between the columns when more than two are joined.")
+    max_seq_length: int | None = arg(help="Longest sequence after tokenisation; longer ones are cut.", common=True)
+    pad_to_max_length: bool = arg(False, "Pad all samples to --max_seq_length instead of to the batch's longest.")
+    do_regression: bool | None = arg(help="sequence-classification: the label is a number; default: by its type.")
+
+    def __post_init__(self) -> None:
+        at_least(1, max_seq_length=self.max_seq_length)
+
+
+@section("language-models")
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelFlags:
+    """Text to continue, or with holes to fill."""
+
+    block_size: int | None = arg(
+        help="causal-lm: tokens a training sample; default: the model's maximum, up to 1024.", common=True
+    )
+    keep_linebreaks: bool = arg(True, "causal-lm: keep the line breaks of txt files.")
+    mlm_probability: float = arg(0.15, "masked-lm: share of the tokens to mask.")
+    line_by_line: bool = arg(False, "masked-lm: each line is a sample of its own.")
+
+    def __post_init__(self) -> None:
+        at_least(1, block_size=self.block_size)
+        if not 0 < self.mlm_probability < 1:
+            raise ConfigError(f"--mlm_probability={self.mlm_probability}: use a share between 0 and 1.")
+
+
+@section("token-classification")
+@dataclass(frozen=True, kw_only=True)
+class TokenClassificationFlags:
+    """A label for each word."""
+
+    label_all_tokens: bool = arg(False, "Label all tokens of a word, not its first alone.")
+
+
+@section("seq2seq")
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqFlags:
+    """A text to write for each text to read."""
+
+    summary_column: str | None = arg(help="Column of the text to write; default: summary.")
+    source_prefix: str | None = arg(help="Put before each text to read, e.g. 'summarize: ' for T5.")
+    max_source_length: int | None = arg(help="Most tokens of a text to read; default: up to 1024.")
+    max_target_length: int | None = arg(help="Most tokens of a text to write; default: up to 128.")
+    predict_with_generate: bool = arg(
+        False,
+        "Evaluate the texts that the model writes (ROUGE, BLEU); needs rouge-score and sacrebleu.",
+        on_resume="free",
+    )
+    generation_max_length: int | None = arg(
+        help="Most tokens of a text with --predict_with_generate; default: --max_target_length.", on_resume="free"
+    )
+    generation_num_beams: int | None = arg(
+        help="Beams with --predict_with_generate; default: the model's.", on_resume="free"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            max_source_length=self.max_source_length,
+            max_target_length=self.max_target_length,
+            generation_max_length=self.generation_max_length,
+            generation_num_beams=self.generation_num_beams,
+        )
