@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -54,12 +53,12 @@ def _whole() -> argparse.ArgumentParser:
 
 
 def _add_flags(command: argparse.ArgumentParser) -> None:
+    from harness.config import flags_of
     from harness.flags import SECTIONS
 
-    for section in SECTIONS:
-        for field in dataclasses.fields(section):
-            facts = field.metadata
-            command.add_argument(f"--{field.name}", choices=facts.get("choices"), help=facts.get("help"))
+    for flag in flags_of(*SECTIONS).values():
+        takes_none = flag.type is bool or flag.bare is not None
+        command.add_argument(f"--{flag.name}", nargs="?" if takes_none else None, help=flag.help.replace("%", "%%"))
 
 
 def _complete_paths(commands: Iterable[argparse.ArgumentParser]) -> None:

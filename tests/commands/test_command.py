@@ -27,7 +27,7 @@ with contextlib.suppress(SystemExit):
     main(sys.argv[1:])
 print(json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))))
 """
-LIGHT = [["--help"], ["--version"], ["nonsense"], *([name, "--help"] for name in COMMANDS if name != "train")]
+LIGHT = [["--help"], ["--version"], ["nonsense"], *([name, "--help"] for name in COMMANDS)]
 
 
 @pytest.mark.parametrize("argv", LIGHT, ids=" ".join)
@@ -106,6 +106,8 @@ def test_bash_completes_what_is_typed(tmp_path: Path, capsys: pytest.CaptureFixt
         "harness ex": "export",
         "harness sync --onc": "--once",
         "harness train --learning_ra": "--learning_rate",
+        "harness train --bf16 --learning_ra": "--learning_rate",
+        "harness train --config scr": "script",
         "harness submit --dry-run --learning_ra": "--learning_rate",
         "harness export --dtype bf": "bfloat16",
     }
