@@ -101,6 +101,24 @@ late.warning("as before")
 assert warnings.showwarning is show
 """
 
+WANDB = """
+import wandb
+from harness.tracking.run.terminal import speak_through_log
+from harness.training.console import Console, set_up_logging
+from harness.training.flags import ConsoleConfig
+
+wandb.termwarn("before")
+set_up_logging(ConsoleConfig(), is_main=True, is_local_main=True)
+speak_through_log(wandb.Settings(silent=False))
+console = Console(enabled=True, progress=True)
+console.start(10, 0)
+wandb.termlog("Run history:")
+wandb.termwarn("Network error")
+console.close()
+speak_through_log(wandb.Settings(silent=True))
+wandb.termwarn("unwanted")
+"""
+
 
 def terminal_of(columns: int, lines: int = 24) -> tuple[int, int]:
     controller, end = pty.openpty()
@@ -408,6 +426,15 @@ def test_the_picture_is_small_and_shows_nothing_of_a_machine() -> None:
     assert not re.search(r"/(tmp|root|home|Users)\b", shown)
     assert "eval_loss" in shown
     assert re.search(r"(?m)^folder +runs/\d{8}-\d{6}$", shown)
+
+
+def test_what_wandb_says_is_a_record_without_colours_above_the_bar() -> None:
+    printed, _, rest = on_terminal(WANDB).partition("before")
+    assert "\x1b[" in printed  # its own way
+    shown = lines(rest)
+    assert "\x1b[" not in rest
+    assert "WARNING harness.wandb: Network error" in shown
+    assert not re.search("Run history|unwanted", rest)
 
 
 def levels(config: dict[str, Any], is_main: bool, is_local_main: bool) -> tuple[list[str], dict[str, Any]]:
