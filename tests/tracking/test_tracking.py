@@ -290,7 +290,7 @@ def test_without_credentials_the_run_is_offline_and_one_line_says_so(own_loop: t
     directory = str(saved.path.parent.relative_to(folder))  # as one types it where the training was started
     assert directory.startswith("out/wandb/offline-run-")
     (line,) = [line for line in result.err.splitlines() if "credentials" in line]
-    assert "the run is kept offline; before you upload it: `wandb login`." in line
+    assert line == "No W&B credentials (`wandb login`): the run is kept offline."
     assert f"WHERE offline; upload it with `harness sync {directory}`" in result.out
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import pty
 import re
+import runpy
 import select
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -97,6 +99,24 @@ console.close()
 ordinary.warning("afterwards")
 late.warning("as before")
 assert warnings.showwarning is show
+"""
+
+WANDB = """
+import wandb
+from harness.tracking.run.terminal import speak_through_log
+from harness.training.console import Console, set_up_logging
+from harness.training.flags import ConsoleConfig
+
+wandb.termwarn("before")
+set_up_logging(ConsoleConfig(), is_main=True, is_local_main=True)
+speak_through_log(wandb.Settings(silent=False))
+console = Console(enabled=True, progress=True)
+console.start(10, 0)
+wandb.termlog("Run history:")
+wandb.termwarn("Network error")
+console.close()
+speak_through_log(wandb.Settings(silent=True))
+wandb.termwarn("unwanted")
 """
 
 
@@ -385,6 +405,36 @@ def test_what_libraries_say_stands_above_the_bar() -> None:
     assert re.match(r"step 0/10   0%\|", shown[-4])
     assert shown[-3:] == ["afterwards", "as before", ""]
     assert sum(line.startswith("step 0/10") for line in shown) == 1
+
+
+def texts(picture: str) -> list[str]:
+    found = ElementTree.fromstring(picture).itertext()  # noqa: S314 - our own
+    return [text for text in found if text.strip()]
+
+
+def test_the_picture_shows_what_a_terminal_does() -> None:
+    script = runpy.run_path(str(ROOT / ".github" / "terminal.py"))
+    sent = "Map:  50%|\rMap: 100%|\r\n\r\nupper\r\x1b[A\x1b[Kblank < 3\x1b[0m\r\n" + "x" * 100 + "y\r\n"
+    assert script["render"](sent) == ["Map: 100%|", "blank < 3", "x" * 100, "y", ""]
+    assert texts(script["draw"](["a <b>", "", "$ c"])) == ["The quickstart in a terminal", "a <b>", "$ c"]
+
+
+def test_the_picture_is_small_and_shows_nothing_of_a_machine() -> None:
+    picture = (ROOT / ".github" / "terminal.svg").read_text(encoding="utf-8")
+    shown = "\n".join(texts(picture))
+    assert len(picture.encode()) < 40_000
+    assert not re.search(r"/(tmp|root|home|Users)\b", shown)
+    assert "eval_loss" in shown
+    assert re.search(r"(?m)^folder +runs/\d{8}-\d{6}$", shown)
+
+
+def test_what_wandb_says_is_a_record_without_colours_above_the_bar() -> None:
+    printed, _, rest = on_terminal(WANDB).partition("before")
+    assert "\x1b[" in printed  # its own way
+    shown = lines(rest)
+    assert "\x1b[" not in rest
+    assert "WARNING harness.wandb: Network error" in shown
+    assert not re.search("Run history|unwanted", rest)
 
 
 def levels(config: dict[str, Any], is_main: bool, is_local_main: bool) -> tuple[list[str], dict[str, Any]]:

@@ -49,19 +49,18 @@ def open_run(
     try:
         if (reason := _why_offline(kwargs["settings"])) is None:
             return _online(kwargs)
-        is_login = False
     except NoCredentialsError:
         if mode == "online":
             raise ConfigError(NEEDS_CREDENTIALS) from None
-        reason, is_login = "No W&B credentials found", True
+        reason = "No W&B credentials (`wandb login`)"
     except UsageError as error:  # --wandb_resume must without such a run, a name that can't be
         raise ConfigError(f"W&B refuses the run: {error}") from error
     except failures() as error:
-        reason, is_login = f"W&B could not be reached ({one_line(error)})", False
+        reason = f"W&B could not be reached ({one_line(error)})"
     if must_be_online:
         logger.warning("%s: the run is online and stays so; its rows wait on this disk until it is resumed.", reason)
         return None
-    return _offline(kwargs, mode="offline", reason=reason, needs_login=is_login)
+    return _offline(kwargs, mode="offline", reason=reason)
 
 
 def check_credentials(config: TrackingConfig) -> None:
@@ -141,7 +140,7 @@ def _online(kwargs: Mapping[str, Any]) -> Any:
         raise
 
 
-def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: bool = False) -> Any:
+def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str) -> Any:
     from wandb.errors import UsageError
 
     try:
@@ -152,8 +151,7 @@ def _offline(kwargs: Mapping[str, Any], *, mode: str, reason: str, needs_login: 
         logger.warning("W&B is off, the training goes on without it: %s", one_line(error))
         return None
     if reason:  # where it is, and how to upload it, is said at the end: by the harness, or by wandb
-        login = "; before you upload it: `wandb login`" if needs_login else ""
-        logger.warning("%s: the run is kept offline%s.", reason, login)
+        logger.warning("%s: the run is kept offline.", reason)
     return run
 
 
