@@ -23,7 +23,9 @@ from harness.errors import ConfigError
 from harness.tracking.artifacts.download import check_manifest
 from tests.faults.deaths import small_disk
 from tests.support.faulty_training import SCRIPT, Training, committed, environment
+from tests.support.forking import fork
 from tests.support.inputs import save_gpt_tokenizer, text_flags, write_text
+from tests.support.launching import Ended, finish
 from tests.support.wandb.seen import _untimed
 from tests.support.wandb_server import ArtifactRecord, RunRecord, WandbServer
 
@@ -71,27 +73,15 @@ def model(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("model")
     tokenizer, text = save_gpt_tokenizer(folder / "tokenizer"), write_text(folder / "text.txt")
     flags = [*text_flags(tokenizer, text), "--wandb_run_id=text", "--wandb_log_model=checkpoint", "--save_steps=2"]
-    assert harness(folder, server, *flags, "--max_steps=4", "--output_dir=out").returncode == 0
+    assert harness(folder, server, *flags, "--max_steps=4", "--output_dir=out").code == 0
     return folder
 
 
-def harness(
-    folder: Path, server: WandbServer | None, *flags: str, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def harness(folder: Path, server: WandbServer | None, *flags: str, **variables: str) -> Ended:
     """The command in a process of its own, in the folder."""
-    command = [sys.executable, SCRIPT, *flags, "--use_cpu"]
     folder.mkdir(exist_ok=True)
-    variables = {"WANDB_SILENT": "true", **variables}
-    return subprocess.run(
-        command,
-        env=environment(folder, server, **variables),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    variables = environment(folder, server, **{"WANDB_SILENT": "true", **variables})
+    return finish([sys.executable, SCRIPT, *flags, "--use_cpu"], folder, variables)
 
 
 @pytest.mark.parametrize("form", ["path", "bare"])
@@ -148,14 +138,14 @@ def test_what_is_there_is_not_downloaded_again_and_the_newest_wins(
     flags += ["--resume_from_checkpoint=wandb:checkpoint-text", "--wandb_log_model=false"]
     before = len(downloads(server))
     ended = harness(tmp_path, server, *flags, "--max_steps=6")
-    assert (ended.returncode, "checkpoint-4, step 4 of 6" in ended.stdout) == (0, True), ended.stderr
+    assert (ended.code, "checkpoint-4, step 4 of 6" in ended.out) == (0, True), ended.err
     assert len(downloads(server)) > before
     before = len(downloads(server))
     ended = harness(tmp_path, server, *flags, "--max_steps=8")
-    assert (ended.returncode, "checkpoint-6, step 6 of 8" in ended.stdout) == (0, True), ended.stderr
+    assert (ended.code, "checkpoint-6, step 6 of 8" in ended.out) == (0, True), ended.err
     older = [*flags[:-2], "--resume_from_checkpoint=wandb:checkpoint-text:v1", "--report_to=none"]
     ended = harness(tmp_path, server, *older, "--max_steps=6")
-    assert (ended.returncode, "checkpoint-4, step 4 of 6" in ended.stdout) == (0, True), ended.stderr
+    assert (ended.code, "checkpoint-4, step 4 of 6" in ended.out) == (0, True), ended.err
     assert len(downloads(server)) == before
 
 
@@ -174,11 +164,11 @@ def test_a_file_that_does_not_arrive_whole_is_tried_again(
     finally:
         server.clear_faults()
     if how == "cut":
-        assert (ended.returncode, "checkpoint-2, step 2 of 4" in ended.stdout) == (0, True), ended.stderr
+        assert (ended.code, "checkpoint-2, step 2 of 4" in ended.out) == (0, True), ended.err
         return
-    assert ended.returncode == 2
-    assert "could not be downloaded whole, optimizer.pt is missing or damaged after 5 attempts" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert ended.code == 2
+    assert "could not be downloaded whole, optimizer.pt is missing or damaged after 5 attempts" in ended.err
+    assert "Traceback" not in ended.err
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -188,8 +178,9 @@ def test_a_download_that_was_killed_leaves_nothing_that_counts(
     flags = ["--config", str(model / "out" / "harness_config.yaml"), "--output_dir=out", "--report_to=none"]
     path = "--resume_from_checkpoint=wandb:checkpoint-text:v0"
     server.fault("hang", "get artifact/optimizer", seconds=60)
-    command = [sys.executable, SCRIPT, *flags, path, "--use_cpu"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path, server))
+    with Path(os.devnull).open("w") as out:
+        argv = [SCRIPT, *flags, path, "--use_cpu"]
+        process = fork(argv, env=environment(tmp_path, server), cwd=tmp_path, out=out, err=out)
     try:
         end = time.monotonic() + 60
         while not list(tmp_path.glob("out/download.*.partial/model.safetensors")):
@@ -202,9 +193,9 @@ def test_a_download_that_was_killed_leaves_nothing_that_counts(
     assert list(tmp_path.glob("out/download.*.partial"))
     assert not list(tmp_path.glob("out/checkpoint-*"))
     nothing = harness(tmp_path, server, *flags, "--resume_from_checkpoint=true")
-    assert (nothing.returncode, "no whole checkpoint in out" in nothing.stderr) == (2, True), nothing.stderr
+    assert (nothing.code, "no whole checkpoint in out" in nothing.err) == (2, True), nothing.err
     ended = harness(tmp_path, server, *flags, path)
-    assert (ended.returncode, "checkpoint-2, step 2 of 4" in ended.stdout) == (0, True), ended.stderr
+    assert (ended.code, "checkpoint-2, step 2 of 4" in ended.out) == (0, True), ended.err
     assert not list(tmp_path.glob("out/*.partial"))
 
 
@@ -217,9 +208,9 @@ def test_a_disk_that_is_too_small_is_said(model: Path, server: WandbServer, tmp_
             tmp_path, server, *flags, "--output_dir=disk/out", "--resume_from_checkpoint=wandb:checkpoint-text"
         )
         left = list((tmp_path / "disk" / "out").iterdir())
-    assert ended.returncode == 2
-    assert "can't be written to" in ended.stderr
-    assert "No space left" in ended.stderr
+    assert ended.code == 2
+    assert "can't be written to" in ended.err
+    assert "No space left" in ended.err
     assert left == []
 
 
@@ -229,7 +220,7 @@ def test_a_model_is_started_from_and_its_use_recorded(model: Path, server: Wandb
     ended = harness(
         tmp_path, server, *flags, f"--model_name_or_path={path}", "--output_dir=out", "--wandb_run_id=tuned"
     )
-    assert ended.returncode == 0, ended.stderr
+    assert ended.code == 0, ended.err
     folder = tmp_path / "artifacts" / "checkpoint-text:v1"
     assert not {path.suffix for path in folder.iterdir()} - {".safetensors", ".json"}
     (used,) = [found for found in server.artifacts() if "tuned" in found.used_by]
@@ -237,7 +228,7 @@ def test_a_model_is_started_from_and_its_use_recorded(model: Path, server: Wandb
     written = yaml.safe_load((tmp_path / "out" / "harness_config.yaml").read_text(encoding="utf-8"))
     assert written["model_name_or_path"] == path == server.run("tuned").config["model_name_or_path"]
     local = [*flags, f"--model_name_or_path={model / 'out' / 'checkpoint-4'}", "--output_dir=local", "--report_to=none"]
-    assert harness(tmp_path, server, *local).returncode == 0
+    assert harness(tmp_path, server, *local).code == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "local")]
     assert weights[0] == weights[1]
 
@@ -277,8 +268,8 @@ def test_a_crafted_pickle_is_refused_and_not_run(model: Path, server: WandbServe
     logged(crafted, server, "crafted")
     flags = ["--config", str(model / "out" / "harness_config.yaml"), "--output_dir=out", "--report_to=none"]
     ended = harness(tmp_path, server, *flags, "--resume_from_checkpoint=wandb:crafted")
-    assert ended.returncode == 2
-    assert "optimizer.pt can't be loaded safely" in ended.stderr
+    assert ended.code == 2
+    assert "optimizer.pt can't be loaded safely" in ended.err
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "pytorch_model.bin").write_bytes(data)
@@ -286,8 +277,8 @@ def test_a_crafted_pickle_is_refused_and_not_run(model: Path, server: WandbServe
     logged(pickled, server, "pickled")
     more = [f"--train_file={model / 'text.txt'}", "--model_name_or_path=wandb:pickled"]
     refused = harness(tmp_path, server, *more)
-    assert refused.returncode == 2
-    assert "holds no safetensors weights but config.json, pytorch_model.bin; pickled ones are not" in refused.stderr
+    assert refused.code == 2
+    assert "holds no safetensors weights but config.json, pytorch_model.bin; pickled ones are not" in refused.err
     assert not list(tmp_path.rglob("executed"))
 
 
@@ -310,9 +301,9 @@ WRONG: dict[str, tuple[list[str], dict[str, str], str]] = {
 def test_what_cannot_be_had_is_said_in_one_line(what: str, model: Path, server: WandbServer, tmp_path: Path) -> None:
     flags, variables, message = WRONG[what]
     ended = harness(tmp_path, server, f"--train_file={model / 'text.txt'}", "--output_dir=out", *flags, **variables)
-    assert ended.returncode == 2, ended.stderr
-    assert message in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
+    assert ended.code == 2, ended.err
+    assert message in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
     assert not list(tmp_path.glob("out/*"))
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from harness.checkpoint.writer import Checkpoints, Content
 from harness.errors import CheckpointError, ConfigError
 from harness.train import main
 from harness.training.state import TRAINER_STATE_FILE
+from tests.support.forking import fork
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, assert_equal_weights, reset, run_harness
 
 ROOT = Path(__file__).parents[2]
@@ -479,10 +479,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(
     assert_equal_runs(trained, again)
 
 
-def killed_when(command: list[str], is_time: Callable[[], bool]) -> None:
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT
-    )
+def killed_when(argv: list[str], is_time: Callable[[], bool]) -> None:
+    with Path(os.devnull).open("w") as out:
+        process = fork(argv, env=os.environ, cwd=ROOT, out=out, err=out)
     try:
         deadline = time.monotonic() + 90
         while not is_time():
@@ -500,7 +499,7 @@ def kill_and_resume(folder: Path, is_time: Callable[[], bool]) -> None:
     flags = as_flags(
         {"task": "tests.support.tasks.parity_task:build", "report_to": "none", "output_dir": folder, **long}
     )
-    killed_when([sys.executable, "-m", "harness.train", *flags, "--use_cpu"], is_time)
+    killed_when(["-m", "harness.train", *flags, "--use_cpu"], is_time)
     run_harness(folder, long)
 
 

@@ -55,6 +55,9 @@ class Forked:
         self.pid = int.from_bytes(self._connection.recv(8), "big")
         assert self.pid, "the process that forks has ended"
 
+    def __del__(self) -> None:
+        self._connection.close()
+
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             told = self._connection.recv(8)

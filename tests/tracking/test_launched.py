@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ class Tracked:
 
 def training(folder: Path, server: WandbServer, config: Path | None) -> Training:
     """An attempt: of one process without a launch config."""
-    command = (sys.executable, SCRIPT) if config is None else (*launcher(config), SCRIPT)
+    command = None if config is None else (*launcher(config), SCRIPT)
     processes = 1 if config is None else 2
     shared = {"per_device_train_batch_size": 4 // processes, "expect_num_processes": processes}
     (folder / "times").unlink(missing_ok=True)
