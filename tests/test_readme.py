@@ -20,11 +20,9 @@ import harness
 from harness import loop
 from harness.__main__ import COMMANDS
 from harness.__main__ import main as harness_command
-from harness.config import flags_of
-from harness.flags import GONE, OWNED_BY_LAUNCH_CONFIG, REFUSED, SECTIONS, parse
+from harness.flags import FLAGS, NOT_TAKEN, OWNED_BY_LAUNCH_CONFIG, parse
 from harness.train import main
 from tests.support.pages import (
-    FLAGS,
     MAP,
     PAGES,
     README,
@@ -41,7 +39,6 @@ from tests.support.wandb.file import read_all
 
 INSTALL, TRAIN = "pip install -e .", "accelerate launch harness/train.py"
 INSTALL_AND_TEST = "pip install -e '.[test]' && pytest"
-NOT_TAKEN = {**OWNED_BY_LAUNCH_CONFIG, **REFUSED, **GONE}
 # Flags of `accelerate launch`, of torchrun, of the other commands, of tests.faults and, up to a hyphen, of sbatch.
 OF_OTHERS = {"config_file", "num_processes", "cpu", "num_machines", "machine_rank", "main_process_ip"}
 OF_OTHERS |= {"main_process_port", "deepspeed_multinode_launcher", "nproc_per_node", "help", "version", "flag"}
@@ -106,7 +103,7 @@ def test_a_page_can_be_read_in_an_editor(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_each_flag_exists_or_is_refused(name: str) -> None:
     named = set(re.findall(r"--([a-z][a-z0-9_]+)", TEXTS[name])) - OF_OTHERS
-    assert not named - FLAGS - set(NOT_TAKEN)
+    assert not named - set(FLAGS) - set(NOT_TAKEN) - {f"no_{flag}" for flag in FLAGS}
 
 
 @pytest.mark.parametrize(("name", "title"), made_rows())
@@ -122,16 +119,14 @@ def test_flags_of_the_launch_config_are_named() -> None:
 
 
 def test_other_defaults_than_the_trainers_are_told() -> None:
-    ours = {field.name: field for section in SECTIONS for field in fields(section)}
-    theirs = {field.name: field for field in fields(TrainingArguments) if field.name in ours}
-    changed = {name for name, field in theirs.items() if default(field) != default(ours[name])}
+    theirs = {field.name: default(field) for field in fields(TrainingArguments) if field.name in FLAGS}
+    changed = {name for name, value in theirs.items() if value != FLAGS[name].default}
     told = set(re.findall(r"^\| `--([a-z_]+)`", section("## Differences from the Trainer", MAP), flags=re.MULTILINE))
     assert changed <= told
     assert {"report_to", "output_dir"} <= set(re.findall(r"`(\w+)=", section("## From the Trainer")))
 
 
 def default(field: object) -> object:
-    """A default of ours is a list where the Trainer's may be one word."""
     made = getattr(field, "default_factory", None)
     return made() if callable(made) else getattr(field, "default", None)
 
@@ -142,8 +137,8 @@ def test_all_variables_are_listed_with_their_flags() -> None:
         for row in last_table(section("## Settings", TRACKING))[2:]
         for pair in zip(*(re.findall(r"`(?:--)?(\w+)`", cell) for cell in row.split("|")[1:3]), strict=True)
     ]
-    read = {name: flag.env for name, flag in flags_of(*SECTIONS).items() if flag.env is not None}
-    assert {flag: variable for variable, flag in pairs} == {**read, "run_name": "WANDB_NAME"}
+    declared = {name: flag.env for name, flag in FLAGS.items() if flag.env is not None}
+    assert {flag: variable for variable, flag in pairs} == {**declared, "run_name": "WANDB_NAME"}
 
 
 @pytest.mark.parametrize("name", PAGES)

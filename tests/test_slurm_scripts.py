@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import FLAGS
+from harness.flags import FLAGS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sbatch"), *ROOT.glob("slurm/*.sh"), *ROOT.glob("tests/slurm/*.sh")])
@@ -45,7 +45,7 @@ def test_what_is_not_for_debugging_is_requeued_and_warned(path: Path) -> None:
 def test_the_page_names_only_flags_and_variables_that_exist() -> None:
     of_others = {"array", "deepspeed_multinode_launcher", "me", "nodes", "requeue", "signal", "time"}
     named = set(re.findall(r"--([a-z][a-z0-9_]+)(?![-a-z0-9_])", README))
-    assert not named - FLAGS - of_others
+    assert not named - set(FLAGS) - of_others
     variables = re.findall(r"^\| `([A-Z_]+)`", README, flags=re.MULTILINE)
     sources = SETTINGS + "".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
     assert variables

@@ -9,10 +9,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
-from harness.flags import GONE, REFUSED, SECTIONS
+from harness.flags import GONE, REFUSED
 from tests.support.wandb.differences import DIFFERENCES
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +20,6 @@ PAGES = {name: ROOT / name for name in NAMES}
 PAGES |= {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "harness").rglob("README.md"))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 README, MAP, TRACKING = TEXTS["README.md"], TEXTS["harness/README.md"], TEXTS["harness/tracking/README.md"]
-FLAGS = {field.name for section in SECTIONS for field in fields(section)}
 
 
 def blocks(language: str, page: str = README) -> list[str]:
