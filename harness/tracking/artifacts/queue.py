@@ -235,7 +235,7 @@ class Uploads:
         with self._changed:
             if self._is_stopped:  # closed meanwhile: the report has said it
                 return
-            if self._is_offline and not staged.is_waiting:  # `harness.sync` has uploaded it
+            if self._is_offline and not staged.is_waiting:  # `harness sync` has uploaded it
                 self._waiting.remove(upload)
                 return
             upload.reason = reason
@@ -337,7 +337,7 @@ class Uploads:
                 write_record(dataclasses.replace(upload.staged, sync_dir=str(self._run.settings.sync_dir)))
             except Exception as error:  # as in `_work`
                 upload.reason = one_line(error)
-                if not upload.staged.is_waiting:  # `harness.sync` has uploaded it
+                if not upload.staged.is_waiting:  # `harness sync` has uploaded it
                     with self._changed:
                         self._waiting.remove(upload)
                 continue
