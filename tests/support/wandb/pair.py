@@ -1,7 +1,7 @@
 """
 The same trainings by transformers.Trainer with its WandbCallback, or by harness: a script for a process of its own.
 
-`wandb_pair.py trainer|ours FOLDER JSON` runs a list of `Training`s one after the other, also under a launcher: each in
+`pair.py trainer|ours FOLDER JSON` runs a list of `Training`s one after the other, also under a launcher: each in
 FOLDER/NAME and in the project NAME-trainer or NAME-ours, with the tokenizer in PAIR_TOKENIZER.
 """
 
