@@ -28,7 +28,7 @@ TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 T = TypeVar("T")
 Section = TypeVar("Section", bound=type)
 # What a resume makes of another value than the checkpoint's:
-# - unrelated: where a run lives, who watches it, what one command asks for; no value that it computes hangs on it.
+# - unrelated: where a run is kept, who watches it, what one command asks for; no value that it computes hangs on it.
 # - free: told, and taken: when something is logged, evaluated or saved, and how the same batches are computed.
 # - checked: told, and judged by what it comes to: the global batch, precision, device, length.
 # - refused: the run would go on with other numbers, and nothing would show it.

@@ -13,7 +13,7 @@ from harness.slurm import SlurmJob, slurm_job
 @section("checkpoints", on_resume="unrelated")
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Where a run lives and what it keeps."""
+    """Where a run is kept, and what it keeps."""
 
     output_dir: str | None = arg(
         help="Folder of the run; default: a fresh one under runs/, in a SLURM job runs/job-ID.", common=True
@@ -63,12 +63,12 @@ class CheckpointConfig:
             return self
         from harness.checkpoint.find import list_checkpoints
 
-        # A checkpoint of another run is where the first life began, not where the next one goes on.
+        # A checkpoint of another run is where the first attempt began, not where the next one goes on.
         if resume is not None and not list_checkpoints(Path(self.output_dir).expanduser()):
             return self
         return replace(self, resume_from_checkpoint="auto")
 
 
 def _has_a_folder(job: SlurmJob | None) -> bool:
-    """Whether the job alone says where its run lives: not where somebody types one command after the other."""
+    """Whether the job alone says where its run is kept: not where somebody types one command after the other."""
     return job is not None and job.is_batch
