@@ -1,9 +1,9 @@
 """
 A training harness on Hugging Face Accelerate with the Trainer's flags, numbers and checkpoints.
 
-`harness.run([...])` is the command `harness train` as a function: flags in, exit code out.
-`harness.latest_checkpoint(output_dir)` is the newest checkpoint that a training can go on from. Both load what they
-need when they are asked for.
+`harness.run([...])` is the command `harness train` as a function: it takes flags and returns the exit code.
+`harness.latest_checkpoint(output_dir)` returns the newest checkpoint that a training can resume from. Both import the
+libraries they need only when they are called.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
 """
-The command: `harness train | sync | export | submit | link`; `python -m harness ...` is the same.
+The command `harness train | sync | export | submit | link`; `python -m harness ...` is the same.
 
-A command's module is loaded when it is called, so `harness --help` waits for no library. Exit codes: 0 done, 1 failed
-or something is left, 2 bad input, 130 interrupted; of a training also 85, preempted after a save.
+A command's module is imported when it is called, so `harness --help` loads no library. Exit codes: 0 done, 1 failed or
+something is left to do, 2 bad input, 130 interrupted; for a training also 85, preempted after a save.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from harness.signals import hold
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: what `harness --help` says of it, and what is said after Ctrl-C."""
+    """A command: its line in `harness --help`, and the message after Ctrl-C."""
 
     help: str
     interrupted: str = "Interrupted."
 
     def run(self, name: str, argv: Sequence[str]) -> int:
-        """Load its module and run it; returns the exit code."""
+        """Import its module and run it; returns the exit code."""
         if name == "train":
             hold()  # before its imports, which take seconds
             return int(import_module("harness.train").main(argv))
@@ -53,12 +53,12 @@ COMMANDS = {
 
 
 def script() -> None:
-    """The installed command."""
+    """Run as the installed command `harness`."""
     sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code. Errors that are not the user's raise with their traceback."""
+    """Run a command line; returns the exit code. Errors that are bugs are raised with their traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
     command = COMMANDS.get(name, Command(help=""))
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_command(word: str) -> int:
-    """`--help` and `--version`. Raises ConfigError for anything else."""
+    """Handle `--help` and `--version`. Raises ConfigError for anything else."""
     if word in ("-h", "--help"):
         print(_help())
     elif word == "--version":

@@ -1,4 +1,4 @@
-"""Put a run together: the task, its checks, and all that the loop works with."""
+"""Build a run: the task, the checks of it against the flags, and everything that the loop works with."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ logger = logging.getLogger(__name__)
 
 def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Path | None) -> Session:
     """
-    Collective: build the task, check it against the flags, set the model up; `weights` are those to go on from.
+    Collective: build the task, check it against the flags, set up the model; `weights` is the checkpoint to resume.
 
-    Raises ConfigError for all that the flags ask for and the task does not have. Writes nothing.
+    Raises ConfigError for everything that the flags ask for and the task lacks. Writes nothing.
     """
     accelerator, local = backend.accelerator, not config.task.preprocess_on_main
     task_config, artifacts = main_process_first(
         accelerator, lambda: models_from_wandb(config.task, config.tracking), local=local
     )
     seed, full_determinism = config.topology.seed, config.topology.full_determinism
-    # As Transformers' example scripts: a new head is drawn from the seed; then the Trainer seeds again.
+    # As in Transformers' example scripts: a new head is drawn from the seed; then the Trainer seeds again.
     rng.seed_everything(seed, full_determinism=full_determinism)
-    # With zero3_init_flag ranks divide a model while it is made; the data one of them prepares (tasks/text.py).
+    # With zero3_init_flag all ranks make the model together; the data is still prepared by one (tasks/splits.py).
     at_once = is_deepspeed_zero3_enabled()
     if not (at_once or is_first(accelerator, local=local)):
-        task_config = replace(task_config, overwrite_cache=False)  # the first has just made it anew
+        task_config = replace(task_config, overwrite_cache=False)  # the first rank has just rebuilt it
     task = main_process_first(
         accelerator, lambda: _build(task_config, config.console, accelerator), local=local, at_once=at_once
     )
@@ -90,7 +90,7 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
     )
     check_scores(task.model, has_scores=evaluator.metrics is not None)
     _check_best_metric(config, task, evaluator)
-    progress = config.console.shows_progress and not config.debug.is_on  # a bar and a debugger fight
+    progress = config.console.shows_progress and not config.debug.is_on  # a bar and a debugger disturb each other
     console = Console(enabled=accelerator.is_main_process, progress=progress)
     return Session(
         config=config,
@@ -107,7 +107,7 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
 
 def _build(task_config: TaskConfig, console: ConsoleConfig, accelerator: Accelerator) -> Task:
     builder = resolve(task_config.task)
-    # Again, for the libraries that the task has loaded.
+    # A second time, for the libraries that the task has imported.
     set_up_logging(console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
     return builder(task_config)
 
@@ -148,7 +148,7 @@ def _check_best_metric(config: Config, task: Task, evaluator: Evaluator) -> None
 
 
 def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run:
-    """Collective: loaders, plan, optimizer, schedule, wrapped as the Trainer wraps them."""
+    """Collective: make loaders, plan, optimizer and schedule, wrapped as the Trainer wraps them."""
     config, accelerator, backend, task = session.config, session.accelerator, session.backend, session.task
     data: DataConfig = config.data
     if data.overfit_batches is not None:
@@ -179,7 +179,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         processing_class=task.processing_class,
         loss=session.loss,
         optimizer=optimizer,
-        # Not prepared: accelerate would step it once for each process.
+        # Not passed to `prepare`: accelerate would step it once for each process.
         scheduler=build_scheduler(optimizer, config.optim, plan.max_steps),
         stepper=stepper,
         loader=loader,
@@ -204,7 +204,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
 
 
 def _checkpoints(session: Session) -> Checkpoints:
-    """Collective: the writers' agreement may be a group of its own."""
+    """Collective: make the writer of checkpoints; its writers' agreement may be a process group of its own."""
     accelerator = session.accelerator
     return Checkpoints(
         session.output_dir,
@@ -226,7 +226,7 @@ def _stop(session: Session, tracker: WandbTracker, checkpoints: Checkpoints) -> 
 
 
 def _time_limit(session: Session, checkpoints: Checkpoints) -> TimeLimit | None:
-    """What rank zero looks at; nothing where a stop ahead of the limit would save nothing that can be resumed."""
+    """Return rank zero's time limit; None where a stop ahead of it would save nothing that can be resumed."""
     config = session.config
     resumable = config.plan.save_strategy != "no" and not config.checkpoint.save_only_model
     if not session.accelerator.is_main_process or not resumable:

@@ -1,19 +1,19 @@
 """
-What can go wrong that is no bug of ours: one tree, each kind with the exit code of a process that ends by it.
+The errors that are not bugs of this package, as one tree, with the exit code that each gives the process.
 
-HarnessError            1  all of them; the message is one line that says what to do
-├── ConfigError         2  bad input or configuration: the user can put it right
-├── CheckpointError     1  a checkpoint could not be written; the older ones are as they were
-├── NonFiniteError      1  a module gave NaN or infinity
+HarnessError            1  base class; the message is one line that says what to do
+├── ConfigError         2  bad input or configuration, which the user can correct
+├── CheckpointError     1  a checkpoint could not be written; the older ones are untouched
+├── NonFiniteError      1  the output of a module contains NaN or infinity
 ├── RankError           1  another rank has failed
-├── StoppedError     85/0  the training has ended before its plan, saved
-└── TrackingError       1  W&B has not what it should; a training goes on, a command ends
+├── StoppedError     85/0  the training saved its state and stopped before its planned end
+└── TrackingError       1  something is missing in W&B; a training goes on, a command ends
     ├── UnreachableError   no credentials, or no server
     ├── NoCredentialsError neither a key in the environment nor a login
-    ├── RowsError          rows can't be delivered so that each is there once and in its place
+    ├── RowsError          rows can't be delivered exactly once and in order
     ├── SyncError          `wandb sync` failed, or W&B lacks what it sent
-    ├── StagingError       what is staged is not what was to be delivered, and never will be
-    ├── DeliveryError      W&B has not what was sent of an artifact
+    ├── StagingError       staged files do not match what was to be delivered; a retry can't help
+    ├── DeliveryError      an artifact could not be delivered, or arrived incomplete
     └── BusyError          another process brings this run to W&B
 
 `exit_code_of` is the boundary that turns them into a message and an exit code, for every command.
@@ -25,16 +25,16 @@ from collections.abc import Callable
 
 
 class HarnessError(Exception):
-    """What ends a command with one message and `exit_code`, without a traceback."""
+    """Base class of errors that end a command with one message and `exit_code`, without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(HarnessError):
     """
-    Something the user can put right: bad input, bad configuration. The process ends with exit code 2.
+    Bad input or configuration, which the user can correct. The process ends with exit code 2.
 
-    It may be several `problems` that were found together.
+    It may report several `problems` that were found together.
     """
 
     exit_code = 2
@@ -49,9 +49,9 @@ def exit_code_of(
     work: Callable[[], int], say: Callable[[int, str], object], *, interrupted: str = "Interrupted."
 ) -> int:
     """
-    Do the work of a command and return its exit code; `say` is given the code and the message of what ends it.
+    Run the `work` of a command and return its exit code; on an error `say` gets that code and the message.
 
-    130 after Ctrl-C. What is a bug of ours raises with its traceback.
+    Ctrl-C gives 130. Any error other than HarnessError is a bug and is raised with its traceback.
     """
     try:
         return work()
@@ -64,19 +64,19 @@ def exit_code_of(
 
 
 class CheckpointError(HarnessError):
-    """A checkpoint could not be written; the older ones are as they were."""
+    """A checkpoint could not be written; the older ones are untouched."""
 
 
 class NonFiniteError(HarnessError):
-    """A module gave NaN or infinity; the message names the first one."""
+    """The output of a module contains NaN or infinity; the message names the first such module."""
 
 
 class RankError(HarnessError, RuntimeError):
-    """Another rank has failed; its own traceback says where."""
+    """Another rank has failed; that rank's traceback says where."""
 
 
 class StoppedError(HarnessError):
-    """The training has ended before its plan, at a step boundary. `exit_code` is the process's, one line says why."""
+    """The training stopped at a step boundary before its planned end; the message is one line that says why."""
 
     def __init__(self, message: str, *, exit_code: int, was_preempted: bool) -> None:
         super().__init__(message)
@@ -84,19 +84,19 @@ class StoppedError(HarnessError):
 
 
 class TrackingError(HarnessError):
-    """W&B has not what it should have, or can't be asked."""
+    """Something is missing in W&B, or W&B can't be reached."""
 
 
 class UnreachableError(TrackingError):
-    """What keeps us from the server, for the user to put right."""
+    """W&B can't be reached for a reason that the user can correct."""
 
 
 class NoCredentialsError(TrackingError):
-    """Neither a key in the environment nor a login."""
+    """There is neither an API key in the environment nor a login."""
 
 
 class RowsError(TrackingError):
-    """Why rows can't be delivered so that each is there once and in its place."""
+    """Rows can't be delivered exactly once and in order; the message says why."""
 
 
 class SyncError(TrackingError):
@@ -104,12 +104,12 @@ class SyncError(TrackingError):
 
 
 class StagingError(TrackingError):
-    """What is staged is not what was to be delivered, and never will be."""
+    """Staged files do not match what was to be delivered; a retry can't help."""
 
 
 class DeliveryError(TrackingError):
-    """What W&B has is not what was sent, or what keeps an artifact from being sent."""
+    """An artifact could not be delivered, or W&B holds something else than was sent."""
 
 
 class BusyError(TrackingError):
-    """Another process brings this run to W&B."""
+    """Another process is already uploading this run to W&B."""

@@ -1,7 +1,7 @@
 """
-What a command line asks for, once it is understood: find, assemble, train, evaluate, show.
+Run a parsed command line: find the checkpoint, build the run, train, evaluate, show the results.
 
-Everything heavy is imported here, so that `harness.train` can parse and refuse without waiting for it.
+This module has all the slow imports, so that `harness.train` can parse and refuse a command line without them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger("harness")
 
 
 def check_names(config: Config) -> None:
-    """Raise one ConfigError for all names that the libraries don't know."""
+    """Raise one ConfigError for all names of optimizers, schedules, backends and trackers that are unknown."""
     together(
         [
             lambda: optim.check_names(config.optim),
@@ -53,7 +53,7 @@ def check_names(config: Config) -> None:
 
 
 def run_command(config: Config) -> None:
-    """Collective: everything that a command line asks for."""
+    """Collective: do everything that a command line asks for."""
     check_names(config)
     job = slurm_job()
     if job is not None and config.run.trains:
@@ -64,7 +64,7 @@ def run_command(config: Config) -> None:
         with Lock() as lock:
             run_on(accelerator, config, lock)
     except StoppedError:
-        accelerator.wait_for_everyone()  # a launcher ends all when one has ended: rank zero is still closing
+        accelerator.wait_for_everyone()  # a launcher kills all ranks when one exits, and rank zero is still closing
         raise
     finally:
         settle()
@@ -72,7 +72,7 @@ def run_command(config: Config) -> None:
 
 
 def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
-    """Collective: find, assemble, train, evaluate, show."""
+    """Collective: find the checkpoint, build the run, train, evaluate, show the results."""
     backend = choose_backend(accelerator)
     set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
     if (idle := idle_accelerators(accelerator)) > 0:
@@ -102,7 +102,7 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     try:
         trained = train(session, run, state) if run is not None else {}
         rows = conclude(session, run, state, trained)
-        accelerator.wait_for_everyone()  # nobody waits for rank zero's last uploads
+        accelerator.wait_for_everyone()  # no other rank waits for rank zero's last uploads
         exit_code, how = 0, FINISHED
     except StoppedError as stopped:
         exit_code, how = stopped.exit_code, PREEMPTED if stopped.was_preempted else STOPPED
@@ -111,18 +111,18 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         raise
     finally:
         session.console.close()
-        # A launcher ends all ranks when one has ended: how the run ended is told before that.
+        # A launcher kills all ranks when one exits: the end of the run is recorded before that.
         with run.stop.listening() if run is not None and exit_code != 0 else nullcontext():
             is_shut_out = lock.is_lost()
             close_trackers(accelerator, exit_code=exit_code, is_shut_out=is_shut_out)
             if not is_shut_out:
                 record.end(how)
-        rows.append(("folder", str(output_dir)))  # here, however the run has ended, and nowhere else
-        session.console.table(rows + describe_trackers(accelerator))  # after all that W&B says at its end
+        rows.append(("folder", str(output_dir)))  # the only place that names it, however the run ended
+        session.console.table(rows + describe_trackers(accelerator))  # after W&B's closing messages
 
 
 def stop_if_finished(accelerator: Accelerator, record: JobRecord) -> None:
-    """Collective: raise StoppedError, with exit code 0, if an earlier attempt of this SLURM job has done all."""
+    """Collective: raise StoppedError, with exit code 0, if an earlier attempt of this job has finished the training."""
     if tell_all(accelerator, record.says_finished):
         message = f"The training of this job is complete, there is nothing left to do: {record.path.parent}."
         raise StoppedError(message, exit_code=0, was_preempted=False)
@@ -130,10 +130,10 @@ def stop_if_finished(accelerator: Accelerator, record: JobRecord) -> None:
 
 def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
     """
-    Rank zero: the checkpoint to go on from, and the folder of the run. Raises ConfigError.
+    Rank zero: return the checkpoint to resume from and the folder of the run. Raises ConfigError.
 
-    Writes nothing but the lock, and that where something is: who still writes there must not while it is read. And a
-    checkpoint that W&B has.
+    Writes only the lock, and only into a folder that exists, so that no other process writes there while it is read;
+    and a checkpoint that is downloaded from W&B.
     """
     output_dir = choose_output_dir(config.checkpoint, config.tracking.run_name)
     artifact = find_checkpoint(config, output_dir)
@@ -153,10 +153,10 @@ def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
 
 
 def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: int) -> None:
-    """Rank zero: make the folder of the run and write the configuration into it: the first thing written."""
+    """Rank zero: make the folder of the run and write the configuration into it, before anything else is written."""
     try:
         session.output_dir.mkdir(parents=True, exist_ok=True)
-        if session.config.run.trains:  # an evaluation alone leaves the trained run's as it is
+        if session.config.run.trains:  # an evaluation alone keeps the file of the training
             lock.take(session.output_dir)
             if left := remove_leftovers(session.output_dir):
                 logger.info("Removed what saves that did not end have left: %s.", ", ".join(left))
@@ -168,7 +168,7 @@ def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: 
 
 
 def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
-    """Collective: the training, then the final model and state in the folder of the run."""
+    """Collective: train, then save the final model and state; returns the metrics of the training."""
     console, config = session.console, session.config
     console.start(run.plan.max_steps, state.global_step, "step")
     if adapter := describe(session.task.model):
@@ -181,7 +181,7 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
             with watch_training(config.debug, session.task.model, console.line), run.watchdog.watching():
                 results = fit(run, state)
         finally:
-            run.checkpoints.wait()  # whatever ends the training: what it was saving becomes whole
+            run.checkpoints.wait()  # however the training ends, the save under way is completed
     console.close()
     weights = whole_weights(session.task.model, session.backend)
     run.checkpoints.together(lambda: save_final(session, run, state, weights) if run.checkpoints.is_writer else None)

@@ -1,9 +1,10 @@
 """
-Files that are whole or absent, their digests, and reading torch's files without running what is in them.
+Write files so that they are whole or absent, compute their digests, and read torch's files without running code.
 
-What a kill of the process must not tear is written beside and renamed. What must outlive a loss of power too is synced
-before the rename (`durable`): that costs a wait for the disk, so only what a later attempt goes on from has it: the
-checkpoints, the rows up to them, which W&B run it is, and artifacts that are deleted elsewhere once they are staged.
+A file that a kill of the process must not leave half-written is written beside its place and renamed. One that must
+survive a power loss too is synced before the rename (`durable`). A sync waits for the disk, so it is only used for what
+a later attempt resumes from: the checkpoints, the rows up to them, the identity of the W&B run, and staged artifacts
+whose originals are deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk itself. Raises OSError."""
+    """Sync a file, or the entries of a folder, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,9 +35,9 @@ def sync(path: Path) -> None:
 @contextmanager
 def written_whole(path: Path, *, durable: bool = False, suffix: str = "partial") -> Iterator[Path]:
     """
-    A path beside `path` to write a file to; it takes the place of `path` at the end, unless the block raises.
+    Yield a path beside `path` to write to; at the end of the block it replaces `path`, unless the block raises.
 
-    Two processes that may write at once need a `suffix` each.
+    Two processes that may write at once need a different `suffix` each.
     """
     partial = path.with_name(f"{path.name}.{suffix}")
     partial.unlink(missing_ok=True)
@@ -51,15 +52,15 @@ def written_whole(path: Path, *, durable: bool = False, suffix: str = "partial")
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False, suffix: str = "partial") -> None:
-    """Write a text in place of what is there, whole or not at all. Raises OSError."""
+    """Write a text to a file, whole or not at all, replacing an older one. Raises OSError."""
     with written_whole(path, durable=durable, suffix=suffix) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Rename a folder whose files are synced to what it is called from then on; an older one of that name goes then."""
+    """Rename a folder whose files are synced to its final name; an older folder of that name is deleted."""
     replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():  # a run that was resumed before this step writes it again
+    if final.exists():  # a run that was resumed from an earlier step writes this one again
         final.rename(replaced)
     partial.rename(final)
     sync(final.parent)
@@ -73,13 +74,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def update_json(path: Path, content: dict[str, Any]) -> None:
-    """Add to a JSON object on disk, or write it: Trainer.save_metrics with `combined`."""
+    """Add keys to a JSON object on disk, or create it, as Trainer.save_metrics does with `combined`."""
     present = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     write_json(path, present | content)
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -89,7 +90,7 @@ def digest_of(path: Path) -> str:
 
 def load_safely(path: str | Path, map_location: Any, allowed: Sequence[Any], *, mmap: bool = False) -> Any:
     """
-    Local: tensors, plain values and objects of the `allowed` classes; with `mmap` tensors are read when they are used.
+    Local: load tensors, plain values and objects of the `allowed` classes; with `mmap` tensors are read on use.
 
     Raises ConfigError if the file holds anything else or can't be read.
     """

@@ -1,4 +1,4 @@
-"""The training loop. `fit` is read from top to bottom and is the run."""
+"""The training loop: `fit` reads from top to bottom and is the whole training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit(run: Run, state: TrainState) -> dict[str, float]:
-    """Collective: train from where `state` stands to the end of the plan; returns the metrics of the training."""
+    """Collective: train from the step of `state` to the end of the plan; returns the metrics of the training."""
     run.clock.begin(state)
     if run.plan.config.eval_on_start and state.global_step == 0:
         evaluate(run, state, at_start=True)
@@ -51,30 +51,30 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
 
 
 def is_over(run: Run, state: TrainState) -> bool:
-    """Whether the plan is fulfilled or early stopping has struck."""
+    """Whether the planned steps are done or early stopping has ended the training."""
     return state.should_stop or state.global_step >= run.plan.max_steps
 
 
 def epochs_left(run: Run, state: TrainState) -> Iterator[int]:
-    """The epochs to train, until the training is over and what belongs to an epoch's end is done."""
+    """Yield the epochs to train, until the training is over and the work at the end of its last epoch is done."""
     for epoch in range(run.loader.epoch_index, run.plan.num_train_epochs):
-        if state.is_ended and is_over(run, state):  # now, or in the checkpoint that it has gone on from
+        if state.is_ended and is_over(run, state):  # now, or already in the checkpoint that was resumed
             return
         yield epoch
 
 
 def steps_left(run: Run, state: TrainState, epoch: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step in what is left of an epoch, until the training is over."""
+    """Yield the micro-batches of each optimizer step in the rest of an epoch, until the training is over."""
     windows = step_groups(run.loader.epoch(epoch), run.loader.config.gradient_accumulation_steps)
     for window in run.watchdog.drawn(run.throughput.drawn(windows), state):
-        if not is_over(run, state):  # as it may be from the start: gone on from the last step, before an epoch's end
+        if not is_over(run, state):  # it may be over at once, if the checkpoint is of the last step
             yield window
         if is_over(run, state):
             return
 
 
 def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
-    """Collective: one optimizer step over its micro-batches, without a host sync."""
+    """Collective: make one optimizer step over its micro-batches, without a host sync."""
     run.optimizer.train()
     num_items = run.loss.num_items(window)
     for i, batch in enumerate(window, start=1):
@@ -95,18 +95,18 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
 
 
 def follow(run: Run, state: TrainState, due: Due, *, ends_epoch: bool = False) -> None:
-    """Collective: log, evaluate and save, as far as they are due: Trainer._maybe_log_save_evaluate."""
+    """Collective: log, evaluate and save, as far as each is due, in the order of Trainer._maybe_log_save_evaluate."""
     if due.log and state.global_step > state.last_logged_step:
         report(run, state)
     with run.throughput.paused() if due.evaluate or due.save else nullcontext():
         is_best = evaluate(run, state) if due.evaluate else False
-        state.is_ended = ends_epoch and is_over(run, state)  # known to a save from here on
+        state.is_ended = ends_epoch and is_over(run, state)  # a save from here on records it
         if is_best if run.plan.config.save_strategy == "best" else due.save:
             save(run, state)
 
 
 def report(run: Run, state: TrainState) -> None:
-    """Collective: what the steps since the last report come to. The one place where a step waits for the device."""
+    """Collective: report the steps since the last report. Only here a step waits for the device."""
     run.watchdog.at(REPORT, state.global_step)
     total, num_nonfinite, of_ranks = run.window.drain(run.throughput.of_this_rank())
     rates = run.throughput.report(of_ranks)
@@ -130,7 +130,7 @@ def emit(
     *,
     timed: bool = False,
 ) -> dict[str, float]:
-    """Collective: complete an event, put it into the history and give it, with `extras` of ours, to the trackers."""
+    """Collective: complete a row for the history and, with `extras` of ours, for the trackers; returns the row."""
     row = {**logs, "epoch": state.epoch}
     if run.work.counts != "no":
         run.work.settle_tokens(state)
@@ -145,7 +145,7 @@ def emit(
 def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     """Collective: evaluate on all sets; returns whether this was the best evaluation so far."""
     run.watchdog.at(EVALUATION, state.global_step)
-    run.optimizer.eval()  # schedule-free optimizers have other weights to evaluate and to save
+    run.optimizer.eval()  # schedule-free optimizers evaluate and save other weights than they train
     metrics: dict[str, float] = {}
     previous = last_evaluation(state.log_history)
     for data in run.eval_sets:
@@ -156,7 +156,7 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     if run.tables is not None and is_due(state.epoch, previous, run.tracker.config.wandb_eval_samples_freq):
         run.tracker.log_media(run.tables.make(run.bare_model, epoch=state.epoch), step=state.global_step)
     run.model.train()
-    if at_start:  # nothing has been learnt yet: the Trainer compares nothing with it
+    if at_start:  # before the first step; the Trainer does not count it as a best either
         return False
     if run.best.metric is not None and run.optim.lr_scheduler_type in BY_METRIC:
         run.scheduler.step(metrics[run.best.metric])
@@ -167,9 +167,10 @@ def heed_stop(run: Run, state: TrainState) -> None:
     """
     Collective: if the ranks have agreed to stop, save and raise StoppedError.
 
-    Or CheckpointError, if another process has taken the folder and the W&B run over: nothing more is theirs.
+    Raises CheckpointError instead if another process has taken over the folder and the W&B run: then nothing is
+    written.
     """
-    if is_over(run, state):  # it ends anyway
+    if is_over(run, state):  # the training ends here anyway
         return
     reason = run.stop.agreed()
     if reason == StopReason.NONE:
@@ -196,10 +197,10 @@ def heed_stop(run: Run, state: TrainState) -> None:
 
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:
-    """Collective: the metrics of the whole training; the best weights, if they are wanted."""
+    """Collective: return the metrics of the whole training; load the best weights if they were asked for."""
     run.watchdog.at(END, state.global_step)
     run.stop.settled()
-    # The Trainer adds what rank zero has left; the mean over the ranks would be another number.
+    # As the Trainer: what rank zero has not reported; the mean over the ranks would be another number.
     state.total_loss += run.window.undrained()
     steps = state.global_step - run.clock.first_step
     samples = run.plan.num_samples * steps / max(run.plan.max_steps, 1)
@@ -216,6 +217,6 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
     if best is not None and run.best.config.load_best_model_at_end:
         load_weights(run.bare_model, Path(best))
     if best is not None and run.checkpoints.config.save_total_limit == 1:
-        run.accelerator.wait_for_everyone()  # nobody may still read what is deleted
+        run.accelerator.wait_for_everyone()  # no rank may still read what is deleted
         run.checkpoints.keep_only(best)
     return metrics

@@ -1,4 +1,4 @@
-"""What a run begins with that lies in W&B: a checkpoint to go on from, a model, config or tokenizer to start from."""
+"""Bring what a run starts from out of W&B: a checkpoint to resume, or a model, config or tokenizer."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 RESUME = "resume_from_checkpoint"
 FROM_PRETRAINED = ("model_name_or_path", "config_name", "tokenizer_name", "image_processor_name")
-# What from_pretrained reads without running anything: no pickles, no code.
+# What from_pretrained reads without executing code: no pickles, no Python files.
 OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".bpe", ".spm", ".tiktoken", ".vocab")
 
 
 def find_checkpoint(config: Config, output_dir: Path) -> Any:
-    """Rank zero: the artifact that --resume_from_checkpoint names, None if it is another path. Raises ConfigError."""
+    """Rank zero: return the artifact that --resume_from_checkpoint names, None for a path. Raises ConfigError."""
     path = config.checkpoint.resume_from_checkpoint
     if path is None or not is_artifact(path):
         return None
@@ -49,11 +49,11 @@ def find_checkpoint(config: Config, output_dir: Path) -> Any:
 
 def bring_checkpoint(config: Config, artifact: Any, output_dir: Path, *, token: str) -> Found:
     """
-    Rank zero: the artifact as a folder of output_dir, which exists and is ours; whole, or not at all.
+    Rank zero: put the artifact as a folder into output_dir, which exists and is locked by us; whole or not at all.
 
-    What is there already is not downloaded again, and where the path means the newest, a newer one of the same run in
-    output_dir is it. With --load_best_model_at_end the best checkpoint comes too. `token` is of this process alone.
-    Raises ConfigError.
+    A folder that is there already is not downloaded again. Where the path means the newest checkpoint, a newer one of
+    the same run in output_dir is taken instead. With --load_best_model_at_end the best checkpoint comes too. `token` is
+    unique to this process. Raises ConfigError.
     """
     path = str(config.checkpoint.resume_from_checkpoint).removeprefix(PREFIX)
     if path.partition(":")[2] in ("", "latest") and (newer := _newer_here(config, artifact, output_dir)) is not None:
@@ -69,11 +69,11 @@ def bring_checkpoint(config: Config, artifact: Any, output_dir: Path, *, token: 
 
 
 def _newer_here(config: Config, artifact: Any, output_dir: Path) -> Found | None:
-    """The newest whole checkpoint in output_dir, if it is of the artifact's run and of a later step."""
+    """Return the newest whole checkpoint in output_dir, if it is of the artifact's run and of a later step."""
     checkpoint = replace(config.checkpoint, resume_from_checkpoint="auto", output_dir=str(output_dir))
     try:
         here = find(checkpoint, output_dir)
-    except ConfigError:  # there are some, and none is whole
+    except ConfigError:  # there are checkpoints, but none is whole
         return None
     if here.path is None or not _is_same_run(artifact, here.path):
         return None
@@ -81,7 +81,7 @@ def _newer_here(config: Config, artifact: Any, output_dir: Path) -> Found | None
 
 
 def _bring(artifact: Any, output_dir: Path, token: str) -> Path:
-    """The folder checkpoint-N with the very files of the artifact: as it was there, or downloaded and verified."""
+    """Return the folder checkpoint-N with exactly the artifact's files, downloaded and verified if need be."""
     name = artifact.qualified_name
     for path in list_checkpoints(output_dir):
         if alias_of_step(artifact) in (None, step_of(path)) and is_there(artifact, path) and why_invalid(path) is None:
@@ -118,7 +118,7 @@ def _is_same_run(artifact: Any, checkpoint: Path) -> bool:
 
 def models_from_wandb(config: TaskConfig, tracking: TrackingConfig) -> tuple[TaskConfig, tuple[str, ...]]:
     """
-    Local, once a node at a time: the flags with folders in place of `wandb:` paths, and the versions they stand for.
+    Local, once a node at a time: return the flags with folders in place of `wandb:` paths, and the versions used.
 
     Files that are there already are not downloaded again; pickles and code stay in W&B. Raises ConfigError.
     """

@@ -1,4 +1,4 @@
-"""What a command works with: a Session, and a Run if it trains. Both are put together by build.py."""
+"""The objects that a command works with: a Session, and a Run if it trains. build.py makes both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from harness.training.watchdog import Watchdog
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What a command works with, whether it trains or not. `artifacts` are versions in W&B that the model is from."""
+    """What a command needs, whether it trains or not. `artifacts` are the W&B versions that the model is from."""
 
     config: Config
     accelerator: Accelerator
@@ -49,7 +49,7 @@ class Session:
 
     @property
     def step_size(self) -> StepSize:
-        """What the flags say of an optimizer step."""
+        """The size of an optimizer step, as the flags give it."""
         data = self.config.data
         return StepSize(
             batch_size=data.per_device_train_batch_size,
@@ -58,7 +58,7 @@ class Session:
         )
 
     def eval_sets(self) -> tuple[EvalSet, ...]:
-        """The validation sets, ready: one as `eval`, several as `eval_<name>`."""
+        """Return the validation sets, ready to use: a single one as `eval`, several as `eval_<name>`."""
         dataset = self.task.eval_dataset
         if dataset is None:
             return ()
@@ -67,7 +67,7 @@ class Session:
         return tuple(self.eval_set(part, f"eval_{name}") for name, part in dataset.items())
 
     def eval_set(self, dataset: Any, prefix: str) -> EvalSet:
-        """One set to evaluate or to predict on."""
+        """Return one set to evaluate or to predict on."""
         config, seed = self.config.data, self.config.topology.seed
         batch_size = config.per_device_eval_batch_size
         samples = self.samples(dataset, batch_size, seed=seed if config.data_seed is None else config.data_seed)
@@ -76,7 +76,7 @@ class Session:
         )
 
     def samples(self, dataset: Any, group_size: int, *, seed: int | None) -> Samples:
-        """A data set as the model takes it; where lengths are grouped, in groups of that size."""
+        """Return a data set as the model takes it; with grouping by length, in groups of `group_size` samples."""
         task, config = self.task, self.config.data
         group = None
         if config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
@@ -87,7 +87,7 @@ class Session:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that a training needs. `model` is the wrapped one."""
+    """Everything that a training needs. `model` is the wrapped one."""
 
     accelerator: Accelerator
     backend: Backend
@@ -118,6 +118,6 @@ class Run:
 
     @property
     def bare_model(self) -> torch.nn.Module:
-        """The model inside of all that wraps it, torch.compile too."""
+        """The model without any wrapper, torch.compile's included."""
         bare: torch.nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return bare

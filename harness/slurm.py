@@ -1,4 +1,4 @@
-"""The SLURM job that a training runs in: who it is, when its time is over, and what its attempts have come to."""
+"""The SLURM job that a training runs in: its identity, its time limit, and the record of its attempts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 JOB_FILE = "slurm.json"
 SECONDS_FOR_SQUEUE = 20.0
-# Deaths of one job in a row that began at the same step: the next would be no better.
+# After so many attempts in a row that began at the same step and died, another one would die too.
 MOST_DEATHS = 2
 FINISHED, PREEMPTED, STOPPED, FAILED = "finished", "preempted", "stopped", "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob:
-    """A job, or a task of an array (then its id is ARRAY_TASK), and how often it has been requeued."""
+    """A job, or a task of an array (its id is then ARRAY_TASK), and how often it has been requeued."""
 
     id: str
     restart_count: int = 0
@@ -38,17 +38,17 @@ class SlurmJob:
 
     @property
     def output_dir(self) -> Path:
-        """Where its run is kept if nobody says: the same folder in each of its attempts."""
+        """Where the run is kept unless a flag says otherwise: the same folder in each attempt."""
         return Path("runs") / f"job-{self.id}"
 
     def facts(self) -> dict[str, Any]:
-        """What the configuration of a run says of it."""
+        """The job's details for the configuration of a run."""
         names = ("id", "name", "restart_count", "partition", "nodes")
         return {f"slurm/{'job_' if name in ('id', 'name') else ''}{name}": getattr(self, name) for name in names}
 
 
 def slurm_job() -> SlurmJob | None:
-    """The job that this process is of; None outside SLURM."""
+    """Return the job that this process belongs to; None outside SLURM."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
@@ -65,7 +65,7 @@ def slurm_job() -> SlurmJob | None:
 
 
 def time_limit_at() -> float | None:
-    """When the job ends, in seconds since 1970, by squeue or SLURM_JOB_END_TIME; None if it has all the time."""
+    """Return when the job ends, in seconds since 1970, from squeue or SLURM_JOB_END_TIME; None without a limit."""
     job = slurm_job()
     if job is None:
         return None
@@ -74,7 +74,7 @@ def time_limit_at() -> float | None:
 
 
 def _ask_squeue(job: SlurmJob) -> str:
-    # The variable is what was known at the start, and older versions have none; squeue is not in every container.
+    # The variable holds the limit at the start, and older versions lack it; not every container has squeue.
     squeue = shutil.which("squeue")
     if squeue is None:
         return ""
@@ -92,20 +92,24 @@ def _ask_squeue(job: SlurmJob) -> str:
 
 class JobRecord:
     """
-    The attempts of jobs, in the folder of their run: a list, each with how it ended. No end is a death without a word.
+    The attempts of jobs, listed in the folder of their run with how each ended; an attempt without an end was killed.
 
-    Rank zero's; without a job it stays without effect.
+    For rank zero. Without a job its methods do nothing.
     """
 
     def __init__(self, output_dir: Path, job: SlurmJob | None) -> None:
         self.path, self.job = output_dir / JOB_FILE, job
 
     def says_finished(self) -> bool:
-        """Whether this very job has done all that it was asked for, in an earlier attempt."""
+        """Whether an earlier attempt of this very job has completed the training."""
         return any(self._is_earlier(attempt) and attempt.get("ended") == FINISHED for attempt in self._attempts()[-1:])
 
     def begin(self, *, from_step: int) -> None:
-        """Note an attempt that goes on at a step. Raises ConfigError if earlier ones have died there; OSError."""
+        """
+        Record an attempt that starts at a step.
+
+        Raises ConfigError if earlier ones have died at that step; OSError.
+        """
         if self.job is None:
             return
         attempts = self._attempts()
@@ -128,12 +132,16 @@ class JobRecord:
         self._write([*attempts, {**facts, "from_step": from_step, "began_at": time.time(), "ended": None}])
 
     def end(self, how: str) -> None:
-        """Note how this attempt ends: FINISHED, PREEMPTED, STOPPED or FAILED. A failure to write is a warning."""
+        """
+        Record how this attempt ends: FINISHED, PREEMPTED, STOPPED or FAILED.
+
+        A failure to write is only a warning.
+        """
         if self.job is None:
             return
         attempts = self._attempts()
         own = [attempt for attempt in attempts if self._key(attempt) == (self.job.id, self.job.restart_count)]
-        if not own:  # it ends before it began
+        if not own:  # the attempt ends before `begin` was called
             return
         own[-1]["ended"] = how
         try:
@@ -142,7 +150,7 @@ class JobRecord:
             logger.warning("%s can't be written: %s", self.path, error)
 
     def _is_earlier(self, attempt: Mapping[str, Any]) -> bool:
-        # Of this job before it was requeued: a second command in the same attempt is somebody's will.
+        # Only from before a requeue: a second command in the same attempt was started on purpose.
         job, count = self._key(attempt)
         return self.job is not None and job == self.job.id and count < self.job.restart_count
 

@@ -1,7 +1,7 @@
 """
-What a checkpoint holds of a run, part by part: each declares here what a save takes and what a resume makes of it.
+The content of a checkpoint, part by part: each part says what a save takes and what a resume does with it.
 
-The weights alone are loaded elsewhere: by `assemble`, into a model that nothing has wrapped yet.
+Only the weights are loaded elsewhere: `assemble` loads them into the model before it is wrapped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Collective: copy what checkpoint-N is made of; it is written while the training goes on."""
+    """Collective: copy the state for checkpoint-N; it is written while the training goes on."""
     run.watchdog.at(SAVE, state.global_step)
     run.checkpoints.settle()
     run.work.settle_flos(state)
@@ -41,7 +41,7 @@ def save(run: Run, state: TrainState) -> None:
     best, known = run.checkpoints.path_of(state.best_global_step or 0), state.best_model_checkpoint
     if state.best_global_step == state.global_step or best.is_dir():
         state.best_model_checkpoint = str(best)
-    elif known is not None and not Path(known).is_dir():  # its save has failed
+    elif known is not None and not Path(known).is_dir():  # that checkpoint's save has failed
         state.best_model_checkpoint = None
     content = take(run, state)
     is_best = state.best_global_step == state.global_step
@@ -50,7 +50,11 @@ def save(run: Run, state: TrainState) -> None:
 
 
 def take(run: Run, state: TrainState) -> Content:
-    """Collective: what a checkpoint of this instant holds; tensors are those of the training, unless it is sharded."""
+    """
+    Collective: return the content of a checkpoint of this step.
+
+    Tensors are the training's own, or copies if they are sharded.
+    """
     model = run.bare_model
     content = Content(
         step=state.global_step,
@@ -67,9 +71,9 @@ def take(run: Run, state: TrainState) -> Content:
 
 def restore(run: Run, state: TrainState, path: Path) -> None:
     """
-    Collective: put a checkpoint, ours or a Trainer's, into a run that has its weights already; on all ranks or none.
+    Collective: load a checkpoint, ours or a Trainer's, into a run that has its weights already.
 
-    Raises ConfigError, on all of them, for one that does not fit.
+    Raises ConfigError, on all ranks, for one that does not fit.
     """
     failure: ConfigError | None = None
     try:
@@ -84,19 +88,19 @@ def restore(run: Run, state: TrainState, path: Path) -> None:
 
 
 class Part(Protocol):
-    """A part of a checkpoint. What it has saved it loads; what a Trainer or an older version lacks it goes without."""
+    """A part of a checkpoint. It loads what it has saved, and does without what a Trainer or an older version lacks."""
 
     def save(self, content: Content) -> None:
-        """Local: put what is to be saved into the content."""
+        """Local: put this part into the content."""
         ...
 
     def load(self, saved: Saved) -> None:
-        """Local: put back what was saved; `ZeRO`'s optimizer is collective. Raises ConfigError if it does not fit."""
+        """Local: put back what was saved; ZeRO's optimizer is collective. Raises ConfigError if it does not fit."""
         ...
 
 
 def parts(run: Run, state: TrainState) -> tuple[Part, ...]:
-    """All of them, in the order in which they are loaded: the data's place follows from the counters."""
+    """Return all parts in the order of loading: the position in the data follows from the counters."""
     return (
         Counters(run, state),
         Optimizer(run),
@@ -111,25 +115,25 @@ def parts(run: Run, state: TrainState) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class Counters:
-    """The Trainer's state and history, and of ours what that has no place for."""
+    """The Trainer's state and history, and the counters of ours that trainer_state.json has no place for."""
 
     run: Run
     state: TrainState
 
     def save(self, content: Content) -> None:
-        """Into trainer_state.json, and `state` of harness_state.json."""
+        """Save into trainer_state.json, and as `state` into harness_state.json."""
         content.trainer_state = self.state.trainer_state(early_stopping=self.run.best.early_stopping)
         content.shared["state"] = self.state.state_dict()
 
     def load(self, saved: Saved) -> None:
-        """Patience and the best checkpoint are looked at anew: flags may differ, and the folder may have moved."""
+        """Load both; check patience and the best checkpoint again: flags may differ, the folder may have moved."""
         state = self.state
         state.load_trainer_state(saved.path / TRAINER_STATE_FILE)
         state.load_state_dict(saved.shared.get("state", {}))
         patience = self.run.best.config.early_stopping_patience
         state.should_stop = patience is not None and state.early_stopping_patience_counter >= patience
         best = state.best_model_checkpoint
-        if best is not None and not Path(best).is_dir():  # as in a run that was moved, or came from W&B
+        if best is not None and not Path(best).is_dir():  # the run was moved, or came from W&B
             beside = saved.path.with_name(Path(best).name)
             state.best_model_checkpoint = str(beside) if beside.is_dir() else None
             if not beside.is_dir():
@@ -143,7 +147,7 @@ class Optimizer:
     run: Run
 
     def save(self, content: Content) -> None:
-        """Into the Trainer's files, a file a rank under FSDP2, or DeepSpeed's shards."""
+        """Save into the Trainer's files, with FSDP2 one file a rank, with DeepSpeed its shards."""
         run = self.run
         found = run.backend.save_optimizer(run.model, run.optimizer, step=content.step)
         content.files |= {SCHEDULER_FILE: run.scheduler.state_dict(), **found.files}
@@ -151,7 +155,7 @@ class Optimizer:
         content.shared |= {"optim": run.optim.optim, "zero_stage": run.backend.zero_stage}
 
     def load(self, saved: Saved) -> None:
-        """Of the same --optim, and under the same stage of ZeRO."""
+        """Load the state. Raises ConfigError for another --optim or another stage of ZeRO."""
         self._check(saved)
         run = self.run
         try:
@@ -184,46 +188,46 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Scaler:
-    """The scale of the loss under fp16, where Accelerate keeps it."""
+    """The loss scale of fp16, which Accelerate keeps."""
 
     run: Run
 
     def save(self, content: Content) -> None:
-        """Into the Trainer's file."""
+        """Save into the Trainer's file."""
         if self.run.accelerator.scaler is not None:
             content.files[SCALER_FILE] = self.run.accelerator.scaler.state_dict()
 
     def load(self, saved: Saved) -> None:
-        """If both have one."""
+        """Load it, if both the checkpoint and this run have one."""
         if self.run.accelerator.scaler is not None and SCALER_FILE in saved.files:
             self.run.accelerator.scaler.load_state_dict(saved.files[SCALER_FILE])
 
 
 class Software:
-    """What the last bits of a number hang on."""
+    """The versions that the last bits of a number depend on."""
 
     def save(self, content: Content) -> None:
-        """Into harness_state.json."""
+        """Save into harness_state.json."""
         content.shared["software"] = software()
 
     def load(self, saved: Saved) -> None:
-        """A warning if it is another."""
+        """Warn if they differ."""
         if change := describe_change(saved.shared.get("software", {}), software()):
             logger.warning("%s was saved with %s: numbers may differ in their last bits.", saved.path, change)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the run was asked for."""
+    """The arguments of the run."""
 
     run: Run
 
     def save(self, content: Content) -> None:
-        """Into harness_state.json."""
+        """Save into harness_state.json."""
         content.shared["arguments"] = self.run.arguments
 
     def load(self, saved: Saved) -> None:
-        """Tell what differs; raise ConfigError for all at once that is not allowed, the order of the data too."""
+        """Print what differs. Raises one ConfigError for all that is not allowed, the order of the data included."""
         run, (changes, other_order) = self.run, _changes(self.run, saved)
         problems = []
         if changes.refused and not run.checkpoints.config.allow_changed_arguments:
@@ -243,24 +247,24 @@ class Arguments:
 
 
 def _changes(run: Run, saved: Saved) -> tuple[Changes, str]:
-    """Which arguments differ from those of the checkpoint, and what makes the data come in another order."""
+    """Return which arguments differ from the checkpoint's, and what changes the order of the data."""
     changes = compare(saved.shared.get("arguments", {}), run.arguments, FLAGS)
     return changes, why_other_order(saved.shared.get("data", {}), run.loader.state_dict())
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """How many rows the run has, in W&B and in its journal."""
+    """The number of rows that the run has, in W&B and in its journal."""
 
     run: Run
 
     def save(self, content: Content) -> None:
-        """Into harness_state.json, and a copy of the journal."""
+        """Save into harness_state.json, with a copy of the journal."""
         content.shared["tracking"] = self.run.tracker.state_dict()
         content.others = self.run.tracker.files_of_checkpoint()
 
     def load(self, saved: Saved) -> None:
-        """With what makes other numbers than before: rows beyond the checkpoint would not be written again then."""
+        """Load it, with the changes that alter numbers: after one, later rows are not written again as they were."""
         changes, other_order = _changes(self.run, saved)
         told = [*changes.refused, *([f"{saved.path.name} was saved with {other_order}"] if other_order else [])]
         self.run.tracker.load_state_dict(saved.shared.get("tracking", {}), saved.path, changes="; ".join(told))
@@ -268,37 +272,37 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Data:
-    """The place in the data, and the random generators, which belong to it."""
+    """The position in the data, and the random generators that belong to it."""
 
     run: Run
     state: TrainState
 
     def save(self, content: Content) -> None:
-        """Into harness_state.json; the generators into a file a rank: the Trainer's, with our own part beside its."""
+        """Save into harness_state.json; the generators into the Trainer's file of each rank, beside our own values."""
         content.shared["data"] = self.run.loader.state_dict()
         content.rank_state |= rng.capture(world_size=self.run.accelerator.num_processes)
         content.rank_state.setdefault("harness", {})["data"] = self.run.loader.rng_state_dict()
 
     def load(self, saved: Saved) -> None:
-        """In the very batches of the checkpoint, if they are as large and as many; else at the same samples."""
+        """Go on at the same batches if their size and number are equal, else at the same samples."""
         run, (position, is_exact) = self.run, self._position(saved)
         if saved.rank_state is None:
             logger.warning("%s has no random state for this rank: the run goes on, but not to the bit.", saved.path)
             run.loader.load_position(position)
         else:
-            # What was drawn ahead elsewhere is another batch here.
+            # With another layout the batch that was drawn ahead is a different one.
             run.loader.load_state_dict(position, saved.ours.get("data", {}) if is_exact else {}, saved.rank_state)
         if reason := run.loader.why_read_again:
             count = run.loader.batches_drawn
             run.console.line(f"The stream is read again up to its position, {count} batches of a rank: {reason}.")
 
     def _position(self, saved: Saved) -> tuple[Mapping[str, int], bool]:
-        """Where the data goes on, and whether in the very batches of the checkpoint."""
+        """Return where the data goes on, and whether at exactly the batches of the checkpoint."""
         run, position, now = self.run, saved.shared.get("data"), self.run.loader.state_dict()
         other_order = why_other_order(position or {}, now)
         if other_order:
             run.console.line(f"The data goes on in another order, {saved.path.name} was saved with {other_order}.")
-        if position is None or other_order:  # a Trainer's counts optimizer steps
+        if position is None or other_order:  # as in a Trainer's checkpoint: from the count of optimizer steps
             updates, accumulation = run.plan.updates_per_epoch, run.loader.config.gradient_accumulation_steps
             steps = at_step(self.state.global_step, updates_per_epoch=updates, accumulation=accumulation)
             return steps, position is None
@@ -318,11 +322,11 @@ class LossWindow:
     run: Run
 
     def save(self, content: Content) -> None:
-        """Beside the generators: each rank has its own."""
+        """Save into each rank's own file, beside the generators."""
         content.rank_state.setdefault("harness", {})["window"] = self.run.window.state_dict()
 
     def load(self, saved: Saved) -> None:
-        """This rank's, or what those of another number of ranks come to; a Trainer keeps none."""
+        """Load this rank's losses, or the mean of all ranks' if their number differs; a Trainer saves none."""
         if "window" not in saved.ours:
             return
         if saved.other_ranks:

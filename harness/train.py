@@ -1,5 +1,5 @@
 """
-The script: parses, loads what a training needs, runs it, and turns what ends it into an exit code.
+The training script: parse the flags, load the libraries, run, and turn an error into an exit code.
 
 `harness train`, `harness-train`, `python harness/train.py` and `python -m harness.train` are the same; with several
 processes: `accelerate launch harness/train.py`. Exit codes: 0 finished, 1 failed, 2 bad input or configuration, 85
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Run as a script this folder would come first and its files shadow modules; its parent belongs there.
+    # As a script: this folder would come first on the path and its files hide modules; its parent belongs there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from harness.signals import hold
@@ -33,13 +33,13 @@ SECONDS_FOR_RANK_ZERO = 10.0
 
 
 def script() -> None:
-    """The installed command."""
+    """Run as the installed command `harness-train`."""
     hold()  # before torch and transformers are loaded, which takes seconds
     sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code. Errors that are not the user's raise with their traceback."""
+    """Run a command line; returns the exit code. Errors that are bugs are raised with their traceback."""
     return exit_code_of(partial(_command, sys.argv[1:] if argv is None else argv), _say)
 
 
@@ -58,7 +58,7 @@ def _command(argv: Sequence[str]) -> int:
     try:
         run_command(config)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not even be loaded
+        if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch may not be imported
             raise
         remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
         raise HarnessError(f"Out of memory: {remedy}. ({str(error).splitlines()[0]})") from error
@@ -69,12 +69,12 @@ def _show(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # as by `| head`; what is left must not raise again when Python ends
+    except BrokenPipeError:  # as with `| head`; the unwritten rest must not raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load(config: Config) -> None:
-    """Import what a training needs, which takes seconds, and say so first."""
+    """Import what a training needs, which takes seconds, after a line that says so."""
     is_told = config.console.log_level in ("passive", "info", "debug") and is_first_rank()
     if is_told and "torch" not in sys.modules:
         print("Loading torch, transformers and accelerate ...", file=sys.stderr, flush=True)
@@ -85,8 +85,8 @@ def _say(code: int, message: str) -> None:
     if is_first_rank():
         print(f"harness train: {message}", file=sys.stderr, flush=True)
     elif code in (1, 2):
-        # Ranks fail together, with one message. A launcher ends all when one has ended, and that has to be rank zero;
-        # who is still here after it failed alone.
+        # Ranks fail together, with one message. A launcher kills all ranks when the first exits: the others give rank
+        # zero time to print it. A rank that is still alive after that has failed alone and prints its own message.
         time.sleep(SECONDS_FOR_RANK_ZERO)
         print(f"harness train: {message} (not on rank zero)", file=sys.stderr, flush=True)
 

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: found, written, whole or absent."""
+"""Checkpoints on disk: find them, read them, and write them whole or not at all."""

@@ -1,4 +1,4 @@
-"""The folder of a run: which it is, which checkpoints are in it, and which of them is gone on from."""
+"""The folder of a run: choose it, list its checkpoints, and find the one to resume from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEFTOVER = re.compile(r"(checkpoint-\d+|download)(\.[0-9a-f]+)?\.partial")
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A checkpoint to go on from, why newer ones were passed over, and the artifact in W&B that it is, if it is one."""
+    """A checkpoint to resume from, why newer ones were passed over, and the W&B artifact that it came from, if any."""
 
     path: Path | None
     passed_over: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Found:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """
-    The folders checkpoint-N, oldest first; no leftovers of a save that did not end.
+    Return the folders checkpoint-N, oldest first, without leftovers of saves that did not finish.
 
     A save that was killed while it replaced checkpoint-N leaves the older one as checkpoint-N.replaced.
     """
@@ -45,9 +45,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def remove_leftovers(output_dir: Path) -> list[str]:
     """
-    Delete what dead writers' saves and downloads have left, and return the names. Nobody may be writing to the folder.
+    Delete what killed saves and downloads have left, and return the names. No process may be writing to the folder.
 
-    A checkpoint that a kill left as checkpoint-N.replaced alone stays: it is the only one of its step.
+    A checkpoint-N.replaced without a checkpoint-N stays: it is the only checkpoint of its step.
     """
     if not output_dir.is_dir():
         return []
@@ -60,9 +60,9 @@ def remove_leftovers(output_dir: Path) -> list[str]:
 
 def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
     """
-    Local: the checkpoint that `--resume_from_checkpoint` means.
+    Local: return the checkpoint that `--resume_from_checkpoint` means.
 
-    Raises ConfigError where there must be one and is none: `true`, or a path that holds no whole checkpoint.
+    Raises ConfigError where one is required and there is none: `true`, or a path that holds no whole checkpoint.
     """
     wanted = config.resume_from_checkpoint
     if wanted is None or not config.resumes:
@@ -92,13 +92,13 @@ def find(config: CheckpointConfig, output_dir: Path | None) -> Found:
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that a training can go on from, None if there is none. Reads all of it."""
+    """Return the newest checkpoint that a training can resume from, None if there is none. Reads every file of it."""
     found = reversed(list_checkpoints(Path(output_dir).expanduser()))
     return next((path for path in found if why_invalid(path) is None), None)
 
 
 def choose_output_dir(config: CheckpointConfig, run_name: str | None = None) -> Path:
-    """The folder of the run: as given, or a fresh one named by the time and the run's name."""
+    """Return the folder of the run: as given, or a new one named by the time and the run's name."""
     if config.output_dir is not None:
         return Path(config.output_dir).expanduser()
     suffix = re.sub(r"[^\w.-]+", "-", run_name or "").strip("-.")[:MOST_LETTERS_OF_NAME]
@@ -117,7 +117,7 @@ def check_output_dir(output_dir: Path, *, may_hold_run: bool) -> None:
         )
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     try:
-        # Asking for permissions says nothing on a full or read-only disk.
+        # Only writing shows a full or read-only disk; permissions do not.
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"0" * CHUNK_BYTES)
     except OSError as error:

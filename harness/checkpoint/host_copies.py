@@ -1,4 +1,4 @@
-"""Copies of tensors in host memory that is kept: what a writer reads while the training goes on."""
+"""Copies of tensors in reused host memory, for a writer to read while the training goes on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class HostCopies:
     """
     Copies of nested states, in host memory that the next copy uses again.
 
-    Tensors that share memory share it in the copy too, so that what is written of it is what would be written of the
-    original. A copy is good until the next one is made.
+    Tensors that share memory share it in the copy too, so that a file written from the copy equals one written from the
+    original. A copy is valid until the next one is made.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class HostCopies:
 
     @property
     def num_bytes(self) -> int:
-        """What is held between copies."""
+        """The memory that is kept between copies, in bytes."""
         return sum(buffer.numel() for buffer in self._buffers)
 
     def copy(self, state: Any) -> Any:
@@ -31,7 +31,7 @@ class HostCopies:
         copied = self._copied(state)
         for device in {device for device, _ in self._taken if device.type != "cpu"}:
             torch.accelerator.synchronize(device)
-        self._taken = {}  # the originals may be freed and others get their addresses
+        self._taken = {}  # the originals may be freed and their addresses reused
         return copied
 
     def _copied(self, value: Any) -> Any:
@@ -48,7 +48,7 @@ class HostCopies:
     def _copied_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.untyped_storage().nbytes() == 0:
-            return tensor.cpu().clone()  # quantized, sparse, empty: few and small
+            return tensor.cpu().clone()  # quantized, sparse or empty tensors are few and small
         storage = tensor.untyped_storage()
         key = (tensor.device, storage.data_ptr())
         if key not in self._taken:
@@ -60,7 +60,11 @@ class HostCopies:
         return view.set_(kept, tensor.storage_offset(), tensor.size(), tensor.stride())
 
     def _buffer(self, index: int, source: torch.Tensor) -> torch.Tensor:
-        """The buffer of the index-th memory block, pinned for a device's; states keep their order from save to save."""
+        """
+        Return the buffer of the index-th memory block, pinned for a device's.
+
+        States keep their order between saves.
+        """
         is_pinned = source.device.type != "cpu"
         if index < len(self._buffers):
             kept = self._buffers[index]

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds, in the Trainer's layout: its files, whether they are whole, what is in them."""
+"""The Trainer's layout of a checkpoint's folder: file names, the check that it is whole, and reading it."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from harness.distributed.backend import OPTIMIZER_FILE
 from harness.files import digest_of, load_safely
 from harness.training.state import TRAINER_STATE_FILE
 
-STATE_FILE = "harness_state.json"  # the manifest, written last: the sizes and digests of the others, and our part
+STATE_FILE = "harness_state.json"  # the manifest, written last: sizes and digests of the other files, and our own state
 FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 SCHEDULER_FILE, SCALER_FILE = "scheduler.pt", "scaler.pt"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that a folder checkpoint-N, or checkpoint-N.replaced, is of."""
+    """Return the optimizer step of a folder checkpoint-N or checkpoint-N.replaced."""
     return int(checkpoint.name.removesuffix(".replaced").rpartition("-")[2])
 
 
 def rng_file(process_index: int, num_processes: int) -> str:
-    """The name that the Trainer gives a rank's generators."""
+    """Return the name that the Trainer gives the file of a rank's generators."""
     return "rng_state.pth" if num_processes == 1 else f"rng_state_{process_index}.pth"
 
 
 def why_invalid(path: Path) -> str | None:
-    """What keeps a folder from being resumed; None if nothing does. Reads all of it, to compare digests."""
+    """Return why a folder can't be resumed from; None if it can. Reads every file to compare digests."""
     if not path.is_dir():
         return "no such folder"
     if not (path / TRAINER_STATE_FILE).is_file():
         return f"{TRAINER_STATE_FILE} is missing, so it is no checkpoint or was never finished"
     manifest = path / STATE_FILE
     if not manifest.is_file():
-        # A Trainer's: it has no manifest, so what a resume needs must at least be there.
+        # A Trainer's checkpoint has no manifest: check at least that the files for a resume exist.
         needed = (WEIGHTS, (OPTIMIZER_FILE,), (SCHEDULER_FILE,))
         missing = [names[0] for names in needed if not any((path / name).is_file() for name in names)]
         return f"{', '.join(missing)} missing (saved with save_only_model, or never finished)" if missing else None
@@ -51,7 +51,7 @@ def why_invalid(path: Path) -> str | None:
 
 
 def why_damaged(path: Path) -> str | None:
-    """What in a folder differs from its manifest; None if nothing does, or if there is none. Reads all of it."""
+    """Return what differs from the folder's manifest; None if nothing does or there is none. Reads every file."""
     manifest = path / STATE_FILE
     if not manifest.is_file():
         return None
@@ -80,8 +80,8 @@ class Saved:
     """
     A checkpoint that has been read: torch states by file name, this rank's state, and our JSON (or {}).
 
-    If another number of ranks saved it, `other_ranks` holds the states of them all, and `rank_state` is the one that
-    this rank goes on from: that of its own number, or counted round from rank zero's again.
+    If another number of ranks saved it, `other_ranks` holds the states of all of them, and `rank_state` is the one that
+    this rank takes: rank `i` takes that of rank `i` modulo their number.
     """
 
     path: Path
@@ -92,18 +92,18 @@ class Saved:
 
     @property
     def ours(self) -> dict[str, Any]:
-        """What a rank keeps beside its generators; {} for a Trainer's."""
+        """This rank's own values beside its generators; {} for a Trainer's checkpoint."""
         found: dict[str, Any] = (self.rank_state or {}).get("harness", {})
         return found
 
 
 def read(path: Path, *, ranks: tuple[int, int], device: torch.device) -> Saved:
     """
-    Local: read a checkpoint, ours or a Trainer's; nothing is unpickled but tensors and plain values.
+    Local: read a checkpoint, ours or a Trainer's; only tensors and plain values are unpickled.
 
     Raises ConfigError if a file holds anything else or can't be read.
     """
-    # As the Trainer: on one device through the CPU, so that two copies of the optimizer never fill it.
+    # As the Trainer: a single device loads through the CPU, so that it never holds two copies of the optimizer.
     where = device if ranks[1] > 1 and device.type != "cpu" else torch.device("cpu")
     files = {
         name: _load(path / name, where)
@@ -125,7 +125,7 @@ def read(path: Path, *, ranks: tuple[int, int], device: torch.device) -> Saved:
 
 
 def _rng_files(path: Path) -> list[Path]:
-    """The files of all ranks that saved, in their order."""
+    """Return the files of all ranks that saved, in rank order."""
     alone = path / rng_file(0, 1)
     return [alone] if alone.is_file() else sorted(path.glob("rng_state_*.pth"), key=lambda file: (len(file.name), file))
 

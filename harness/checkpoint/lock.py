@@ -1,4 +1,4 @@
-"""Who writes to the folder of a run: one attempt at a time, and a later one fences an earlier one."""
+"""The lock on the folder of a run: one attempt writes at a time, and a takeover fences the earlier attempt."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = "harness.lock"
 HEARTBEAT_SECONDS = 20.0
-# On another machine a process can't be asked for: one that has not touched its lock for so long is dead.
+# A process on another machine can't be checked: it counts as dead when its lock was not touched for so long.
 SILENCE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The process that writes; `created_at` and `taken_at` in seconds since 1970, `job` "" outside SLURM."""
+    """The process that holds a lock; `created_at` and `taken_at` in seconds since 1970, `job` is "" outside SLURM."""
 
     token: str
     host: str
@@ -43,10 +43,10 @@ class Holder:
 
 class Lock:
     """
-    The lock on an output_dir, a file in it. Rank zero takes it; on the other ranks it stays without effect.
+    The lock on an output_dir, a file in it. Rank zero takes it; on the other ranks its methods do nothing.
 
-    A file that is left by a kill is no obstacle. A process that is shut out learns it from `is_lost`, which writers
-    ask before they put something in place: after a node failure the old rank can go on for minutes beside the new one.
+    A file that a killed process left is no obstacle. A process whose lock was taken over learns it from `is_lost`,
+    which writers ask before they put something in place: after a node failure the old rank may run on for minutes.
     """
 
     def __init__(self) -> None:
@@ -62,9 +62,9 @@ class Lock:
 
     def take(self, output_dir: Path) -> None:
         """
-        Take the lock of a folder that exists; a second time changes nothing.
+        Take the lock of a folder that exists; a second call changes nothing.
 
-        Raises ConfigError while another process has it, unless that is an earlier attempt of our SLURM job; OSError.
+        Raises ConfigError while another process holds it, unless that is an earlier attempt of our SLURM job; OSError.
         """
         if self._path is not None:
             return
@@ -91,14 +91,14 @@ class Lock:
         threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
 
     def is_lost(self) -> bool:
-        """Whether another process has taken the lock from this one; it may be through already, and its lock gone."""
+        """Whether another process has taken over this lock, even if it has finished and released it since."""
         if self._path is None:
             return False
         holder = _read(self._path)
         return holder.token != self.token if holder is not None else not self._path.exists()
 
     def release(self) -> None:
-        """Give it back, if it is still ours."""
+        """Remove the lock, if it is still ours."""
         self._ended.set()
         path, self._path = self._path, None
         if path is not None and (holder := _read(path)) is not None and holder.token == self.token:
@@ -114,14 +114,14 @@ class Lock:
 
 
 def is_held(output_dir: Path) -> bool | None:
-    """Whether an attempt of the training is running in a folder, on any machine; None if no file says so."""
+    """Whether an attempt of the training is running in a folder, on any machine; None if there is no lock file."""
     path = output_dir / LOCK_FILE
     holder = _read(path)
     return None if holder is None else not _may_shut_out(holder, path, None)
 
 
 def _read(path: Path) -> Holder | None:
-    """Who has the lock; None if nobody has, or if what is there can't be read."""
+    """Return the holder of the lock; None if there is none, or if the file can't be read."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

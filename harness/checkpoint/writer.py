@@ -1,4 +1,4 @@
-"""Writing checkpoints: in the background, whole or absent. Copy, write, commit, prune."""
+"""Write checkpoints in the background, whole or not at all: copy, write, commit, prune."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ LONG_WAIT_SECONDS = 1.0
 @dataclass(kw_only=True)
 class Content:
     """
-    What a save writes, filled part by part (snapshot.py).
+    The content of a save, filled part by part (snapshot.py).
 
-    - weights, write_model: tensors, and what writes them into a folder; nobody else writes to those that `are_copies`.
-    - files: torch states by name. trainer_state: the Trainer's JSON. shared: ours, plain values.
-    - others: files by name, and what writes each.
-    - rank_state: this rank's alone: generators, and what it has not reported.
-    - rank_files: torch states by name that this rank writes itself, in the background: none on any rank, or some on
-      each.
+    - weights, write_model: tensors, and the function that writes them into a folder; with `are_copies` nothing else
+      changes the tensors.
+    - files: torch states by file name. trainer_state: the Trainer's JSON. shared: our own plain values.
+    - others: files by name, with the function that writes each.
+    - rank_state: the state of this rank alone: generators, and losses it has not reported.
+    - rank_files: torch states by file name that this rank writes itself, in the background; either every rank has some
+      or none has.
     - write_shards: collective; each rank writes its own part into the folder, before the training goes on.
     """
 
@@ -56,11 +57,11 @@ class Content:
 
     @property
     def is_shared(self) -> bool:
-        """Whether ranks write into the folder beside its writer."""
+        """Whether other ranks than rank zero write into the folder."""
         return self.write_shards is not None or bool(self.rank_files)
 
     def write(self, folder: Path, rank_states: Sequence[Mapping[str, Any]], *, only_model: bool) -> None:
-        """Rank zero: the files that are its to write; the folder is made, unless ranks have already met in it."""
+        """Rank zero: write its files. Creates the folder, unless it is shared with other ranks and exists."""
         if not self.is_shared:
             _fresh(folder)
         self.write_model(folder, self.weights)
@@ -77,16 +78,16 @@ class Content:
 
 class Checkpoints:
     """
-    The checkpoints of one run on disk. Rank zero writes them all, one at a time, in a thread of its own.
+    The checkpoints of one run on disk. Rank zero writes all of them, one at a time, in a background thread.
 
-    Where the optimizer is sharded (FSDP2) each rank writes its shard in such a thread.
+    Where the optimizer is sharded (FSDP2) each rank writes its own shard in such a thread.
 
-    - ranks: this one, and how many there are.
-    - agree: collective; it takes this rank's error or None and returns the first error of any rank; a barrier too.
-    - gather: collective; a value of each rank, in their order.
+    - ranks: the index of this rank, and the number of ranks.
+    - agree: collective; takes this rank's error or None and returns the first error of any rank; also a barrier.
+    - gather: collective; returns the values of all ranks, in rank order.
     - meet: as `agree`, among the writers' threads.
 
-    With a `lock` on the folder nothing is put in place once another process has it.
+    With a `lock` on the folder nothing is put in place after a takeover by another process.
     """
 
     def __init__(
@@ -113,25 +114,25 @@ class Checkpoints:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes what is not its own alone."""
+        """Whether this rank writes the files that are common to all ranks."""
         return self.process_index == 0
 
     @property
     def is_shut_out(self) -> bool:
-        """Whether another process has taken the folder over."""
+        """Whether another process has taken over the folder."""
         return self.lock is not None and self.lock.is_lost()
 
     def path_of(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """Return the path of the checkpoint of a step, whether or not it exists."""
         return self.output_dir / f"checkpoint-{step}"
 
     def save(self, content: Content, *, best: str | None = None, then: Callable[[Path], None] | None = None) -> None:
         """
-        Collective: begin to write `checkpoint-N`; with `--async_save` the training goes on when its state is copied.
+        Collective: begin to write `checkpoint-N`; with `--async_save` the training goes on once its state is copied.
 
-        A save still under way is waited for. When the new one is on disk and whole, the writer calls `then` with its
-        folder and deletes what `save_total_limit` does not keep, never the `best`. A save that fails is said at once
-        and costs nothing but itself: the next one tries anew, `settle` and `check_last` tell all ranks.
+        Waits for a save that is still under way. When the new checkpoint is whole on disk, the writer calls `then` with
+        its folder and deletes what `save_total_limit` does not keep, never the `best`. A save that fails is logged at
+        once and the training goes on: the next save tries again; `settle` and `check_last` tell all ranks.
         """
         self.settle()
         began = time.monotonic()
@@ -157,8 +158,8 @@ class Checkpoints:
             self.settle()
 
     def _begin_together(self, content: Content) -> Path | None:
-        """Collective: make the folder, and write the shards; None if not all could, which is like the writer's."""
-        partial = Path(self.gather(str(self._partial(content.step)))[0])  # rank zero's: it has the lock
+        """Collective: make the folder and write the shards; returns None if a rank could not, which is logged."""
+        partial = Path(self.gather(str(self._partial(content.step)))[0])  # the name is rank zero's, which has the lock
         acts = [_fresh if self.is_writer else lambda _: None, content.write_shards or (lambda _: None)]
         message: str | None = None
         for act in acts:
@@ -181,9 +182,9 @@ class Checkpoints:
 
     def settle(self) -> None:
         """
-        Collective: wait until the save under way is on disk, or has failed; `saved_step` says which.
+        Collective: wait until the save under way is on disk or has failed; sets `saved_step` if it succeeded.
 
-        An error that is not the disk's raises on rank zero, where it happened, and CheckpointError on the others.
+        An error other than the disk's is raised on rank zero, where it happened, and as CheckpointError on the others.
         """
         if self._begun_step is None:
             return
@@ -198,9 +199,9 @@ class Checkpoints:
 
     def _agreed(self, error: BaseException | None) -> str | None:
         """
-        Collective: the first error of a disk that any rank met.
+        Collective: return the first disk error of any rank.
 
-        Another one raises where it happened, and CheckpointError on the other ranks.
+        Any other error is raised where it happened, and as CheckpointError on the other ranks.
         """
         disk, other = (error, None) if isinstance(error, OSError) else (None, error)
         bug, message = self.agree(other), self.agree(disk)
@@ -211,7 +212,7 @@ class Checkpoints:
         return message
 
     def wait(self) -> None:
-        """Local: wait for the writer. For an end by an error, when other ranks may be gone."""
+        """Local: wait for the writer's thread. For use after an error, when other ranks may have ended."""
         if self._thread is None:
             return
         began = time.monotonic()
@@ -233,9 +234,9 @@ class Checkpoints:
 
     def together(self, act: Callable[[], None]) -> None:
         """
-        Collective: each rank acts; all go on when all are done, or none does.
+        Collective: run `act` on each rank; all return when all are done, or all raise.
 
-        Raises CheckpointError on all ranks if one could not write; any other error where it happened.
+        Raises CheckpointError on all ranks if one could not write; any other error is raised where it happened.
         """
         failure: BaseException | None = None
         try:
@@ -252,12 +253,12 @@ class Checkpoints:
             ) from failure
 
     def seconds_to_save(self) -> float:
-        """Rank zero: how long the longest save took till it was on disk, or twice that while one is being written."""
+        """Rank zero: return the seconds that the longest save took, or twice that while one is being written."""
         is_writing = self._thread is not None and self._thread.is_alive()
         return self.longest_seconds * (2 if is_writing else 1)
 
     def describe(self) -> str:
-        """What the saves cost: how long the training stood still for them, and the memory of the copies."""
+        """Return the cost of the saves as text: how long they held up the training, and the memory of the copies."""
         held = self.held_seconds / max(self.num_saves, 1)
         copies = f", copies take {self._copies.num_bytes / 2**20:.0f} MiB" if self._copies.num_bytes else ""
         return f"{self.num_saves} saved, the training held for {held:.2f} s each{copies}"
@@ -293,7 +294,7 @@ class Checkpoints:
             self._error = _of_disk(error)
             if not self.is_writer:
                 return
-            shutil.rmtree(partial, ignore_errors=True)  # whatever fills the disk, it is not this
+            shutil.rmtree(partial, ignore_errors=True)  # it must not fill the disk
             if isinstance(self._error, OSError):
                 logger.error(
                     "%s could not be written, the training goes on: %s. The older checkpoints are untouched; "
@@ -307,12 +308,12 @@ class Checkpoints:
             logger.warning("Older checkpoints could not be deleted: %s", error)
 
     def _partial(self, step: int) -> Path:
-        # A writer that was shut out may still be at the same step.
+        # After a takeover the earlier writer may still be writing the same step.
         token = "" if self.lock is None else f".{self.lock.token}"
         return self.path_of(step).with_name(f"checkpoint-{step}{token}.partial")
 
     def _write_together(self, content: Content, rank_states: list[Any], folder: Path) -> None:
-        """Collective if there are `rank_files`: all ranks are done, or each raises."""
+        """Write the folder; collective if there are `rank_files`: then all ranks are done, or each raises."""
         failure: Exception | None = None
         try:
             if self.is_writer:
@@ -329,7 +330,7 @@ class Checkpoints:
             raise OSError(message)
 
     def _commit(self, content: Content, partial: Path, final: Path) -> None:
-        """Sync all files, write the manifest last, rename: from then on it is there, and whole."""
+        """Sync all files, write the manifest last, rename the folder: from then on the checkpoint exists, whole."""
         files = {}
         for path in sorted(partial.rglob("*")):
             sync(path)
@@ -357,7 +358,7 @@ class Checkpoints:
         """
         Delete the oldest checkpoints beyond `save_total_limit`; never the one just saved, never the best.
 
-        Those of later steps go first: the run was resumed before them and will write them again.
+        Checkpoints of later steps go first: the run was resumed before them and will write them again.
         """
         limit = self.config.save_total_limit
         if limit is None:
@@ -374,7 +375,7 @@ class Checkpoints:
 
 
 def _of_disk(error: Exception) -> Exception:
-    """The error, as OSError where it is the disk's: safetensors and torch speak of a full one in types of their own."""
+    """Return the error, as OSError if it comes from the disk: safetensors and torch use own types for a full one."""
     if not isinstance(error, (SafetensorError, RuntimeError)):
         return error
     words = ("I/O error", "iostream error", "PytorchStreamWriter", "inline_container", "file write failed")
@@ -383,7 +384,7 @@ def _of_disk(error: Exception) -> Exception:
 
 
 def _fresh(folder: Path) -> None:
-    """An empty folder, whatever was there."""
+    """Make an empty folder, deleting what was there."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
