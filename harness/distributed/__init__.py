@@ -1,1 +1,1 @@
-"""Processes, devices, precision, and who shards what."""
+"""Processes, devices, precision, and how model and optimizer are spread over the ranks."""

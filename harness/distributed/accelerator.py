@@ -1,4 +1,4 @@
-"""Processes and devices: build the Accelerator, check that the launch is what it seems."""
+"""Build the Accelerator, and check that the launch did what its configuration says."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def check_compile_backend(config: TopologyConfig) -> None:
 
 def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool) -> Accelerator:
     """
-    Collective: make the Accelerator as the Trainer makes its own and check the launch.
+    Collective: make the Accelerator as the Trainer makes its own, and check the launch.
 
     Raises ConfigError for a launch that would do something else than it says.
     """
     uses_deepspeed, uses_fsdp = _is_on("ACCELERATE_USE_DEEPSPEED"), _is_on("ACCELERATE_USE_FSDP")
     launch = find_launch() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
-    if launch is not None and launch.uses_cpu:  # with several processes accelerate passes it on to nobody
+    if launch is not None and launch.uses_cpu:  # with several processes accelerate does not pass it on
         config = replace(config, use_cpu=True)
     on_cpu = config.use_cpu or _launched_without_accelerator(or_sharded=uses_fsdp)
     _check_launch_config(config, launch)
@@ -62,14 +62,14 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
         check_fp8(os.environ.get("ACCELERATE_FP8_BACKEND", "NO").upper())
     if uses_deepspeed and on_cpu and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         remove_stale_lock()
-    # accelerate takes a backend as the word that there is a process group.
+    # accelerate takes a given backend to mean that there is a process group.
     backend = (config.ddp_backend or ("gloo" if on_cpu else None)) if _launched_processes() > 1 else None
     ddp: dict[str, Any] = {"find_unused_parameters": not activation_checkpointing}
     for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph"):
         if (value := getattr(config, f"ddp_{name}")) is not None:
             ddp[name] = value
     accelerator = Accelerator(
-        cpu=on_cpu and not uses_deepspeed,  # which it would turn off
+        cpu=on_cpu and not uses_deepspeed,  # cpu=True would turn DeepSpeed off
         mixed_precision=config.mixed_precision,
         # The loop draws and counts the micro-batches itself; accelerate must not divide by their number again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -91,7 +91,7 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
 
 
 def choose_backend(accelerator: Accelerator) -> Backend:
-    """Local: how model and optimizer lie on the ranks, as the launch says."""
+    """Local: return the backend for the launch: replicated, FSDP2 or ZeRO."""
     if accelerator.is_fsdp2:
         return FSDP2(accelerator)
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -195,6 +195,6 @@ def _check_processes(accelerator: Accelerator) -> None:
 
 
 def software() -> dict[str, str | int]:
-    """What the last bits of a number hang on beside the data: versions and, on the CPU, the number of threads."""
+    """Return what the last bits of a number depend on besides the data: versions, and the number of CPU threads."""
     versions: dict[str, str | int] = {name: version(name) for name in ("accelerate", "torch", "transformers")}
     return versions | {"accelerate-harness": harness.__version__, "num_threads": torch.get_num_threads()}

@@ -1,8 +1,8 @@
 """
-How model and optimizer lie on the ranks, and what hangs on it: to prepare, to step, to save, to load.
+The interface of a backend: how model and optimizer are spread over the ranks, prepared, stepped, saved and loaded.
 
-There are three: whole on each rank (replicated.py), in shards of FSDP2 (fsdp2.py), divided by DeepSpeed's ZeRO
-(zero.py). `choose_backend` (accelerator.py) tells them apart; nobody else does.
+There are three: whole on each rank (replicated.py), in shards of FSDP2 (fsdp2.py), partitioned by DeepSpeed's ZeRO
+(zero.py). `choose_backend` (accelerator.py) selects one; other code does not ask which it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """What the flags say of an optimizer step: samples of a micro-batch, micro-batches, and where it is clipped."""
+    """The size of an optimizer step: samples a micro-batch, micro-batches a step, and the norm to clip gradients to."""
 
     batch_size: int
     accumulation: int
@@ -35,7 +35,7 @@ class StepSize:
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFiles:
     """
-    What is to be written of an optimizer: by rank zero `files`, by each rank its `rank_files`, torch states by name.
+    The optimizer's part of a checkpoint: torch states by file name, `files` by rank zero, `rank_files` by each rank.
 
     `write_shards` is collective: ranks write into a folder together, before the training goes on.
     """
@@ -46,7 +46,7 @@ class OptimizerFiles:
 
 
 class Stepper(Protocol):
-    """What `train_step` is made of, on all ranks: the micro-batches of a step, then the step."""
+    """The operations that `train_step` consists of, on all ranks: each micro-batch of a step, then the step."""
 
     @property
     def scales_loss(self) -> bool:
@@ -55,15 +55,15 @@ class Stepper(Protocol):
 
     @property
     def was_skipped(self) -> bool:
-        """Whether the last step is none for the schedule, since gradients overflowed."""
+        """Whether the last step does not count for the schedule, because gradients overflowed."""
         ...
 
     def take_skipped(self) -> int:
-        """How many steps have changed nothing since it was asked last; reads the device if the loss is scaled."""
+        """Return how many steps were skipped since the last call; reads the device if the loss is scaled."""
         ...
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """A context for forward and backward of a micro-batch; gradients are reduced over the ranks by the last one."""
+        """Return a context for forward and backward of a micro-batch; the last one reduces gradients over the ranks."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -75,48 +75,56 @@ class Stepper(Protocol):
         ...
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Reset the gradients."""
         ...
 
 
 class Backend(Protocol):
-    """One of the three ways. It keeps nothing of what it prepares: model and optimizer are given to it."""
+    """One of the three backends. It keeps no reference to what it prepares: model and optimizer are passed to it."""
 
     accelerator: Accelerator
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a rank holds a part of the weights only: it takes all ranks to run the model, or to save it."""
+        """Whether a rank holds only a part of the weights: running or saving the model then takes all ranks."""
         ...
 
     @property
     def zero_stage(self) -> int:
-        """The stage of ZeRO, 0 without DeepSpeed: a checkpoint is gone on from under the same."""
+        """The stage of ZeRO, 0 without DeepSpeed; a checkpoint is resumed under the same stage."""
         ...
 
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, size: StepSize
     ) -> tuple[torch.nn.Module, AcceleratedOptimizer, Stepper]:
-        """Collective: model and optimizer, wrapped for a training, and what makes its steps. Raises ConfigError."""
+        """Collective: return model and optimizer, wrapped for a training, and their Stepper. Raises ConfigError."""
         ...
 
     def prepare_for_evaluation(self, model: torch.nn.Module, size: StepSize) -> torch.nn.Module:
-        """Collective: the model, wrapped as far as an evaluation without a training needs it. Raises ConfigError."""
+        """
+        Collective: return the model, wrapped as far as an evaluation without a training needs it.
+
+        Raises ConfigError.
+        """
         ...
 
     def whole(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Collective: a model's tensors whole; if it is sharded, as copies in host memory, on rank zero alone."""
+        """Collective: return a model's whole tensors; if it is sharded, as copies in host memory on rank zero only."""
         ...
 
     def save_optimizer(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> OptimizerFiles:
-        """Local: what a checkpoint holds of the optimizer, of `step` optimizer steps; `model` is the wrapped one."""
+        """
+        Local: return the optimizer's part of a checkpoint after `step` optimizer steps.
+
+        `model` is the wrapped one.
+        """
         ...
 
     def load_optimizer(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, files: Mapping[str, Any]
     ) -> None:
         """
-        Collective: take back what `save_optimizer` gave, from a checkpoint's folder; `files` of it are read already.
+        Collective: load what `save_optimizer` returned, from a checkpoint's folder; its `files` have been read already.
 
         Raises ConfigError, or ValueError, KeyError or RuntimeError for the state of another optimizer.
         """
@@ -124,33 +132,33 @@ class Backend(Protocol):
 
     def gradient_function(self) -> Callable[[torch.nn.Parameter], torch.Tensor | None] | None:
         """
-        Local: what gives, collectively, a parameter's whole gradient between the last backward of a step and the step.
+        Local: return a collective function from a parameter to its whole gradient, to call between backward and step.
 
-        None where that is the parameter's `grad`. Raises ConfigError where gradients can't be seen.
+        None where that is the parameter's `grad`. Raises ConfigError where gradients can't be read.
         """
         ...
 
     def writers_agreement(self) -> Callable[[BaseException | None], str | None]:
         """
-        Collective: what makes writers' threads agree, while their main threads do something else: see `ranks.agree`.
+        Collective: return a function like `ranks.agree` for the writers' threads, independent of the main threads.
 
-        It does nothing where rank zero is the one writer.
+        It does nothing where only rank zero writes.
         """
         ...
 
 
 def no_agreement(error: BaseException | None) -> None:
-    """What rank zero needs to agree with itself."""
+    """Return None: the agreement where rank zero writes alone."""
 
 
 def check_wrapped(model: torch.nn.Module, wrapper: type[torch.nn.Module], kind: DistributedType) -> None:
     """
-    See that `prepare` has made a model part of what the launch says; raises ConfigError.
+    Check that `prepare` has wrapped a model as the launch says; raises ConfigError.
 
-    Accelerate leaves a model as it is that has nothing to train or lies on several devices: with several processes
-    each would then train a copy of its own.
+    Accelerate does not wrap a model that has nothing to train or lies on several devices: with several processes each
+    would then train its own copy.
     """
-    found = getattr(model, "_orig_mod", model)  # torch.compile's
+    found = getattr(model, "_orig_mod", model)  # behind torch.compile
     if not isinstance(found, wrapper):
         trainable = sum(parameter.requires_grad for parameter in found.parameters())
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""DeepSpeed's op for CPU processes, compiled at the first start: what a process killed meanwhile leaves of it."""
+"""DeepSpeed's op for CPU processes, compiled at the first start: remove the lock that a killed compilation leaves."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import psutil
 logger = logging.getLogger(__name__)
 
 OP = "deepspeed_shm_comm"
-SECONDS_OF_A_LOCK = 60.0  # that nobody here compiles under: another machine may share the folder
+SECONDS_OF_A_LOCK = 60.0  # older, and without a compiler here, it is stale: another machine may share the folder
 
 
 def remove_stale_lock() -> None:
     """
-    Local, on one rank of a machine: remove the lock on the op's folder that a killed process has left.
+    Local, on one rank of a machine: remove the lock that a killed process has left on the op's folder.
 
     torch would wait for it for ever (torch.utils.file_baton), in this start and in all later ones.
     """
@@ -33,11 +33,11 @@ def remove_stale_lock() -> None:
 
 
 def _is_compiled_here(folder: Path) -> bool:
-    """Whether a compiler works in that folder."""
+    """Whether a compiler on this machine works in that folder."""
     for process in psutil.process_iter():
         try:
             if Path(process.cwd()) == folder:
                 return True
-        except (psutil.Error, OSError):  # it has ended, or is somebody else's
+        except (psutil.Error, OSError):  # the process has ended, or belongs to another user
             continue
     return False

@@ -1,4 +1,4 @@
-"""FSDP2: each rank holds some rows of each weight, gradient and state of the optimizer."""
+"""The backend of FSDP2: each rank holds some rows of each weight, gradient and optimizer state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from harness.errors import ConfigError
 
 
 class FSDP2:
-    """The backend of FSDP2. Its checkpoints are gone on from by any number of ranks, and under DDP."""
+    """The backend of FSDP2. Its checkpoints can be resumed by any number of ranks, and under DDP."""
 
     is_sharded = True
     zero_stage = 0
@@ -43,28 +43,32 @@ class FSDP2:
         prepare_fsdp(self.accelerator, model)
         wrapped, prepared = self.accelerator.prepare(model, optimizer)
         check_sharded(wrapped)
-        # Until the last micro-batch whole gradients would be kept on each device: what it is taken for is memory.
+        # Reducing only at the last micro-batch would keep whole gradients on each device, and FSDP2 is to save memory.
         return wrapped, prepared, AcceleratedStepper(self.accelerator, wrapped, prepared, reduces_each=True)
 
     def prepare_for_evaluation(self, model: torch.nn.Module, size: StepSize) -> torch.nn.Module:
-        """Collective: shard a model that is not trained, as `prepare` does; Accelerate's asks for an optimizer."""
+        """
+        Collective: shard a model without an optimizer, as `prepare` does.
+
+        Accelerate's own `prepare` requires one.
+        """
         prepare_fsdp(self.accelerator, model)
         sharded: torch.nn.Module = fsdp2_prepare_model(self.accelerator, model)
         check_sharded(sharded)
         return sharded
 
     def whole(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Collective: copies on rank zero."""
+        """Collective: return copies on rank zero."""
         return whole_on_first(tensors)
 
     def save_optimizer(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> OptimizerFiles:
-        """Local: this rank's rows. Raises ConfigError for an optimizer whose state is placed otherwise."""
+        """Local: return this rank's rows. Raises ConfigError for an optimizer whose state is sharded otherwise."""
         return OptimizerFiles(rank_files={optimizer_file(self.accelerator.process_index): optimizer_shard(optimizer)})
 
     def load_optimizer(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, files: Mapping[str, Any]
     ) -> None:
-        """Local: from shards, of any number of ranks, or from the Trainer's file."""
+        """Local: load from the shards of any number of ranks, or from the Trainer's file."""
         if has_optimizer_shards(folder):
             parts = read_optimizer(folder, ranks=ranks_of(self.accelerator), is_sharded=True)
         else:
@@ -72,10 +76,10 @@ class FSDP2:
         load_optimizer(optimizer, parts)
 
     def gradient_function(self) -> None:
-        """None: a parameter has its gradient, cut as it is itself."""
+        """Return None: a parameter's `grad` is there, sharded like the parameter."""
 
     def writers_agreement(self) -> Callable[[BaseException | None], str | None]:
-        """Collective: a process group of the writers' own."""
+        """Collective: make a process group for the writers, and return the agreement on it."""
         group, num_processes = torch.distributed.new_group(backend="gloo"), self.accelerator.num_processes
 
         def agree_among(error: BaseException | None) -> str | None:
@@ -89,15 +93,15 @@ class FSDP2:
 
 def set_up_fsdp(accelerator: Accelerator) -> None:
     """
-    Do on the CPU what AcceleratorState does by itself on accelerators only, so that Accelerate prepares for FSDP2.
+    Set up FSDP2 on the CPU as AcceleratorState does on accelerators only, so that Accelerate prepares for it.
 
-    torch's `fully_shard` works over gloo as over NCCL; all that follows is Accelerate's own way.
+    torch's `fully_shard` works over gloo as over NCCL; the rest is done by Accelerate.
     """
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-            state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # only for a device to copy from
+            state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no device
         state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
@@ -108,7 +112,7 @@ def set_up_fsdp(accelerator: Accelerator) -> None:
 
 def prepare_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """
-    Local: choose the layers that are sharded one by one, before `prepare`.
+    Local: choose the layers that are sharded one by one; call it before `prepare`.
 
     Raises ConfigError for a model that Accelerate's FSDP2 can't shard.
     """
@@ -119,7 +123,7 @@ def prepare_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:
         for own, parameter in module.named_parameters(recurse=False):
             holders.setdefault(parameter, {})[f"{name}.{own}"] = module
     for names in holders.values():
-        # Accelerate shards the two embeddings together if they are tied, and knows no other tied weights.
+        # Accelerate shards the two embeddings together if they are tied, and handles no other tied weights.
         if len(names) > 1 and not all(any(module is each for each in embeddings) for module in names.values()):
             raise ConfigError(
                 f"Accelerate's FSDP2 can't shard {model_name}, where {' and '.join(names)} are one weight: "
@@ -132,7 +136,7 @@ def prepare_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:
             f"which saves {buffers[0]}, no parameter: write false."
         )
     if plugin.transformer_cls_names_to_wrap is None and getattr(model, "_no_split_modules", None):
-        # Accelerate shards the embeddings by themselves; within a layer of its own it can't.
+        # Accelerate shards the embeddings separately, which it can't inside of a layer that is sharded itself.
         held = {
             type(module).__name__
             for module in model.modules()
@@ -143,7 +147,7 @@ def prepare_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:
 
 def check_sharded(model: torch.nn.Module) -> None:
     """
-    Let `generate` run on a model that `prepare` has sharded: weights are whole meanwhile, and ranks end together.
+    Make `generate` work on a model that `prepare` has sharded: weights are gathered and ranks end together.
 
     Raises ConfigError for parameters that are not in shards.
     """

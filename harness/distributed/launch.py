@@ -1,4 +1,4 @@
-"""What started this process: the command line and the launch config of `accelerate launch`, to say what to change."""
+"""Find the `accelerate launch` that started this process, with its flags and launch config, for error messages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import psutil
 import yaml
 
-# Flags of the launcher that say what a key of the launch config says.
+# Keys of the launch config, and the flags of the launcher that set the same.
 SAME_AS = {"distributed_type": ("multi_gpu", "use_deepspeed", "use_fsdp", "cpu"), "use_cpu": ("cpu",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """An `accelerate launch`: the flags it was given, its launch config, and the file that this is from, if any."""
+    """An `accelerate launch`: the flags it was given, its launch config, and the file of the config, if any."""
 
     flags: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -25,13 +25,13 @@ class Launch:
 
     @property
     def num_processes(self) -> int | None:
-        """How many processes were asked for on all machines together; None if nobody said it."""
+        """The number of processes that were asked for on all machines together; None if it was not given."""
         asked = self.flags.get("num_processes", self.config.get("num_processes"))
         return asked if isinstance(asked, int) and asked > 0 else None
 
     @property
     def uses_cpu(self) -> bool:
-        """Whether it says to train on the CPU whatever devices there are."""
+        """Whether it asks for training on the CPU whatever devices there are."""
         return bool(self.flags.get("cpu") or self.config.get("use_cpu"))
 
     @property
@@ -40,7 +40,7 @@ class Launch:
         return bool({"mpirun_hostfile"} & {*self.flags, *(self.config.get("mpirun_config") or {})})
 
     def where(self, key: str) -> str:
-        """Where it says `key`, for an error: the flag, or file and line."""
+        """Return where `key` was given, for an error message: the flag, or file and line."""
         for flag in (key, *SAME_AS.get(key, ())):
             if flag in self.flags:
                 return f"--{flag} of accelerate launch"
@@ -61,9 +61,9 @@ def _lines(path: Path) -> list[str]:
 
 def find_launch() -> Launch | None:
     """
-    The `accelerate launch` that this process descends from; None if another launcher started it, or none did.
+    Return the `accelerate launch` that this process descends from; None if it was started otherwise.
 
-    It tells its processes what it decided but not what it was told: that is in its command line.
+    The launcher passes on what it decided but not what it was told: that is read from its command line.
     """
     try:
         commands = [process.cmdline() for process in psutil.Process().parents()]
@@ -74,8 +74,8 @@ def find_launch() -> Launch | None:
 
 
 def launcher_arguments(command: Sequence[str]) -> Sequence[str] | None:
-    """What follows `accelerate launch` in a command line; None if this is another command."""
-    for i, word in enumerate(command[:8]):  # python, its options, the script or module
+    """Return the arguments of `accelerate launch` in a command line; None if this is another command."""
+    for i, word in enumerate(command[:8]):  # the command follows python, its options and the script or module
         name = Path(word).name
         if name in ("accelerate", "accelerate.commands.accelerate_cli") and command[i + 1 : i + 2] == ["launch"]:
             return command[i + 2 :]
@@ -85,7 +85,7 @@ def launcher_arguments(command: Sequence[str]) -> Sequence[str] | None:
 
 
 def read_launch(arguments: Sequence[str]) -> Launch | None:
-    """Read a command line of `accelerate launch` as that does; None if this version of it can't."""
+    """Parse a command line of `accelerate launch` as the launcher does; None if this version of accelerate can't."""
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -105,6 +105,6 @@ def read_launch(arguments: Sequence[str]) -> Launch | None:
 
 
 def where(key: str) -> str:
-    """Where the launch says `key`, for an error."""
+    """Return where the launch gives `key`, for an error message."""
     launch = find_launch()
     return f"`{key}` of the launch config" if launch is None else launch.where(key)

@@ -1,4 +1,4 @@
-"""The optimizer's shards in a checkpoint of FSDP2's: written by each rank, read by any number of them."""
+"""The optimizer's shards in an FSDP2 checkpoint: each rank writes one, any number of ranks can read them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ OPTIMIZER_FILES = "optimizer_rank_*.pt"
 
 
 def optimizer_file(process_index: int) -> str:
-    """The file of a checkpoint that holds a rank's part of the optimizer's state."""
+    """Return the name of the file that holds a rank's part of the optimizer's state."""
     return OPTIMIZER_FILES.replace("*", str(process_index))
 
 
 def optimizer_shard(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """
-    Local: the optimizer's state dict with this rank's rows in place of sharded tensors: plain values and tensors.
+    Local: return the optimizer's state dict, with this rank's rows in place of sharded tensors.
 
-    Each is {"rows": tensor, "start": index of the first, "shape": of the whole tensor}. Raises ConfigError for an
-    optimizer whose state is placed otherwise.
+    Each of these is {"rows": tensor, "start": index of the first row, "shape": of the whole tensor}. Raises ConfigError
+    for an optimizer whose state is sharded otherwise.
     """
     state = optimizer.state_dict()
     shards = {
@@ -50,9 +50,9 @@ def has_optimizer_shards(folder: Path) -> bool:
 
 def read_optimizer(folder: Path, *, ranks: tuple[int, int], is_sharded: bool) -> list[dict[str, Any]]:
     """
-    Local: what `optimizer_shard` gave: this rank's alone if it is sharded among as many again, else that of all.
+    Local: read the shards: only this rank's if the model is sharded among as many ranks again, else those of all.
 
-    Tensors are mapped, not read. Raises ConfigError for a file that holds anything but plain values and tensors.
+    Tensors are memory-mapped, not read. Raises ConfigError for a file that holds anything but plain values and tensors.
     """
     count = len(list(folder.glob(OPTIMIZER_FILES)))
     wanted = [ranks[0]] if is_sharded and count == ranks[1] else range(count)
@@ -61,9 +61,9 @@ def read_optimizer(folder: Path, *, ranks: tuple[int, int], is_sharded: bool) ->
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parts: Sequence[Mapping[str, Any]]) -> None:
     """
-    Local: take back a state dict, whole or in parts of several ranks, each parameter's as that is sharded now.
+    Local: load a state dict, whole or in parts of several ranks, with each parameter's state sharded as it is now.
 
-    Raises ValueError or KeyError if it is another optimizer's.
+    Raises ValueError or KeyError if it belongs to another optimizer.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
@@ -77,7 +77,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parts: Sequence[Mapping[str
 
 
 def _placed(saved: Sequence[Any], parameter: torch.Tensor) -> Any:
-    """A value of the optimizer's state, as this rank holds it: from the parts of ranks, or from the whole."""
+    """Return a value of the optimizer's state as this rank holds it, from the parts of ranks or from the whole."""
     first = saved[0]
     if isinstance(first, Mapping) and "rows" in first:
         parts, shape = [(part["start"], part["rows"]) for part in saved], torch.Size(first["shape"])
@@ -86,7 +86,7 @@ def _placed(saved: Sequence[Any], parameter: torch.Tensor) -> Any:
         if is_cut(parameter) and shape != parameter.shape:
             raise ValueError(f"a state of the shape {list(shape)} is not cut like a parameter")
     else:
-        return first.clone() if isinstance(first, torch.Tensor) else first  # the file may be deleted
+        return first.clone() if isinstance(first, torch.Tensor) else first  # the mapped file may be deleted
     if not is_cut(parameter):
         return _rows(parts, 0, shape[0])
     local = _rows(parts, *rows_of(parameter, shape[0])).to(parameter.to_local().device)
@@ -96,7 +96,11 @@ def _placed(saved: Sequence[Any], parameter: torch.Tensor) -> Any:
 
 
 def _rows(parts: Sequence[tuple[int, torch.Tensor]], start: int, stop: int) -> torch.Tensor:
-    """Rows `start` to `stop` of a tensor given in parts, in new memory. Raises ValueError if some are missing."""
+    """
+    Return rows `start` to `stop` of a tensor given in parts, in new memory.
+
+    Raises ValueError if some are missing.
+    """
     found = torch.cat([rows[max(start - first, 0) : max(stop - first, 0)] for first, rows in parts])
     if len(found) != stop - start:
         raise ValueError(f"rows {start} to {stop} are not in it")

@@ -1,4 +1,4 @@
-"""Mixed precision: what flags and launch config ask for, what is refused, and whether that is what came of it."""
+"""Mixed precision: check what flags and launch config ask for, and that Accelerate has set it up."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FP8_CAPABILITY = (8, 9)  # Ada and Hopper
 
 def check_precision(launched: str, asked: str | None, *, on_cpu: bool) -> None:
     """
-    Refuse what can't be had, before there is an Accelerator; raises ConfigError.
+    Refuse a precision that is not possible here, before the Accelerator is made; raises ConfigError.
 
-    `launched` is the launch config's, `asked` that of the flags, None if they leave it to the launch config.
+    `launched` is the launch config's, `asked` the flags', None if they leave it to the launch config.
     """
     if launched not in PRECISIONS:
         raise ConfigError(
@@ -41,9 +41,9 @@ def check_precision(launched: str, asked: str | None, *, on_cpu: bool) -> None:
 
 def check_fp8(backend: str) -> None:
     """
-    Refuse fp8 on a device or with a package that can't do it; raises ConfigError.
+    Refuse fp8 on a device or with a package that does not support it; raises ConfigError.
 
-    `backend` is the launch config's, "NO" if it leaves the choice to accelerate, which takes torchao first.
+    `backend` is the launch config's, "NO" if it leaves the choice to accelerate, which prefers torchao.
     """
     change = f"change {where('mixed_precision')}"
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FP8_CAPABILITY:
@@ -58,11 +58,11 @@ def check_fp8(backend: str) -> None:
 
 
 def check_result(accelerator: Accelerator, launched: str, asked: str | None) -> None:
-    """Compare what accelerate made of it with what was asked for; raises ConfigError."""
+    """Compare the precision that accelerate has set up with what was asked for; raises ConfigError."""
     kind, got = accelerator.distributed_type, accelerator.mixed_precision
     wanted = asked or launched
     if wanted == "no" and kind == DistributedType.DEEPSPEED:
-        return  # a file of DeepSpeed's own may say it instead
+        return  # DeepSpeed's own configuration file may set it instead
     if got != wanted:
         flags = f"--{asked}" if asked else f"mixed_precision: {launched} of the launch config"
         raise ConfigError(

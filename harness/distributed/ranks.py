@@ -1,4 +1,4 @@
-"""What ranks tell each other: an answer of rank zero's, an error of any, and whose turn it is to prepare."""
+"""Communication among ranks: share rank zero's answer, agree on an error, and prepare data one rank after the other."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from harness.errors import ConfigError, RankError
 
 Answer = TypeVar("Answer")
 
-# Its own traceback comes first, before the launcher ends all ranks or the others say that it failed.
+# Time for the failing rank to print its traceback before the other ranks end and the launcher kills all.
 SECONDS_FOR_TRACEBACK = 3.0
 
 
 def ranks_of(accelerator: Accelerator) -> tuple[int, int]:
-    """This rank, and how many there are."""
+    """Return the index of this rank, and the number of ranks."""
     return accelerator.process_index, accelerator.num_processes
 
 
 def is_running(pid: int, created_at: float) -> bool:
-    """Whether that very process, created so many seconds after 1970, lives on this machine; a zombie does not."""
+    """
+    Whether the process with this id and creation time (seconds since 1970) runs on this machine.
+
+    A zombie does not.
+    """
     try:
         process = psutil.Process(pid)
         return bool(abs(process.create_time() - created_at) < 1 and process.status() != psutil.STATUS_ZOMBIE)
@@ -34,7 +38,7 @@ def is_running(pid: int, created_at: float) -> bool:
 
 
 def idle_accelerators(accelerator: Accelerator) -> int:
-    """How many devices of this machine a single process leaves unused."""
+    """Return how many devices of this machine a single process leaves unused."""
     if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
         return 0
     return int(torch.accelerator.device_count()) - 1
@@ -44,8 +48,8 @@ def settle() -> None:
     """
     Local: let gloo's threads free the tensors of the last collective; call it before a process may end.
 
-    They need the interpreter's lock for that, and torch's destructor of the process group waits for them while it
-    holds the lock: a rank that ends right after a collective then hangs for ever (seen with torch 2.13).
+    They need the interpreter's lock for that, and torch's destructor of the process group waits for them while it holds
+    the lock: a rank that ends right after a collective then hangs for ever (seen with torch 2.13).
     """
     if torch.distributed.is_initialized():
         time.sleep(0.1)
@@ -53,7 +57,7 @@ def settle() -> None:
 
 def tell_all(accelerator: Accelerator, answer: Callable[[], Answer]) -> Answer:
     """
-    Collective: rank zero alone runs `answer`; every rank gets its result, or its ConfigError.
+    Collective: run `answer` on rank zero only; every rank returns its result, or raises its ConfigError.
 
     The result must be picklable: it goes through torch.distributed's object broadcast among our own ranks.
     """
@@ -72,7 +76,7 @@ def tell_all(accelerator: Accelerator, answer: Callable[[], Answer]) -> Answer:
 
 
 def agree(accelerator: Accelerator, error: BaseException | None) -> str | None:
-    """Collective: the first error message of any rank, the same on all; None if no rank has one."""
+    """Collective: return the first error message of any rank, the same on all; None if no rank has one."""
     message = None if error is None else f"{error}" or type(error).__name__
     if accelerator.num_processes == 1:
         return message
@@ -81,7 +85,7 @@ def agree(accelerator: Accelerator, error: BaseException | None) -> str | None:
 
 
 def is_first(accelerator: Accelerator, *, local: bool) -> bool:
-    """Whether this is the first rank: of its node, or of all."""
+    """Whether this is the first rank of its node (`local`), or of all."""
     return bool(accelerator.is_local_main_process if local else accelerator.is_main_process)
 
 
@@ -91,19 +95,19 @@ def main_process_first(
     """
     Collective: run `build` on the first rank of each node, then on the others, which find its caches filled.
 
-    Not `local`: on the first rank of all. Or on all `at_once`, where it is collective itself. What one rank raises ends
-    all of them, whatever node they are on: a ConfigError is raised on all, another error on its rank, a RankError on
-    the others.
+    If not `local`, it runs first on rank zero only; with `at_once` on all ranks together, where `build` is collective
+    itself. An error of one rank ends all of them, on every node: a ConfigError is raised on all, another error on its
+    own rank, and a RankError on the others.
     """
     if at_once:
-        return build()  # who fails ends, since the others may wait for it in there: the launcher ends them
+        return build()  # a rank that fails must end: the others may wait inside until the launcher kills them
     results: list[Answer] = []
     for turn in (True, False):
         failure: Exception | None = None
         if is_first(accelerator, local=local) == turn:
             try:
                 results.append(build())
-            except Exception as error:  # raised when all know of it
+            except Exception as error:  # raised after all ranks know of it
                 failure = error
         _raise_together(accelerator, failure)
     return results[0]

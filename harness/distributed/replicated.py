@@ -1,4 +1,4 @@
-"""Whole on each rank: one device, or DDP on several."""
+"""The backend that keeps model and optimizer whole on each rank: one device, or DDP on several."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from harness.distributed.optimizer_shards import has_optimizer_shards, load_opti
 from harness.distributed.ranks import ranks_of
 from harness.distributed.sharding import joined
 
-# What `prepare` has to make of a model.
+# The kinds of launch for which `prepare` has to wrap a model in DDP.
 DDP_TYPES = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class AcceleratedStepper:
     """
-    Accelerate's backward and step, in the Trainer's order.
+    A Stepper by Accelerate's backward and step, in the Trainer's order.
 
-    `reduces_each`: gradients are reduced over the ranks by each micro-batch, not by the last one alone.
+    With `reduces_each` every micro-batch reduces its gradients over the ranks, not only the last one of a step.
     """
 
     def __init__(
@@ -48,49 +48,49 @@ class AcceleratedStepper:
     @property
     def was_skipped(self) -> bool:
         """
-        Whether accelerate says that the loss scaler has skipped the last step, for the schedule as in the Trainer.
+        Whether the loss scaler has skipped the last step according to accelerate, as the Trainer tells the schedule.
 
-        It does not see what a fused optimizer skips by itself.
+        It misses the steps that a fused optimizer skips by itself.
         """
         return bool(self.accelerator.optimizer_step_was_skipped)
 
     def take_skipped(self) -> int:
-        """All of them, a fused optimizer's too."""
+        """Return the number since the last call, with those that a fused optimizer skipped."""
         taken, self.num_skipped = int(self.num_skipped), 0
         return taken
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Without a reduction over the ranks, unless it is the last one or each reduces."""
+        """Return a context without a reduction over the ranks, unless it is the last micro-batch or each reduces."""
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         with nullcontext() if is_last or self.reduces_each else self.accelerator.no_sync(self.model):
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accelerate's, with its loss scaler."""
+        """Call Accelerate's backward, which applies its loss scaler."""
         self.accelerator.backward(loss)
 
     def step(self, max_grad_norm: float) -> torch.Tensor | float:
         """Clip over all parameters in the model's order, then step."""
         limit = max_grad_norm or float("inf")
         norm: torch.Tensor | float = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        norm = joined(norm) if isinstance(norm, torch.Tensor) else norm  # the same on all ranks already
+        norm = joined(norm) if isinstance(norm, torch.Tensor) else norm  # already reduced: equal on all ranks
         if (scaler := self.accelerator.scaler) is None:
             self.optimizer.step()
             return norm
         one = torch.ones((), device=self.accelerator.device)
         scale = scaler.scale(one)
         self.optimizer.step()
-        self.num_skipped = self.num_skipped + (scaler.scale(one) < scale)  # on the device: only an overflow lowers it
+        self.num_skipped = self.num_skipped + (scaler.scale(one) < scale)  # only an overflow lowers the scale
         return norm
 
     def zero_grad(self) -> None:
-        """Of the model: frozen parameters have none."""
+        """Reset the gradients of the model, and so not those of frozen parameters."""
         self.model.zero_grad()
 
 
 class Replicated:
-    """The backend of one device and of DDP. It goes on from shards of FSDP2, too."""
+    """The backend of one device and of DDP. It can also resume from FSDP2's shards."""
 
     is_sharded = False
     zero_stage = 0
@@ -104,7 +104,7 @@ class Replicated:
         optimizer: torch.optim.Optimizer,
         size: StepSize,
     ) -> tuple[torch.nn.Module, AcceleratedOptimizer, Stepper]:
-        """Collective: see Backend. Raises ConfigError if DDP has not taken the model."""
+        """Collective: see Backend. Raises ConfigError if DDP has not wrapped the model."""
         wrapped, prepared = self.accelerator.prepare(model, optimizer)
         if (kind := self.accelerator.distributed_type) in DDP_TYPES:
             check_wrapped(wrapped, DistributedDataParallel, kind)
@@ -115,12 +115,12 @@ class Replicated:
         model: torch.nn.Module,
         size: StepSize,
     ) -> torch.nn.Module:
-        """Local: on its device, not wrapped by DDP."""
+        """Local: return the model on its device, not wrapped by DDP."""
         prepared: torch.nn.Module = self.accelerator.prepare_model(model, evaluation_mode=True)
         return prepared
 
     def whole(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Local: the tensors themselves, without their history."""
+        """Local: return the tensors themselves, detached."""
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def save_optimizer(
@@ -130,7 +130,7 @@ class Replicated:
         *,
         step: int,
     ) -> OptimizerFiles:
-        """Local: its state dict, in the Trainer's file."""
+        """Local: return its state dict, in the Trainer's file."""
         return OptimizerFiles(files={OPTIMIZER_FILE: optimizer.state_dict()})
 
     def load_optimizer(
@@ -140,15 +140,15 @@ class Replicated:
         folder: Path,
         files: Mapping[str, Any],
     ) -> None:
-        """Local: from the Trainer's file, or from shards of FSDP2."""
+        """Local: load from the Trainer's file, or from FSDP2's shards."""
         if has_optimizer_shards(folder):
             load_optimizer(optimizer, read_optimizer(folder, ranks=ranks_of(self.accelerator), is_sharded=False))
         else:
             optimizer.load_state_dict(files[OPTIMIZER_FILE])
 
     def gradient_function(self) -> None:
-        """None: a parameter has its gradient."""
+        """Return None: the gradient is the parameter's `grad`."""
 
     def writers_agreement(self) -> Callable[[BaseException | None], str | None]:
-        """Rank zero writes alone."""
+        """Return the agreement of rank zero, which writes alone."""
         return no_agreement

@@ -1,7 +1,7 @@
 """
-Tensors of which a rank holds a part, known by themselves: for code that has a tensor or a model and no backend.
+Operations on sharded tensors, for code that has a tensor or a model and no backend.
 
-FSDP2 cuts a tensor into rows, one part a rank (DTensor); ZeRO-3 divides a parameter, which then looks empty.
+FSDP2 cuts a tensor into rows, one part a rank (DTensor); ZeRO-3 partitions a parameter, which then looks empty.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch.distributed.tensor import DTensor
 
 
 def is_cut(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether this rank holds some rows of it."""
+    """Whether FSDP2 has cut it, so that this rank holds some of its rows."""
     return isinstance(tensor, DTensor)
 
 
 def is_divided(parameter: torch.Tensor) -> bool:
-    """Whether ZeRO-3 has divided it among the ranks."""
+    """Whether ZeRO-3 has partitioned it among the ranks."""
     return hasattr(parameter, "ds_id")
 
 
 def is_part(tensor: torch.Tensor) -> bool:
-    """Whether this rank holds a part of it, of either kind."""
+    """Whether this rank holds only a part of it, whether by FSDP2 or by ZeRO-3."""
     return is_cut(tensor) or is_divided(tensor)
 
 
 def joined(tensor: torch.Tensor) -> torch.Tensor:
-    """Collective: the whole tensor, on the device; one that is not cut is what it is."""
+    """Collective: return the whole tensor on the device; a tensor that is not cut is returned as it is."""
     return tensor.full_tensor() if is_cut(tensor) else tensor
 
 
 def gathered(parameters: Iterable[torch.Tensor], *, written_by: int | None = None) -> AbstractContextManager[Any]:
     """
-    Collective: within it parameters that ZeRO-3 has divided are whole; what rank `written_by` makes of them is kept.
+    Collective: return a context in which parameters partitioned by ZeRO-3 are whole.
 
-    Others are what they are.
+    What rank `written_by` writes into them is kept. Other parameters are left as they are.
     """
     divided = [parameter for parameter in parameters if is_divided(parameter)]
     if not divided:
@@ -53,12 +53,12 @@ def gathered(parameters: Iterable[torch.Tensor], *, written_by: int | None = Non
 
 def whole_on_first(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Collective: rank zero gets copies of whole tensors in host memory, made one layer at a time; the others nothing.
+    Collective: return copies of whole tensors in host memory on rank zero, made layer by layer, {} on other ranks.
 
-    The names are those of a state dict: what stands before the last dot is the layer.
+    The names are those of a state dict: the part before the last dot is the layer.
     """
     is_first = torch.distributed.get_rank() == 0
-    copies: dict[int, torch.Tensor] = {}  # tied parameters are copied once
+    copies: dict[int, torch.Tensor] = {}  # by id: tied parameters are copied once
     for _, group in groupby(tensors.items(), key=lambda item: item[0].rpartition(".")[0]):
         layer = [tensor for _, tensor in group if id(tensor) not in copies]
         with gathered(layer):
@@ -70,9 +70,9 @@ def whole_on_first(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def fill(tensor: torch.Tensor, rows: Any) -> None:
     """
-    Collective if ZeRO-3 has divided it, else local: set a tensor of which a rank holds a part from whole `rows`.
+    Collective if ZeRO-3 has partitioned it, else local: fill a sharded tensor from whole `rows`.
 
-    They can be sliced; what other ranks hold stays unread, as far as it can.
+    `rows` must support slices; as far as possible only this rank's rows are read.
     """
     if is_cut(tensor):
         start, stop = rows_of(tensor)
@@ -84,7 +84,7 @@ def fill(tensor: torch.Tensor, rows: Any) -> None:
 
 
 def rows_of(tensor: DTensor, count: int | None = None) -> tuple[int, int]:
-    """The rows of a tensor, or of one with `count` that is sharded alike, that this rank has: torch.chunk's part."""
+    """Return start and stop of this rank's rows of a tensor, or of `count` rows sharded alike, as torch.chunk."""
     mesh, count = tensor.device_mesh, tensor.shape[0] if count is None else count
     a_part = -(-count // mesh.size())
     start = min(mesh.get_local_rank() * a_part, count)
@@ -92,22 +92,26 @@ def rows_of(tensor: DTensor, count: int | None = None) -> tuple[int, int]:
 
 
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[ProcessGroup, ...]]:
-    """Local: the rows of a tensor that are here, all if it is not cut, and the groups whose ranks hold the others."""
+    """Local: return this rank's rows, all if the tensor is not cut, and the process groups that hold the other rows."""
     if not is_cut(tensor):
         return tensor, ()
-    mesh = tensor.device_mesh  # along a dimension where it is replicated each rank has it all
+    mesh = tensor.device_mesh  # a replicated dimension needs no group: each rank has all of it
     groups = (mesh.get_group(i) for i, placement in enumerate(tensor.placements) if placement.is_shard())
     return tensor.to_local(), tuple(groups)
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """Its shape, when it is whole."""
+    """Return the shape of the whole parameter."""
     shape: torch.Size = parameter.ds_shape if is_divided(parameter) else parameter.shape  # type: ignore[attr-defined]
     return shape
 
 
 def num_parameters(model: torch.nn.Module, *, exclude_embeddings: bool = False) -> int | None:
-    """What `model.num_parameters()` says, of divided parameters their whole; None where there is no such method."""
+    """
+    Return `model.num_parameters()`, with partitioned parameters counted whole.
+
+    None where there is no such method.
+    """
     count: Any = getattr(model, "num_parameters", None)
     if not callable(count):
         return None

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: its engine steps; its configuration from our flags, its shards in a checkpoint."""
+"""The backend of DeepSpeed's ZeRO: its configuration from our flags, its engine's steps, its shards in a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from harness.errors import ConfigError
 from harness.files import load_safely
 
 STAGES = (1, 2, 3)
-LATEST_FILE = "latest"  # the name of the folder with the shards is in it
+LATEST_FILE = "latest"  # this file holds the name of the folder with the shards
 
 
 class ZeroStepper:
     """
-    With DeepSpeed, whose engine reduces, clips and steps in one.
+    A Stepper by DeepSpeed's engine, which reduces, clips and steps in one call.
 
-    Accelerate's `backward` steps too; here the engine is asked for each by itself, so that the loop stays what it is
-    and the gradients of a step can be looked at before it is made.
+    Accelerate's `backward` would also step. Calling the engine for each keeps the loop the same for all backends, and
+    gradients can be read before the step.
     """
 
     def __init__(self, engine: Any, optimizer: AcceleratedOptimizer) -> None:
@@ -47,34 +47,34 @@ class ZeroStepper:
         return not self.engine.was_step_applied()
 
     def take_skipped(self) -> int:
-        """All of them."""
+        """Return the number since the last call."""
         taken, self.num_skipped = self.num_skipped, 0
         return taken
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """Tell the engine whether the step follows."""
+        """Tell the engine whether a step follows this micro-batch."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """The engine's, without a division by the accumulation: the loss has it already."""
+        """Call the engine's backward without a division by the accumulation, which the loss has already."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, max_grad_norm: float) -> torch.Tensor | float:
-        """Reduce, clip, step and forget the gradients; the limit is that of the engine's configuration."""
+        """Reduce, clip, step and reset the gradients; the engine clips to the norm in its own configuration."""
         self.engine.step()
-        self.optimizer.step()  # does nothing; the schedule warns unless it was called
+        self.optimizer.step()  # does nothing, but the schedule warns if it was not called
         self.num_skipped += self.was_skipped
         norm: torch.Tensor | float | None = self.engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
 
     def zero_grad(self) -> None:
-        """The engine has done it."""
+        """Do nothing: the engine has reset them."""
 
 
 class Zero:
-    """The backend of DeepSpeed's ZeRO, in the stages 1, 2 and 3; in the last one weights are divided too."""
+    """The backend of DeepSpeed's ZeRO, stages 1, 2 and 3; stage 3 partitions the weights too."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -86,7 +86,7 @@ class Zero:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are divided."""
+        """Whether weights are partitioned."""
         return self.zero_stage == 3
 
     def prepare(
@@ -101,7 +101,7 @@ class Zero:
         return engine, prepared, ZeroStepper(engine, prepared)
 
     def prepare_for_evaluation(self, model: torch.nn.Module, size: StepSize) -> torch.nn.Module:
-        """Collective: divided in stage 3, else on its device."""
+        """Collective: return the model, partitioned in stage 3, else whole on its device."""
         prepared: torch.nn.Module
         if self.is_sharded:
             fill_config(self.accelerator, size)
@@ -111,13 +111,13 @@ class Zero:
         return prepared
 
     def whole(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Collective: copies on rank zero in stage 3, else the tensors themselves."""
+        """Collective: return copies on rank zero in stage 3, else the tensors themselves."""
         if self.is_sharded:
             return whole_on_first(tensors)
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def save_optimizer(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> OptimizerFiles:
-        """Local: what lets DeepSpeed's engine write its shards."""
+        """Local: return the function that lets DeepSpeed's engine write its shards."""
         return OptimizerFiles(write_shards=partial(save_shards, model, step=step))
 
     def load_optimizer(
@@ -127,7 +127,7 @@ class Zero:
         load_shards(model, folder)
 
     def gradient_function(self) -> Callable[[torch.nn.Parameter], torch.Tensor | None]:
-        """Collective, once it is called: DeepSpeed's. Raises ConfigError for fp16, whose gradients are scaled."""
+        """Return DeepSpeed's function, which is collective. Raises ConfigError for fp16, whose gradients are scaled."""
         if self.accelerator.mixed_precision == "fp16":
             raise ConfigError(
                 "--wandb_watch does not see fp16's gradients under DeepSpeed; use --bf16, or leave it out."
@@ -137,15 +137,15 @@ class Zero:
         return safe_get_full_grad  # type: ignore[no-any-return]
 
     def writers_agreement(self) -> Callable[[BaseException | None], str | None]:
-        """The engine's shards are written before the training goes on: rank zero's thread is the only one."""
+        """Return the agreement of rank zero: the engine's shards are written earlier, by the main threads."""
         return no_agreement
 
 
 def fill_config(accelerator: Accelerator, size: StepSize) -> None:
     """
-    Fill what DeepSpeed's configuration leaves open, `auto`, from our flags. Raises ConfigError where both differ.
+    Fill from our flags what DeepSpeed's configuration leaves `auto` or out; call it before `prepare`.
 
-    Call it before `prepare`.
+    Raises ConfigError where the configuration and a flag differ.
     """
     stage = int(accelerator.deepspeed_plugin.zero_stage)
     if stage not in STAGES:
@@ -172,7 +172,7 @@ def fill_config(accelerator: Accelerator, size: StepSize) -> None:
             )
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}. Write auto there, or leave it out: the flags fill it.")
-    # A torch optimizer on the CPU is as good there; DeepSpeed's own would have to be compiled.
+    # A torch optimizer works on the CPU as well; DeepSpeed's own would have to be compiled.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     accelerator.gradient_accumulation_steps = size.accumulation  # else accelerate warns that the two differ
     if stage == 3:
@@ -180,7 +180,7 @@ def fill_config(accelerator: Accelerator, size: StepSize) -> None:
         warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
         from transformers.integrations import HfDeepSpeedConfig
 
-        # Transformers then knows that ranks have to generate together; it lives as long as the plugin.
+        # It tells Transformers that ranks have to generate together; the plugin keeps the reference.
         accelerator.deepspeed_plugin.dschf = HfDeepSpeedConfig(config)
 
 
@@ -188,20 +188,20 @@ def save_shards(engine: Any, folder: Path, *, step: int) -> None:
     """
     Collective: each rank writes its part of the optimizer's state, rank zero the module's, as the Trainer does.
 
-    Of a model with an adapter what is frozen is left out. Raises what writing raises, on this rank alone and when all
-    are done: inside of DeepSpeed the others would wait.
+    With an adapter frozen weights are left out. An error of writing is raised on this rank only, after all ranks are
+    done: raised inside of DeepSpeed it would leave the others waiting.
     """
     failures: list[Exception] = []
 
-    def write(state_dict: Any, path: str) -> None:  # called by these names too
+    def write(state_dict: Any, path: str) -> None:  # DeepSpeed also passes these as keywords
         try:
             torch.save(state_dict, path)
-        except Exception as error:  # torch has types of its own for a full disk
+        except Exception as error:  # torch has its own error types for a full disk
             failures.append(error)
 
     tag = f"global_step{step}"
     files = engine.checkpoint_engine
-    # Its scripts are left out: model.safetensors holds the weights.
+    # DeepSpeed's conversion scripts are left out: model.safetensors holds the weights.
     files.save, engine._copy_recovery_script = write, lambda _: None
     try:
         adapted = _is_peft_model(engine.module)
@@ -216,14 +216,14 @@ def save_shards(engine: Any, folder: Path, *, step: int) -> None:
 
 def load_shards(engine: Any, folder: Path) -> None:
     """
-    Collective: take back what `save_shards` wrote, on as many ranks.
+    Collective: load what `save_shards` wrote, on as many ranks.
 
-    DeepSpeed would unpickle whatever is in the files: here they hold tensors and plain values, or raise ConfigError.
+    DeepSpeed would unpickle whatever is in the files; here anything but tensors and plain values raises ConfigError.
     """
     files = engine.checkpoint_engine
     files.load = load_shard
     try:
-        strict = not _is_peft_model(engine.module)  # what is frozen is not in it
+        strict = not _is_peft_model(engine.module)  # frozen weights are not in it
         loaded, _ = engine.load_checkpoint(str(folder), load_module_strict=strict, load_lr_scheduler_states=False)
     except (OSError, KeyError, ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"{folder} can't be loaded by DeepSpeed: {type(error).__name__} {error}") from error
@@ -234,7 +234,7 @@ def load_shards(engine: Any, folder: Path) -> None:
 
 
 def load_shard(path: str, map_location: Any = None, *, mmap: bool = False) -> Any:
-    """Read one file of DeepSpeed's: tensors, plain values and a few records of its own. Raises ConfigError."""
+    """Read one of DeepSpeed's files: tensors, plain values and a few of its own classes. Raises ConfigError."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

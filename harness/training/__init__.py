@@ -1,1 +1,1 @@
-"""What a training is made of, beside the loop."""
+"""The parts of a training that the loop uses."""

@@ -1,4 +1,4 @@
-"""Which evaluation was the best so far, and whether to stop early."""
+"""Find the best evaluation so far, and decide on early stopping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class BestModel:
-    """Compares evaluations; what it finds is kept in the run's state."""
+    """Compares evaluations; the result is kept in the run's state."""
 
     def __init__(self, config: BestConfig, *, metric: str | None, keeps_checkpoints: bool) -> None:
         self.config, self.metric, self.keeps_checkpoints = config, metric, keeps_checkpoints
@@ -25,18 +25,18 @@ class BestModel:
 
     @property
     def early_stopping(self) -> dict[str, Any] | None:
-        """The arguments of the EarlyStoppingCallback that this does the work of."""
+        """The arguments of the EarlyStoppingCallback that this replaces, for trainer_state.json."""
         if self.config.early_stopping_patience is None:
             return None
         names = ("early_stopping_patience", "early_stopping_threshold")
         return {name: getattr(self.config, name) for name in names}
 
     def update(self, metrics: Mapping[str, float], state: TrainState) -> bool:
-        """Take an evaluation's metrics in; returns whether it is the best. May set `state.should_stop`."""
+        """Compare an evaluation's metrics; returns whether it is the best so far. May set `state.should_stop`."""
         if self.metric is None:
             return False
         value = metrics[self.metric]
-        # The Trainer's callback compares before the best value is replaced.
+        # As the Trainer's callback, which compares before the best value is replaced.
         self._count_patience(value, state)
         best = state.best_metric
         if best is None:

@@ -1,4 +1,4 @@
-"""What a person sees: the log's levels, a progress bar or plain lines, the table at the end."""
+"""Output for a person: log levels, a progress bar or plain lines, and the table at the end."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from harness.config import is_dumb_terminal
 from harness.training.flags import ConsoleConfig
 
 TIMING_SUFFIXES = ("_runtime", "_samples_per_second", "_steps_per_second")
-# Known to the caller's rate, or too long for a line; they are in the tracker and in the history.
+# Part of the caller's rate, or too long for a line; they are in the tracker and in the history.
 NOT_IN_A_LINE = ("num_input_tokens_seen", "train_tokens_per_second", "total_flos")
-LEAST_BAR_COLUMNS = 20  # what stands beside the bar gives way to it
+LEAST_BAR_COLUMNS = 20  # the text beside the bar is shortened for it
 
 
 def set_up_logging(config: ConsoleConfig, *, is_main: bool, is_local_main: bool) -> None:
-    """Set the levels of our log and of the libraries', as the Trainer's example scripts do. Once or again."""
+    """Set the levels of our log and of the libraries', as the Trainer's example scripts do. It may be called again."""
     speaks = is_local_main if config.log_on_each_node else is_main
     level = config.log_level if speaks else config.log_level_replica
     ours = logging.getLogger("harness")
@@ -42,9 +42,9 @@ def set_up_logging(config: ConsoleConfig, *, is_main: bool, is_local_main: bool)
 
 class Console:
     """
-    Progress and results, for a person: lines above a bar where stderr is a terminal, one line a report elsewhere.
+    Progress and results for a person: lines above a bar if stderr is a terminal, else one line a report.
 
-    Lines go to standard output. Not enabled (on other ranks) it is silent.
+    Lines go to standard output. If it is not enabled, as on other ranks, it prints nothing.
     """
 
     def __init__(self, enabled: bool, progress: bool) -> None:
@@ -68,13 +68,13 @@ class Console:
             self._bar = _Bar(self, total_steps, initial_step, unit)
 
     def advance(self, global_step: int) -> None:
-        """Note that this step is done. Called at every step."""
+        """Show that this step is done. Called at every step."""
         self._step = global_step
         if self._bar is not None:
             self._bar.update(global_step - self._bar.n)
 
     def report(self, logs: Mapping[str, float], *, step: int, rate: str | None) -> None:
-        """Show a training report as a line; `rate` is text such as `812 samples/s`, which a bar takes."""
+        """Show a training report as a line; `rate` is text such as `812 samples/s`, which a bar shows."""
         if not self._enabled:
             return
         shown = in_a_line(logs)
@@ -101,12 +101,12 @@ class Console:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Take the bar away for as long as something else prints or reads: a debugger, a sample."""
+        """Hide the bar while something else prints or reads: a debugger, a sample."""
         if self._bar is None or self._bar.disable:
             yield
             return
         self._bar.clear()
-        self._bar.disable = True  # or a log record would bring it back
+        self._bar.disable = True  # otherwise a log record would draw it again
         try:
             yield
         finally:
@@ -115,7 +115,7 @@ class Console:
             self._bar.refresh()
 
     def close(self) -> None:
-        """Leave the bar as it stands and show it no more."""
+        """Leave the bar as it is and stop updating it."""
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
@@ -129,7 +129,7 @@ class Console:
             self.line(f"{name:<{width}}  {value}".rstrip())
 
     def eta(self) -> str:
-        """Time that is left, as h:mm:ss, at the mean pace since the start; `?` before the first step."""
+        """Return the time left as h:mm:ss, at the mean pace since the start; `?` before the first step."""
         done = self._step - self._initial_step
         if done <= 0 or self._total_steps is None:
             return "?"
@@ -146,9 +146,9 @@ class Console:
 
 class _Bar(tqdm):  # type: ignore[type-arg]
     """
-    tqdm with the console's estimate of the time left, and without its thread: breakpoint() must work.
+    tqdm with the console's estimate of the time left, and without its thread, so that breakpoint() works.
 
-    The bar has LEAST_BAR_COLUMNS at least; the rate is shown as far as there is room for it.
+    The bar has at least LEAST_BAR_COLUMNS; the rate is shown as far as there is room for it.
     """
 
     monitor_interval = 0
@@ -163,7 +163,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
             file=sys.stderr,
             dynamic_ncols=True,
             mininterval=0.2,
-            miniters=1,  # each update looks at the clock, so that a slow step is shown without that thread
+            miniters=1,  # check the clock at each update, so that a slow step is shown without that thread
             bar_format="{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| ETA {eta}{rate_text}",
         )
 
@@ -179,13 +179,13 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 class _Handler(logging.Handler):
-    """Writes to today's stderr, above a bar if there is one."""
+    """A log handler that writes to the current stderr, above a bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
-        except Exception:  # logging's contract: a handler never raises into the program
+        except Exception:  # a logging handler must never raise into the program
             self.handleError(record)
 
 
@@ -196,11 +196,11 @@ def _make_handler() -> logging.Handler:
 
 
 def _set_up_libraries(level: int | None, *, shows_progress: bool) -> None:
-    # Here, not above: they take a second to import, which importing this file should not.
+    # Imported here, since they take a second.
     import huggingface_hub.utils
     from transformers.utils import logging as transformers_logging
 
-    # Said of every GPT-2 at its first step, whose class has no loss_type; nothing that a user could change.
+    # Every GPT-2 warns at its first step that its class has no loss_type, which a user can't change.
     logging.getLogger("transformers.modeling_utils").addFilter(_says_something_new)
     datasets = sys.modules.get("datasets")
     if level is not None:
@@ -220,7 +220,7 @@ def _says_something_new(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _libraries_above_the_bar() -> Iterator[None]:
-    """Put Python's warnings, and what loggers write to the terminal, above the bar: for as long as it stands."""
+    """While the bar is shown, print Python's warnings and the libraries' log lines above it."""
 
     def above(write: Callable[..., None]) -> Callable[..., None]:
         def write_above(*args: Any, **kwargs: Any) -> None:
@@ -248,7 +248,7 @@ def _libraries_above_the_bar() -> Iterator[None]:
 
 
 def _shows_a_bar() -> bool:
-    """Whether stderr is a terminal that tells its size and can go back to the beginning of a line."""
+    """Whether stderr is a terminal that reports its size and can return to the beginning of a line."""
     if not sys.stderr.isatty() or is_dumb_terminal():
         return False
     size = os.get_terminal_size(sys.stderr.fileno())
@@ -256,7 +256,7 @@ def _shows_a_bar() -> bool:
 
 
 def in_a_line(metrics: Mapping[str, float]) -> str:
-    """The metrics as text, without timings and what is too long for a line."""
+    """Return the metrics as text, without timings and those that are too long for a line."""
     left_out = (*NOT_IN_A_LINE, *(name for name in metrics if name.endswith(TIMING_SUFFIXES)))
     return "  ".join(_pair(name, value) for name, value in metrics.items() if name not in left_out)
 
@@ -276,7 +276,7 @@ def _pair(name: str, value: float) -> str:
 
 
 def _digits(value: float, count: int) -> str:
-    """The number with so many significant digits; whole numbers whole; NaN is nan."""
+    """Return the number with `count` significant digits; whole numbers stay whole, and NaN is nan."""
     if isinstance(value, int):
         return str(value)
     return f"{value:#.{count}g}".removesuffix(".")

@@ -1,4 +1,4 @@
-"""The debugging mode: little data, everything shown, a stop at the first value that is not finite."""
+"""The debugging mode: little data, detailed output, and a stop at the first value that is not finite."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ SLOWEST_SHOWN = 12
 @contextmanager
 def watch_training(config: DebugConfig, model: torch.nn.Module, show: Callable[[str], None]) -> Iterator[None]:
     """
-    Around the training: stop at the first NaN, then show peak memory and the slowest parts.
+    Stop the training at the first NaN; at its end, show peak memory and the slowest operations.
 
-    Raises NonFiniteError out of the forward pass, and torch's anomaly detection its own RuntimeError out of the
-    backward pass.
+    Raises NonFiniteError in the forward pass; in the backward pass torch's anomaly detection raises RuntimeError.
     """
     if config.debug == "underflow_overflow":
         DebugUnderflowOverflow(model)
@@ -48,7 +47,7 @@ def stop_at_non_finite(model: torch.nn.Module) -> None:
     def check(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, _inputs: Any, output: Any) -> None:
             for tensor in _tensors(output):
-                # An attention mask is made of -inf, so the largest value is looked at; NaN is larger than all.
+                # An attention mask holds -inf, so only the largest value is checked; NaN counts as larger than all.
                 if tensor.is_floating_point() and tensor.numel() and not tensor.max() < math.inf:
                     kind = "NaN" if tensor.isnan().any() else "infinity"
                     shape = tuple(tensor.shape)
@@ -75,7 +74,7 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 
 def describe_batch(batch: Mapping[str, Any], processing_class: Any) -> str:
-    """The first micro-batch as text: a line for each tensor, its first sample decoded if it is text."""
+    """Return the first micro-batch as text: a line for each tensor, its first sample decoded if it is text."""
     lines = ["first batch:"]
     for name, value in batch.items():
         if not isinstance(value, torch.Tensor):
@@ -96,7 +95,7 @@ def describe_batch(batch: Mapping[str, Any], processing_class: Any) -> str:
 
 
 def peak_memory() -> str:
-    """The most memory held: on the device if there is one, else by the process."""
+    """Return the peak memory as text: of the device if there is one, else of the process."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on {torch.cuda.get_device_name()}"
     import resource

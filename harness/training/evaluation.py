@@ -28,7 +28,7 @@ class EvalSet:
 
     @property
     def num_samples(self) -> int | None:
-        """Samples in the set; None for a stream."""
+        """The number of samples in the set; None for a stream."""
         dataset = self.loader.dataset
         return len(dataset) if hasattr(dataset, "__len__") else None
 
@@ -36,9 +36,9 @@ class EvalSet:
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """
-    The outcome: `metrics` in the Trainer's names and order; `extras` of ours, with a slash, for the trackers alone.
+    The result: `metrics` in the Trainer's names and order; `extras` of ours, with a slash, for the trackers only.
 
-    `predictions` holds what Metrics.predictions made of the logits, if they were to be kept.
+    `predictions` holds what Metrics.predictions returned for the logits, if they were to be kept.
     """
 
     metrics: dict[str, float]
@@ -51,7 +51,7 @@ class Evaluator:
     Runs a model over evaluation sets.
 
     Mirrors Trainer.evaluation_loop and Trainer.prediction_step: eval_loss is the mean over samples of the means of
-    their batches. Beside it stands the loss weighted by tokens, which does not depend on the batch size.
+    their batches. In addition there is the loss per token, which does not depend on the batch size.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class Evaluator:
         generate: Generate | None,
         drops_non_finite: bool,
     ) -> None:
-        self.generate = generate if metrics is not None else None  # the loss alone needs no texts
+        self.generate = generate if metrics is not None else None  # without metrics no texts are needed
         self.accelerator, self.loss, self.metrics = accelerator, loss, metrics
         self.drops_non_finite = drops_non_finite
 
     def metric_names(self) -> set[str]:
         """
-        What an evaluation yields, without prefix, known without running one.
+        The names of an evaluation's metrics, without prefix, known before running one.
 
-        Not its times: each rank has its own, and what is decided by them would not be agreed.
+        Times are left out: they differ between ranks, which must decide alike.
         """
-        loss = {"loss"} if self.loss.label_names else set()  # without labels there is none, as in the Trainer
+        loss = {"loss"} if self.loss.label_names else set()  # as in the Trainer, there is none without labels
         return {*loss, *(self.metrics().names if self.metrics is not None else ())}
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class Evaluator:
     def _tokens(
         self, model: torch.nn.Module, batch: Batch, loss: torch.Tensor, num_items: torch.Tensor
     ) -> torch.Tensor:
-        """Collective: the summed loss of a batch and its tokens; those that fill the last round up do not count."""
+        """Collective: return a batch's summed loss and tokens, without the samples that fill up the last round."""
         num_samples, state = len(batch["labels"]), self.accelerator.gradient_state
         left = state.remainder if state.end_of_dataloader else 0
         if 0 < left < num_samples * self.accelerator.num_processes:
@@ -128,7 +128,7 @@ class Evaluator:
             counted = self.loss.num_items([batch])
             num_items = num_items if counted is None else counted
             loss = self.loss(model, batch, num_items)[0].mean()
-        # A rank of which nothing counts has a mean over nothing.
+        # A rank without a token that counts has a NaN mean.
         return torch.stack([torch.where(num_items > 0, loss * num_items, 0.0), num_items])
 
     def _labels(self, batch: Batch) -> Any:
@@ -138,7 +138,7 @@ class Evaluator:
         return labels[0] if len(labels) == 1 else labels
 
     def _predicted(self, model: torch.nn.Module, batch: Batch, outputs: Any) -> Any:
-        """The logits, or what the task generates in their place; a rank's own."""
+        """Return this rank's logits, or what the task generates in their place."""
         if self.generate is not None:
             return self.generate(self.accelerator.unwrap_model(model, keep_torch_compile=False), batch)
         config = getattr(self.accelerator.unwrap_model(model), "config", None)
@@ -167,14 +167,14 @@ class Evaluator:
         summed = self.accelerator.gather(totals.unsqueeze(0)).sum(0).tolist()
         if summed[1] == 0:
             return {}
-        # Each rank has added the items of all ranks, with a loss that is scaled to their mean; or its own alone.
+        # Each rank has summed the items of all ranks, with a loss scaled to their mean, or only its own.
         group = prefix.replace("_", "/", 1) if "_" in prefix else prefix
         num_tokens = summed[1] / (self.accelerator.num_processes if self.loss.across_devices else 1)
         return {f"{group}/loss_per_token": summed[0] / summed[1], f"{group}/num_tokens": num_tokens}
 
 
 def _joined(kept: list[torch.Tensor]) -> npt.NDArray[Any]:
-    if kept[0].dim() > 1:  # each batch is as long as its longest sample
+    if kept[0].dim() > 1:  # batches differ in length, as each is padded to its longest sample
         longest = max(part.shape[1] for part in kept)
         pad = torch.nn.functional.pad
         kept = [pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1]), value=-100) for part in kept]

@@ -1,4 +1,4 @@
-"""The model side of a step: prepare a model for training, and its loss by the Trainer's rules."""
+"""Prepare a model for training, and compute its loss by the Trainer's rules."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def prepare_model(
     model: torch.nn.Module, config: ModelingConfig, processing_class: Any, accelerator: Accelerator
 ) -> None:
     """
-    Set the model up for training, in the Trainer's order, before it is wrapped.
+    Set up the model for training, in the Trainer's order, before it is wrapped.
 
-    Raises ConfigError where the model or an uninstalled package does not allow it.
+    Raises ConfigError where the model or a package that is not installed prevents it.
     """
     if config.use_liger_kernel:
         _apply_liger(model, config, accelerator)
@@ -78,7 +78,7 @@ def _apply_liger(model: torch.nn.Module, config: ModelingConfig, accelerator: Ac
 
 class Loss:
     """
-    The loss of a micro-batch and the number of items it is divided by.
+    Computes the loss of a micro-batch, and the number of items that it is divided by.
 
     Mirrors Trainer.compute_loss, Trainer._get_num_items_in_batch and the part of Trainer.training_step that scales.
     """
@@ -92,7 +92,7 @@ class Loss:
     ) -> None:
         self.accelerator = accelerator
         self.compute_loss_func = compute_loss_func
-        # With an adapter the model under it knows the names and what its forward takes.
+        # With an adapter, label names and the forward's arguments are those of the base model.
         model = unwrap_peft_model(model)
         self.across_devices = config.average_tokens_across_devices
         self.label_names: list[str] = find_labels(model.__class__)
@@ -101,7 +101,7 @@ class Loss:
             parameters = inspect.signature(model.forward).parameters.values()
             accepts = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         self.accepts_num_items = bool(accepts)
-        # A causal loss shifts the labels itself: the first position is never a target.
+        # A causal loss shifts the labels itself, so the first position is never a target.
         causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
         self.shifts_labels = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.smoother = LabelSmoother(config.label_smoothing_factor) if config.label_smoothing_factor else None
@@ -112,7 +112,7 @@ class Loss:
 
     def num_items(self, window: Sequence[Batch]) -> torch.Tensor | None:
         """
-        Collective: the labels that count in a step, on all ranks together; a scalar on the device.
+        Collective: return the number of labels that count in a step, over all ranks; a scalar on the device.
 
         None where neither the model nor compute_loss_func takes it: then the loss is a mean of means.
         """
@@ -132,7 +132,11 @@ class Loss:
     def __call__(
         self, model: torch.nn.Module, batch: Batch, num_items: torch.Tensor | None, *, micro_batches: int = 1
     ) -> tuple[torch.Tensor, Any]:
-        """The scalar to call backward on, and the model's outputs. Raises ValueError if the model gives no loss."""
+        """
+        Return the scalar to call backward on, and the model's outputs.
+
+        Raises ValueError if the model gives no loss.
+        """
         inputs = dict(batch)
         own = self.compute_loss_func is not None or self.smoother is not None
         labels = inputs.pop("labels", None) if own else None

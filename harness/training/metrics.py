@@ -1,4 +1,4 @@
-"""What a training report says: the loss of the window, the work done, the run's rates. Names are the Trainer's."""
+"""The values of a training report: the loss of the window, the work done, the run's rates. Names are the Trainer's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from harness.training.state import TrainState
 
 class Window:
     """
-    The steps since the last report: a float32 sum of their micro-losses on the device, read at a report only.
+    The losses since the last report: a float32 sum on the device that is only read at a report.
 
-    Mirrors the Trainer's `_tr_loss`, with its filter: a loss that is not finite counts as the sum so far divided by
-    1 + the steps since the report. Beside it stands how many there were.
+    Mirrors the Trainer's `_tr_loss` and its filter: a loss that is not finite counts as the sum so far divided by 1 +
+    the steps since the report. The number of such losses is kept too.
     """
 
     def __init__(self, accelerator: Accelerator, config: MetricsConfig) -> None:
@@ -33,7 +33,7 @@ class Window:
         self.learning_rate = 0.0
 
     def add(self, loss: torch.Tensor, *, steps_since_report: int) -> None:
-        """Add one micro-loss, a scalar on the device, without a host sync."""
+        """Add the loss of a micro-batch, a scalar on the device, without a host sync."""
         finite = torch.isfinite(loss)
         if self.filters:
             loss = torch.where(finite, loss, self.sums[0] / (1 + steps_since_report))
@@ -41,12 +41,12 @@ class Window:
 
     def drain(self, riders: Sequence[float] = ()) -> tuple[float, int, list[list[float]]]:
         """
-        Collective: the mean over the ranks of the sum, and the losses of all ranks that were not finite.
+        Collective: return the sum's mean over the ranks, and how many losses of all ranks were not finite.
 
-        `riders` are numbers of this rank, as many on each: the third result is those of all ranks, in float32. They go
-        the same way, so that a report keeps to one reduce and one host sync.
+        `riders` are numbers of this rank, as many on each: the third result has those of all ranks, in float32. They
+        travel in the same tensor, so that a report needs one reduce and one host sync.
         """
-        # Not waited for: the copy stands in the queue of the device.
+        # No need to wait: the copy is queued on the device before its use.
         along = torch.tensor(riders, dtype=torch.float32).to(self.sums.device, non_blocking=True)
         gathered = self.accelerator.gather(torch.cat([self.sums, along]).unsqueeze(0))
         sums = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum()])
@@ -56,11 +56,11 @@ class Window:
         return loss, int(num_nonfinite), [flat[i : i + count] for i in range(0, len(flat), max(count, 1))]
 
     def undrained(self) -> float:
-        """What this rank alone has summed up since the last report."""
+        """Return what this rank alone has summed up since the last report."""
         return self.sums[0].item()
 
     def last_step(self) -> dict[str, float]:
-        """The norm of the gradients before clipping and the learning rate of the last step."""
+        """Return the norm of the gradients before clipping and the learning rate of the last step."""
         norm = self.grad_norm
         return {
             "grad_norm": norm.item() if isinstance(norm, torch.Tensor) else norm,
@@ -68,19 +68,19 @@ class Window:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of what no report has shown yet."""
+        """Return this rank's part of what no report has shown yet."""
         return {"sums": self.sums.cpu().clone(), **self.last_step()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on in the window."""
+        """Load what `state_dict` returned."""
         self.sums.copy_(saved["sums"])
         self.grad_norm, self.learning_rate = saved["grad_norm"], saved["learning_rate"]
 
     def load_state_dicts(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """
-        Go on in a window of other ranks, all of which are given: the next report says what theirs would have said.
+        Load the windows of all ranks of a run with another number of ranks: the next report has the values of theirs.
 
-        The mean of their losses is everybody's; the losses that were not finite are counted once.
+        Each rank gets the mean of their losses; losses that were not finite are counted on rank zero only.
         """
         sums = torch.stack([state["sums"] for state in saved])
         num_nonfinite = sums[:, 1].sum() if self.accelerator.is_main_process else torch.zeros(())
@@ -142,17 +142,17 @@ class Work:
 
 
 class Clock:
-    """Seconds, samples and tokens of this process, since its start."""
+    """Measures seconds, samples and tokens of this process since its start."""
 
     def __init__(self, state: TrainState) -> None:
         self.begin(state)
 
     def begin(self, state: TrainState) -> None:
-        """Start when the first step is near, with what a checkpoint has put into the state."""
+        """Start right before the first step, from the counters that a checkpoint has put into the state."""
         self.started_at = time.time()
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
 
     def rates(self, **work: float) -> dict[str, float]:
-        """The Trainer's `train_runtime` and what was done a second: num_samples, num_steps, num_tokens."""
+        """Return the Trainer's `train_runtime` and the rates per second: num_samples, num_steps, num_tokens."""
         rates: dict[str, float] = speed_metrics("train", self.started_at, **work)
         return rates

@@ -1,4 +1,4 @@
-"""The random generators of a process: seed them, capture them, put them back."""
+"""Seed, capture and restore the random generators of a process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def seed_everything(seed: int, *, full_determinism: bool) -> None:
 
 def capture(*, world_size: int = 1) -> RngState:
     """
-    The state of all generators, in the keys and types of the Trainer's `rng_state.pth`.
+    Return the state of all generators, in the keys and types of the Trainer's `rng_state.pth`.
 
     With more than one process "cuda" holds the states of all visible devices, as the Trainer's does.
     """
@@ -39,7 +39,7 @@ def capture(*, world_size: int = 1) -> RngState:
 
 
 def restore(state: RngState) -> None:
-    """Put back what `capture` gave, or what a Trainer saved."""
+    """Restore what `capture` returned, or what a Trainer saved."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
@@ -53,18 +53,18 @@ def restore(state: RngState) -> None:
 
 
 def capture_host() -> RngState:
-    """The generators that a collator or a sampler may draw from. Costs some microseconds, no device sync."""
+    """Return the state of the generators that a collator or a sampler may use. Takes microseconds, no device sync."""
     return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
 
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Within it the generators of `capture_host` are seeded from numbers of 0 or more; then they are as before."""
+    """Seed the generators of `capture_host` from numbers of 0 or more for the block; then restore them."""
     before = capture_host()
     python, numpy, cpu = np.random.SeedSequence(numbers).generate_state(3, np.uint64).tolist()
     random.seed(python)
     np.random.seed(numpy % 2**32)
-    torch.default_generator.manual_seed(cpu)  # torch.manual_seed would move the devices' generators
+    torch.default_generator.manual_seed(cpu)  # torch.manual_seed would also seed the devices' generators
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""How long a run is, and what is due at which step."""
+"""The plan of a run: how many steps it has, and what is due at which step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.training.state import TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class Due:
-    """What happens at a step, in this order."""
+    """What to do after a step, in this order."""
 
     log: bool
     evaluate: bool
@@ -39,7 +39,7 @@ class Plan:
     save_steps: int
 
     def at_step(self, state: TrainState) -> Due:
-        """What is due after an optimizer step."""
+        """Return what is due after an optimizer step."""
         config, step = self.config, state.global_step
         last = step >= self.max_steps
         late_enough = config.eval_delay <= step
@@ -51,7 +51,7 @@ class Plan:
         )
 
     def at_epoch_end(self, state: TrainState) -> Due:
-        """What is due when an epoch, or the training, has ended."""
+        """Return what is due when an epoch, or the training, has ended."""
         config = self.config
         return Due(
             log=config.logging_strategy == "epoch",
@@ -60,7 +60,7 @@ class Plan:
         )
 
     def show_in(self, state: TrainState) -> None:
-        """Put the resolved numbers where `trainer_state.json` holds them."""
+        """Write the resolved numbers into the fields that `trainer_state.json` has for them."""
         state.max_steps, state.num_train_epochs = self.max_steps, self.num_train_epochs
         state.logging_steps, state.eval_steps, state.save_steps = (
             self.logging_steps,
@@ -78,9 +78,9 @@ def resolve_plan(
     samples_per_step: int,
 ) -> Plan:
     """
-    Work the plan out from the data: batches of a rank in an epoch and samples in all, None for a stream.
+    Compute the plan from the data: batches of a rank in an epoch and samples in all, None for a stream.
 
-    Raises ConfigError for no batches at all, and for a stream without --max_steps.
+    Raises ConfigError if there are no batches at all, and for a stream without --max_steps.
     """
     if num_batches == 0:
         raise ConfigError(

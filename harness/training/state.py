@@ -1,4 +1,4 @@
-"""What must outlive the process besides tensors: plain JSON, with the Trainer's `trainer_state.json` inside."""
+"""State that must survive a restart, apart from tensors: plain JSON that contains the Trainer's trainer_state.json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TrainState:
     The counters and the history of a run; the fields are those of transformers.TrainerState that it needs.
 
     `epoch` is a fraction: 1.5 is the middle of the second epoch. `total_loss` is the sum of the losses of all reported
-    steps since `loss_from_step`: what `train_loss` is made of. `num_skipped_steps` counts the steps whose gradients
-    overflowed in fp16; `global_step` has them too, as the Trainer's.
+    steps since `loss_from_step`, from which `train_loss` is computed. `num_skipped_steps` counts the steps whose
+    gradients overflowed in fp16; `global_step` includes them, as in the Trainer.
     """
 
     epoch: float = 0
@@ -43,22 +43,22 @@ class TrainState:
     should_stop: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The part that `trainer_state.json` has no place for."""
+        """Return the fields that `trainer_state.json` has no place for."""
         return {name: getattr(self, name) for name in _OURS}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; unknown keys of a newer version are left alone."""
+        """Load what `state_dict` returned; unknown keys of a newer version are ignored."""
         for name in _OURS:
             if name in saved:
                 setattr(self, name, saved[name])
 
     def trainer_state(self, *, early_stopping: dict[str, Any] | None) -> dict[str, Any]:
         """
-        The content of `trainer_state.json` as transformers.TrainerState writes it, so that its readers work.
+        Return the content of `trainer_state.json` as transformers.TrainerState writes it, so that its readers work.
 
         `early_stopping` holds the arguments of EarlyStoppingCallback where early stopping is on.
         """
-        # The Trainer rests its control when it saves at a log or an evaluation; only the stop is news to a reader.
+        # Between steps the Trainer's control flags are false; only the stop matters to a reader.
         control = dict.fromkeys(
             ("should_epoch_stop", "should_evaluate", "should_log", "should_save", "should_training_stop"),
             False,
@@ -71,7 +71,7 @@ class TrainState:
             callbacks["EarlyStoppingCallback"] = {"args": early_stopping, "attributes": counter}
         callbacks["TrainerControl"] = {"args": control, "attributes": {}}
         names = [each.name for each in fields(self) if each.name not in (*_OURS, "should_stop")]
-        # Rows are never changed once they are in the history: a long one is not copied row by row.
+        # Rows are never changed once they are in the history, so a shallow copy is enough.
         ours = {name: getattr(self, name) for name in names} | {"log_history": list(self.log_history)}
         return ours | {
             "is_hyper_param_search": False,
@@ -83,14 +83,14 @@ class TrainState:
         }
 
     def load_trainer_state(self, path: Path) -> None:
-        """Take the counters and the history from a `trainer_state.json`, ours or a Trainer's."""
+        """Load the counters and the history from a `trainer_state.json`, ours or a Trainer's."""
         saved = json.loads(path.read_text(encoding="utf-8"))
         for item in fields(self):
             if item.name in saved and item.name not in (*_OURS, *_OF_THE_PLAN):
                 setattr(self, item.name, saved[item.name])
         counter = saved.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
         self.early_stopping_patience_counter = counter.get("early_stopping_patience_counter", 0)
-        # A Trainer keeps neither the loss it has not logged nor the sum of what it has.
+        # A Trainer saves neither the loss that it has not logged yet nor the sum of the logged ones.
         self.last_logged_step = self.loss_from_step = self.global_step
 
 

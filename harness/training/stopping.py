@@ -1,4 +1,4 @@
-"""Signals and requests to stop, turned into a stop that all ranks make at the same step boundary."""
+"""Turn signals and requests to stop into a stop of all ranks at the same step boundary."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from harness.training.flags import StoppingConfig
 
 PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
 PREEMPTED_FILE = "preempted"
-SECONDS_BETWEEN_LOOKS = 1.0  # at the lock, a file that may be on a network
+SECONDS_BETWEEN_LOOKS = 1.0  # how often to read the lock, a file that may be on a network
 
 
 class StopReason(IntEnum):
-    """Why to stop. The greatest one wins where ranks have different ones."""
+    """Why to stop. The greatest value wins where ranks have different ones."""
 
     NONE = 0
     REQUESTED = 1
@@ -33,11 +33,11 @@ class StopReason(IntEnum):
 
 class TimeLimit:
     """
-    The end of the job, and whether to stop ahead of it, asked at each step boundary.
+    Watches the end of the job: whether to stop before it, asked at each step boundary.
 
-    - ends_at: in seconds since 1970, or None for never; asked at the start and once more before the answer is yes, as
+    - ends_at: returns the end in seconds since 1970, None for never; asked at the start, and again before a stop, since
       a limit can be extended.
-    - to_save: seconds that a save is thought to take.
+    - to_save: returns the seconds that a save is expected to take.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TimeLimit:
     def is_near(self, *, steps_ahead: int) -> bool:
         """Whether to stop now, if so many more steps are made before the save begins."""
         now = time.time()
-        if self._last_at is not None:  # evaluations and saves are in it: the next may come right now
+        if self._last_at is not None:  # includes evaluations and saves: the next one may be due at once
             self._longest_step = max(self._longest_step, now - self._last_at)
         self._last_at = now
         needed = self.config.time_limit_margin_seconds + self._to_save() + (steps_ahead + 1) * self._longest_step
@@ -63,14 +63,14 @@ class TimeLimit:
 
 class Stop:
     """
-    Whether to stop, asked at each step boundary.
+    Decides whether to stop, at each step boundary.
 
-    - requested: whether somebody asks for an end from outside (Stop in the W&B app); read on each rank.
-    - time_limit: of the job; on rank zero, None on the others and where there is none.
-    - is_shut_out: whether another process has taken the folder over; asked once a second.
+    - requested: whether a stop was requested from outside (Stop in the W&B app); read on each rank.
+    - time_limit: the job's, on rank zero; None on other ranks and without a limit.
+    - is_shut_out: whether another process has taken over the folder; asked once a second.
 
-    With several ranks the answer travels on a gloo group of its own while the next step runs, so that no step waits
-    for it: they stop one step after the signal.
+    With several ranks the answer travels on a separate gloo group while the next step runs, so that no step waits for
+    it: they stop one step after the signal.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGNALS as a note meanwhile; launchers repeat them, so a second one means no more than the first."""
-        if threading.current_thread() is not threading.main_thread():  # a notebook's worker: Python allows none there
+        """Record SIGNALS during the block; launchers repeat them, so a second one changes nothing."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
             yield
             return
 
@@ -102,14 +102,14 @@ class Stop:
         with ExitStack() as stack:
             for each in SIGNALS:
                 stack.callback(signal.signal, each, signal.signal(each, note))
-            # What was held since the start comes now.
+            # A signal that was held since the start arrives now.
             stack.callback(
                 signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             )
             yield
 
     def agreed(self) -> StopReason:
-        """Collective: why to stop, or NONE; the same on all ranks."""
+        """Collective: return why to stop, or NONE; the same on all ranks."""
         reason = self._reason()
         if self._is_alone:
             return reason
@@ -132,7 +132,7 @@ class Stop:
         return StopReason.REQUESTED if self.requested() else StopReason.NONE
 
     def settled(self) -> StopReason:
-        """Collective: wait for the exchange under way, if there is one, and return what it came to."""
+        """Collective: wait for the exchange under way, if there is one, and return its result."""
         if self._pending is None:
             return StopReason.NONE
         self._pending.wait()

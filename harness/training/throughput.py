@@ -1,4 +1,4 @@
-"""How fast the training is: samples and tokens a second, the share of the device that is used, of time without data."""
+"""Throughput of the training: samples and tokens a second, device utilisation (MFU), time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ T = TypeVar("T")
 SPEED, MEMORY = "train/throughput", "train/memory"
 
 HALF = ("bf16", "fp16")
-# Operations a second of one device as torch counts devices, of dense matrices on the tensor cores with sums in
-# float32, as the makers' data sheets have them. The names are whole ones: a card's relatives (H20, 4090 Laptop, a MIG
+# Operations a second of one device, as torch counts devices, for dense matrices on the tensor cores with sums in
+# float32, from the makers' data sheets. Names are matched whole: a card's relatives (H20, 4090 Laptop, a MIG
 # slice) have other peaks.
 PEAKS: tuple[tuple[str, tuple[str, ...], float], ...] = (
     (r"V100-SXM[23]-\d+GB", ("fp16",), 125e12),
@@ -39,13 +39,13 @@ PEAKS: tuple[tuple[str, tuple[str, ...], float], ...] = (
     (r"B200", HALF, 2250e12),
     (r"GeForce RTX 3090", HALF, 71e12),
     (r"GeForce RTX 4090", HALF, 165e12),
-    (r"AMD Instinct MI250X", HALF, 191.5e12),  # a device is one of the card's two halves
+    (r"AMD Instinct MI250X", HALF, 191.5e12),  # torch counts each half of the card as a device
     (r"AMD Instinct MI300X", HALF, 1307e12),
 )
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The peak of a device by the name that torch gives it, for bf16 or fp16; None where it is not known."""
+    """Return a device's peak for bf16 or fp16 by the name that torch gives it; None where it is not known."""
     name = re.sub(r"^(NVIDIA |Tesla )+", "", device_name)
     for pattern, precisions, peak in PEAKS:
         if precision in precisions and re.fullmatch(pattern, name):
@@ -54,7 +54,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def precision_of(model: torch.nn.Module, mixed_precision: str) -> str:
-    """In what the matrices are multiplied: the mixed precision, or else what the weights are in."""
+    """Return the precision of the matrix products: the mixed precision, or else the type of the weights."""
     if mixed_precision != "no":
         return mixed_precision
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
@@ -62,25 +62,25 @@ def precision_of(model: torch.nn.Module, mixed_precision: str) -> str:
 
 
 def reads_tokens(model: torch.nn.Module) -> bool:
-    """Whether the main input is `input_ids`: elsewhere (pixels, sound) its elements are no tokens."""
+    """Whether the main input is `input_ids`: elements of other inputs (pixels, sound) are no tokens."""
     name = getattr(model, "main_input_name", None)
     return name == "input_ids" if name is not None else "input_ids" in inspect.signature(model.forward).parameters
 
 
 class Throughput:
     """
-    What the steps since the last report came to, on all devices, and how long they took.
+    Measures the work of the steps since the last report on all devices, and the time they took.
 
-    The time is all that passes from one report to the next in this process, without what goes by in `paused`:
-    evaluations and saves (what of a save is written in the background goes on beside the steps). Waiting for data,
-    logging, and the warm-up of the first steps are in it. After a resume the first window is what this attempt has
-    done of it, which may be nothing: all names are there then, and their values are NaN.
+    The time is everything between two reports in this process, except what happens within `paused`: evaluations and
+    saves (the part of a save that is written in the background runs beside the steps). Waiting for data, logging, and
+    the warm-up of the first steps are included. After a restart the first window covers only what this attempt has done
+    of it, which may be nothing: then all names are there, and their values are NaN.
 
-    Samples are those that the batches hold. Tokens are the elements of `input_ids`, padding included: what the device
-    has worked on; where the main input is another one there are none. Their number on the host is known without
-    asking the device. `flops_per_token` is an estimate, 6 x parameters without embeddings (as in total_flos), so mfu is
-    one too: attention, the embeddings' part and what checkpointing computes again are not in it, frozen weights are. It
-    is 0 where the model does not count its parameters so; then there is no mfu.
+    Samples are those in the batches. Tokens are the elements of `input_ids`, padding included, since the device works
+    on it; with another main input there are none. Their number is known on the host without asking the device.
+    `flops_per_token` is an estimate, 6 x parameters without embeddings (as in total_flos), and so is mfu: attention,
+    the embeddings and the recomputation of checkpointing are left out, frozen weights are included. It is 0 where the
+    model can't count its parameters in this way; then there is no mfu.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Throughput:
         self.begin()
 
     def begin(self) -> None:
-        """Start a window here."""
+        """Start a window now."""
         self._began_at, self._paused_seconds = time.perf_counter(), 0.0
         self._samples = self._tokens = 0
         self._wait_seconds = 0.0
@@ -120,10 +120,10 @@ class Throughput:
 
     def drawn(self, windows: Iterator[T]) -> Iterator[T]:
         """
-        The same windows of batches, with an eye on the clock while each is drawn.
+        Yield the same windows of batches, and measure the time in which each is drawn.
 
-        On the CPU that is the time the draw takes. A GPU has its own clock, and often work left from before, which the
-        draw does not hold up: there it is the time in which the GPU had nothing to do, without waiting for it.
+        On the CPU that is the time of the draw. A GPU has its own clock, and often work left that the draw does not
+        hold up: there it is the time in which the GPU was idle, measured by events without waiting for it.
         """
         while True:
             began = self._mark()
@@ -142,31 +142,32 @@ class Throughput:
         return event
 
     def _fold_waits(self) -> None:
-        # Asks, does not wait. What the GPU has not come to yet it had no wait for, and counts in the next report.
+        # Query the events without waiting. Those that the GPU has not reached yet count in the next report.
         while self._waits and not (self.on_cuda and not self._waits[0][1].query()):
             began, ended = self._waits.popleft()
             self._wait_seconds += began.elapsed_time(ended) / 1000 if self.on_cuda else ended - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: its time does not count. Waits for the device, which such things do anyway."""
+        """Exclude the time of the block, which is no training. Waits for the device, which such work does anyway."""
         torch.get_device_module(self.device).synchronize()
         started = time.perf_counter()
         yield
         self._paused_seconds += time.perf_counter() - started
 
     def of_this_rank(self) -> tuple[float, float, float, float]:
-        """Samples, tokens, seconds without data and peak memory in GiB of this rank, for a report to gather."""
+        """Return samples, tokens, seconds without data and peak memory in GiB of this rank, for a report to gather."""
         self._fold_waits()
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.on_cuda else 0.0
         return float(self._samples), float(self._tokens), self._wait_seconds, peak
 
     def report(self, of_ranks: Sequence[Sequence[float]]) -> dict[str, float]:
         """
-        The window's values by name, from what `of_this_rank` is on all ranks, once the device is done; begin the next.
+        Return the window's values by name, and begin the next window; call it when the device is done.
 
-        Each step waits for the rank that waits longest, so its share is shown; of the memory the largest peak is, since
-        the process began, evaluations included.
+        `of_ranks` are the values of `of_this_rank` on all ranks. Each step waits for the rank that waits longest for
+        data, so that rank's share is shown; of the memory the largest peak since the process began, evaluations
+        included.
         """
         seconds = time.perf_counter() - self._began_at - self._paused_seconds
         self.begin()
@@ -187,7 +188,7 @@ class Throughput:
 
 
 def as_text(rates: Mapping[str, float]) -> str | None:
-    """What a line for a person says of them, such as `122.3 samples/s, 15.7k tokens/s`; None for an empty window."""
+    """Return the rates for a line, such as `122.3 samples/s, 15.7k tokens/s`; None for an empty window."""
     samples, tokens = rates[f"{SPEED}/samples_per_second"], rates.get(f"{SPEED}/tokens_per_second")
     if math.isnan(samples):
         return None

@@ -1,4 +1,4 @@
-"""When a step takes far longer than usual: one warning that says which rank is late, and where. It ends nothing."""
+"""Warn once when a step takes far longer than usual, with the rank that is late and where it is. It ends nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAVE, END = "save", "the end"
 TIMES_THE_USUAL = 10
 KEPT_DURATIONS = 20
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.5, 5.0  # seconds
-# A rank whose thread has not spoken between the first and the last of so many looks is silent.
+# A rank whose thread has posted nothing between the first and the last of so many looks counts as silent.
 LOOKS = 4
 NEAR_TIMEOUT = 0.8
 STORE_TIMEOUT = timedelta(seconds=10)
@@ -39,7 +39,11 @@ SHOWN_RANKS = 4
 
 @dataclass(kw_only=True)
 class Position:
-    """Where this rank is since `began_at` (monotonic clock). `count` grows by one a place, on all ranks alike."""
+    """
+    The place of this rank in the loop since `began_at` (monotonic clock).
+
+    `count` grows by one a place, alike on all ranks.
+    """
 
     phase: str
     step: int
@@ -50,7 +54,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Post:
-    """What a rank last said of itself; `beat` counts how often it has spoken."""
+    """The last message of a rank's thread; `beat` counts its messages."""
 
     rank: int
     host: str
@@ -63,12 +67,12 @@ class Post:
 
     @property
     def place(self) -> str:
-        """Where it is, in words."""
+        """The rank's place in the loop, in words."""
         return f"{self.phase} (step {self.step})"
 
     @property
     def name(self) -> str:
-        """Which process it is, in words."""
+        """The rank's process, in words."""
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
 
@@ -76,11 +80,11 @@ class Watchdog:
     """
     Watches the pace of the loop from a thread of its own on each rank.
 
-    - ranks: this one, and how many there are.
-    - timeout_seconds: when a collective that hangs raises; near it even the first step of its kind is called slow.
+    - ranks: the index of this rank, and the number of ranks.
+    - timeout_seconds: when a hanging collective raises; shortly before, even the first step of its kind is called slow.
 
-    The loop notes where it is. The thread tells the other ranks through the process group's store, never by a
-    collective. Rank zero speaks for all; where it is silent itself, the first rank that isn't.
+    The loop notes where it is. The thread posts that to the other ranks through the process group's store, never by a
+    collective. Rank zero writes the warning for all; if it is silent itself, the first rank that isn't does.
     """
 
     def __init__(self, config: WatchdogConfig, *, ranks: tuple[int, int], timeout_seconds: float) -> None:
@@ -89,7 +93,7 @@ class Watchdog:
         self.near_timeout = NEAR_TIMEOUT * timeout_seconds if self.num_ranks > 1 else float("inf")
         self.interval = max(SHORTEST_INTERVAL, min(LONGEST_INTERVAL, self.slow_seconds / 6, self.near_timeout / 24))
         self._position = Position(phase=START, step=0, count=0, began_at=time.monotonic())
-        # Tuples, replaced as a whole: the thread may read them at any instant.
+        # Tuples, replaced as a whole, since the thread may read them at any time.
         self._durations: dict[str, tuple[float, ...]] = {}
         self._ended = threading.Event()
         self._store: PrefixStore | None = None
@@ -98,7 +102,7 @@ class Watchdog:
         self._reported: Position | None = None
 
     def at(self, phase: str, step: int) -> None:
-        """Note that the loop is now in this phase of this step. Costs some microseconds."""
+        """Record that the loop is now in this phase of this step. Takes microseconds."""
         before, now = self._position, time.monotonic()
         before.ended_at = now
         kept = self._durations.get(before.phase, ())[1 - KEPT_DURATIONS :]
@@ -106,7 +110,7 @@ class Watchdog:
         self._position = Position(phase=phase, step=step, count=before.count + 1, began_at=now)
 
     def drawn(self, items: Iterator[Item], state: TrainState) -> Iterator[Item]:
-        """The same items, each drawn as the data of the next step, then worked on as its forward and backward."""
+        """Yield the same items; drawing one counts as the phase of data, working on it as forward and backward."""
         while True:
             self.at(DATA, state.global_step + 1)
             try:
@@ -118,7 +122,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch meanwhile. The thread has ended when this has."""
+        """Watch during the block; the thread ends with it."""
         if self.slow_seconds == 0:
             yield
             return
@@ -130,7 +134,7 @@ class Watchdog:
             yield
         finally:
             self._ended.set()
-            thread.join(STORE_TIMEOUT.total_seconds())  # a store on a dead node may never answer
+            thread.join(STORE_TIMEOUT.total_seconds())  # with a limit, as a store on a dead node may never answer
             self._store = None
 
     # The thread
@@ -164,12 +168,12 @@ class Watchdog:
         return post
 
     def _judge(self, position: Position, own: Post) -> None:
-        """Look at the others once this rank is overdue; warn after some looks, if it is this rank's turn to."""
+        """Compare with the other ranks once this rank is overdue; after some looks, warn if it is this rank's turn."""
         durations = self._durations.get(position.phase, ())
         if own.seconds <= limit(durations, slow_seconds=self.slow_seconds, near_timeout=self.near_timeout):
             self._num_looks = 0
             return
-        # Torch's store has no timeout for some of its calls: they hang with a rank zero that holds it and is stopped.
+        # Some calls of torch's store have no timeout: they hang if rank zero, which holds the store, is stopped.
         alarm = threading.Timer(STORE_TIMEOUT.total_seconds(), self._warn, (position, own, {self.rank: own}, set()))
         alarm.daemon = True
         alarm.start()
@@ -184,7 +188,7 @@ class Watchdog:
         self._num_looks += 1
         if self._num_looks < LOOKS:
             return
-        self._num_looks = 0  # where it isn't our turn, rank zero may fall silent later
+        self._num_looks = 0  # look again: if it isn't our turn now, rank zero may fall silent later
         before = self._first_look[1]
         hears_all = self.num_ranks == 1 or self._store is not None
         silent = (
@@ -211,7 +215,7 @@ class Watchdog:
         found: dict[int, Post] = {}
         try:
             for rank in range(self.num_ranks):
-                # A value that isn't there would be waited for.
+                # `get` would wait for a value that isn't there.
                 if self._store is not None and self._store.check([str(rank)]):
                     found[rank] = Post(**json.loads(self._store.get(str(rank))))
         except RuntimeError as error:
@@ -219,7 +223,7 @@ class Watchdog:
         return found
 
     def _lose_store(self, error: RuntimeError) -> None:
-        # It lives in the launcher, or in rank zero; an answer that comes late would be taken for the next one's.
+        # Not asked again: a late answer to this call would be taken for the answer to the next one.
         self._store = None
         logger.debug("The watchdog no longer hears of other ranks: %s", error)
 
@@ -240,9 +244,9 @@ def _own_store() -> PrefixStore | None:
 
 def limit(durations: Sequence[float], *, slow_seconds: float, near_timeout: float) -> float:
     """
-    The seconds after which a phase is overdue, from its last durations.
+    Return the seconds after which a phase is overdue, from its last durations.
 
-    Without any there is nothing to compare with: only the process group's timeout, when it is near, is a reason.
+    Without any there is nothing to compare with: then only the process group's timeout, when it is near, counts.
     """
     if not durations:
         return near_timeout
@@ -251,7 +255,11 @@ def limit(durations: Sequence[float], *, slow_seconds: float, near_timeout: floa
 
 
 def late_ranks(posts: Mapping[int, Post], silent: set[int]) -> list[int]:
-    """The ranks that the others wait for: the silent ones, else those furthest behind; all, if none is behind."""
+    """
+    Return the ranks that the others wait for: the silent ones, else those furthest behind.
+
+    All, if none is behind.
+    """
     if silent:
         return sorted(silent)
     furthest_behind = min(post.count for post in posts.values())
@@ -259,7 +267,7 @@ def late_ranks(posts: Mapping[int, Post], silent: set[int]) -> list[int]:
 
 
 def describe(posts: Mapping[int, Post], silent: set[int], *, num_ranks: int, step: int) -> str:
-    """Who is late and where, and where the others wait; `step` is the one that the speaker is in."""
+    """Return who is late and where, and where the others wait; `step` is the step of the rank that warns."""
     late = late_ranks(posts, silent)
     parts = []
     for rank in late[:SHOWN_RANKS]:
@@ -295,7 +303,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def advice(posts: Mapping[int, Post], silent: set[int], backend: str) -> str:
-    """How to find out more; `backend` of the process group, "" without one."""
+    """Return how to find out more; `backend` is the process group's, "" without one."""
     late = [posts[rank] for rank in late_ranks(posts, silent) if rank in posts]
     first = f"See what it does: py-spy dump --pid {late[0].pid} on {late[0].host}." if late else ""
     if backend == "nccl":
