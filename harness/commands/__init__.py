@@ -1,8 +1,8 @@
 """
-What is typed beside a training: `harness sync | export | submit | link | completion`.
+The commands besides the training: `harness sync | export | submit | link | completion`.
 
-A module here has `parser()`, which loads nothing heavy, and `run(argv)`, which returns the exit code and raises
-HarnessError for `harness/__main__.py` to say.
+A module here has `parser()`, which imports nothing slow, and `run(argv)`, which returns the exit code and raises
+HarnessError for `harness/__main__.py` to print.
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"harness {command}", allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse a command line."""
+        """Refuse a command line by a ConfigError."""
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")

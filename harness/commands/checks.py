@@ -1,4 +1,4 @@
-"""What can be known of a job before it is in the queue. Each check returns what it found; ConfigError refuses."""
+"""Checks of a job before it is submitted. Each returns what it found as text, or raises ConfigError."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from harness.tracking.run.open import NEEDS_CREDENTIALS
 
 SUPPORTED = ("NO", "MULTI_GPU", "FSDP", "DEEPSPEED")
 GIB = 2**30
-# AdamW keeps two numbers of 4 bytes beside each weight.
+# AdamW keeps two numbers of 4 bytes for each weight.
 OPTIMIZER_BYTES = 8
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 
 def check_launch_config(path: Path, *, num_processes: int, uses_gpus: bool) -> str:
-    """The launch config against the request; the numbers of processes and machines are set by the scripts."""
+    """Compare the launch config with the request; the scripts set the numbers of processes and machines."""
     try:
         launch = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def _check_deepspeed(path: Path, launch: dict[str, Any]) -> None:
 
 
 def check_cache(task: TaskConfig, *, is_offline: bool) -> str:
-    """Whether model and data are where nodes without internet find them."""
+    """Check that model and data are cached where nodes without internet find them."""
     files = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir")
     for name, given in ((name, getattr(task, name)) for name in files):
         if given and not Path(given).exists():
@@ -122,7 +122,7 @@ def _check_dataset(name: str, task: TaskConfig) -> None:
     cache = Path(task.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
     variant = task.dataset_config_name or (task.task_name if name == HUB_NAME else None)
     *namespace, short = name.split("/")
-    folder = cache / "___".join([*namespace, camelcase_to_snakecase(short)])  # as datasets does it
+    folder = cache / "___".join([*namespace, camelcase_to_snakecase(short)])  # the name that datasets uses
     if not any(folder.glob(f"{variant or '*'}*/*/*/dataset_info.json")):
         options = f"{name!r}, {variant!r}" if variant else f"{name!r}"
         raise ConfigError(
@@ -132,7 +132,7 @@ def _check_dataset(name: str, task: TaskConfig) -> None:
 
 
 def check_disk(config: Config, output_dir: Path) -> str:
-    """Free space where the run will be, against the checkpoints that are there at once, by estimate."""
+    """Compare the free space at the run's folder with the estimated size of the checkpoints that exist at once."""
     place = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.is_dir())
     if not os.access(place, os.W_OK):
         raise ConfigError(f"--output_dir={output_dir}: {place} can't be written; take another folder.")
@@ -160,7 +160,7 @@ def _most_checkpoints(config: Config) -> int:
     plan, limit = config.plan, config.checkpoint.save_total_limit
     if plan.save_strategy == "no":
         return 0
-    if limit is not None:  # an old one goes after the new one is there; the best one stays beside the newest
+    if limit is not None:  # an old one is deleted after the new one is written; the best stays beside the newest
         return max(limit, 2 if config.best.load_best_model_at_end else 1) + 1
     if plan.save_strategy == "steps" and plan.max_steps > 0:
         return int(max(plan.max_steps // plan.save_steps, 1)) if plan.save_steps >= 1 else round(1 / plan.save_steps)
@@ -168,7 +168,11 @@ def _most_checkpoints(config: Config) -> int:
 
 
 def num_parameters(task: TaskConfig) -> int | None:
-    """The parameters of the model, counted without making it; None if that can't be known on this machine."""
+    """
+    Return the model's number of parameters, counted without allocating it.
+
+    None if it can't be known on this machine.
+    """
     try:
         if (name := task.config_name or task.model_name_or_path) is not None:
             model_config = AutoConfig.from_pretrained(
@@ -183,13 +187,13 @@ def num_parameters(task: TaskConfig) -> int | None:
         auto_class = AutoModelForCausalLM if task.task == "causal-lm" else AutoModel
         with torch.device("meta"):
             model = auto_class.from_config(model_config)
-    except (OSError, ValueError, TypeError, KeyError):  # not here, or one that only its own code can make
+    except (OSError, ValueError, TypeError, KeyError):  # not on this machine, or a model with code of its own
         return None
     return int(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def check_tracking(config: TrackingConfig, *, has_internet: bool, mode: str | None) -> str:
-    """Where the rows go. `mode`: WANDB_MODE in the job."""
+    """Return where the rows go. `mode` is WANDB_MODE in the job."""
     if not config.uses_wandb or config.wandb_mode == "disabled":
         return "no W&B"
     if not has_internet and config.wandb_mode == "online":

@@ -1,4 +1,4 @@
-"""`harness completion bash | zsh | tcsh`: what makes the shell complete commands, flags and their choices."""
+"""`harness completion bash | zsh | tcsh`: print a script with which the shell completes commands, flags and choices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATH = re.compile(r".*(file|dir|path|config|checkpoint|out)")
 
 
 def parser() -> Parser:
-    """Its command line."""
+    """Return the command's parser."""
     own = Parser(
         "completion",
         description="Print the completion of a shell, for its start-up file or for where it looks for such.",
@@ -28,7 +28,7 @@ def parser() -> Parser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print it; returns the exit code."""
+    """Print the script; returns the exit code."""
     given = parser().parse_args(argv)
     import shtab
 
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _whole() -> argparse.ArgumentParser:
-    """The command line of all commands, those of the training among them."""
+    """Return one parser with all commands, the training's flags included."""
     whole = argparse.ArgumentParser(prog="harness")
     whole.add_argument("--version", action="store_true", help="Which version this is.")
     commands = whole.add_subparsers(title="commands")

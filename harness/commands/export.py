@@ -1,4 +1,4 @@
-"""`harness export CHECKPOINT OUT`: a checkpoint as a folder that `from_pretrained` loads."""
+"""`harness export CHECKPOINT OUT`: write a checkpoint's model as a folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZE = re.compile(r"[1-9]\d*([KMGT]B)?")
 
 
 def parser() -> Parser:
-    """Its command line."""
+    """Return the command's parser."""
     own = Parser(
         "export",
         description="Write the model of a checkpoint, ours or a Trainer's, as a folder that from_pretrained loads.",

@@ -1,4 +1,4 @@
-"""`harness link ENTITY/PROJECT/NAME:ALIAS --registry NAME`: an artifact that W&B has, linked to a registry."""
+"""`harness link ENTITY/PROJECT/NAME:ALIAS --registry NAME`: link an artifact in W&B to a registry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FULL_NAME = re.compile(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+")
 
 
 def parser() -> Parser:
-    """Its command line."""
+    """Return the command's parser."""
     own = Parser("link", description="Link an artifact that W&B has to a collection of a registry.")
     own.add_argument("artifact", metavar="ENTITY/PROJECT/NAME:ALIAS")
     own.add_argument("--registry", required=True, help="Collection in W&B's model registry, or a full path to one.")
@@ -21,7 +21,7 @@ def parser() -> Parser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Link it; returns the exit code. Raises ConfigError, UnreachableError and TrackingError."""
+    """Link the artifact; returns the exit code. Raises ConfigError, UnreachableError and TrackingError."""
     given = parser().parse_args(argv)
     if not FULL_NAME.fullmatch(given.artifact):
         raise ConfigError(f"{given.artifact}: give an artifact as ENTITY/PROJECT/NAME:ALIAS or ENTITY/PROJECT/NAME:v3.")

@@ -1,8 +1,8 @@
 """
-From the login node into the queue: `harness submit [OPTIONS] --config recipe ...`.
+`harness submit [OPTIONS] --config recipe ...`: check a training on the login node and submit it to SLURM.
 
-What it does not know goes to the training. It refuses what would fail after hours in the queue, prints the sbatch line,
-runs it, and says how to follow. Exit codes: 0 submitted (or would be), 1 sbatch failed, 2 refused.
+Flags that it does not know are passed to the training. It refuses what would fail after hours in the queue, prints the
+sbatch line, runs it, and says how to follow the job. Exit codes: 0 submitted (or would be), 1 sbatch failed, 2 refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = "slurm"
-# MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN, D-H:MIN:SEC, as sbatch has them.
+# sbatch's forms: MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN, D-H:MIN:SEC.
 TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
 ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 OFFLINE = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
@@ -33,7 +33,7 @@ OFFLINE = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of the cluster, and what train.py is given."""
+    """The resources to request from SLURM, and the flags of the training."""
 
     nodes: int = 1
     gpus_per_node: int | None = None
@@ -62,12 +62,12 @@ class Request:
 
     @property
     def num_processes(self) -> int:
-        """Of the whole job, as slurm/cluster.sh starts them: one a GPU, or one a node."""
+        """The number of processes of the whole job, as slurm/cluster.sh starts them: one a GPU, or one a node."""
         return self.nodes * max(self.num_gpus, 1)
 
     @property
     def num_gpus(self) -> int:
-        """The GPUs of a node: those asked for, or those of the script."""
+        """The number of GPUs a node: as requested, else as in the script."""
         if self.gpus_per_node is not None:
             return self.gpus_per_node
         found = re.search(r"^#SBATCH --gpus-per-node=(\d+)", self.script.read_text(encoding="utf-8"), re.MULTILINE)
@@ -75,19 +75,19 @@ class Request:
 
     @property
     def script(self) -> Path:
-        """The script that does it."""
+        """The batch script to submit."""
         name = "array" if self.array is not None else "multi_node" if self.nodes > 1 else "single_node"
         return ROOT / SCRIPTS / f"{name}.sbatch"
 
     @property
     def launch(self) -> Path:
-        """The launch config: the one asked for, or the one that the script takes."""
+        """The launch config: as requested, else the script's default."""
         if self.launch_config is not None:
             return self.launch_config.expanduser().absolute()
         return ROOT / "launch_configs" / ("ddp.yaml" if self.num_processes > 1 else "single.yaml")
 
     def command(self) -> list[str]:
-        """The line for sbatch."""
+        """The sbatch command line."""
         options = [f"--nodes={self.nodes}"]
         for name in ("gpus_per_node", "time", "partition", "account", "array"):
             if (value := getattr(self, name)) is not None:
@@ -95,7 +95,7 @@ class Request:
         return ["sbatch", *options, *self.sbatch, str(_from_here(self.script)), *self.arguments]
 
     def variables(self) -> dict[str, str]:
-        """What the job finds in its environment, beside that of this shell."""
+        """The variables that the job gets in addition to the environment of this shell."""
         found = {} if Path.cwd() == ROOT else {"HARNESS_DIR": str(ROOT)}
         if self.launch_config is not None:
             found["LAUNCH_CONFIG"] = str(self.launch)
@@ -110,7 +110,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def submit(request: Request, *, is_dry: bool) -> int:
-    """Check, print, submit; returns the exit code. Raises ConfigError."""
+    """Check, print and submit a request; returns the exit code. Raises ConfigError."""
     environment = {**os.environ, **request.variables()}
     config, notes = check(request, environment)
     for note in notes:
@@ -136,7 +136,7 @@ def submit(request: Request, *, is_dry: bool) -> int:
 
 
 def check(request: Request, environment: Mapping[str, str]) -> tuple[Config, list[str]]:
-    """The configuration of the training and what was found out about it. Raises ConfigError for what would fail."""
+    """Return the training's configuration and the results of the checks. Raises ConfigError for what would fail."""
     if not request.script.is_file():
         raise ConfigError(f"{request.script}: no such file. harness submit needs a checkout: pip install -e . in one.")
     from harness.commands.checks import check_cache, check_disk, check_launch_config, check_tracking
@@ -156,7 +156,7 @@ def check(request: Request, environment: Mapping[str, str]) -> tuple[Config, lis
 
 
 def _output_dir(request: Request, job: str) -> Path:
-    # As slurm/cluster.sh finds it: on the command line, not in a recipe.
+    # slurm/cluster.sh reads it from the command line only, not from a recipe.
     found = ""
     for before, argument in zip(["", *request.arguments], request.arguments, strict=False):
         if before == "--output_dir":
@@ -184,7 +184,7 @@ def _from_here(path: Path) -> Path:
 
 
 def parser() -> Parser:
-    """Its command line, but for the flags of the training."""
+    """Return the command's parser, without the training's flags."""
     own = Parser(
         "submit",
         usage="%(prog)s [OPTIONS] FLAGS OF harness train, e.g. --config recipe --output_dir runs/first",

@@ -1,8 +1,8 @@
 """
-`harness sync DIR... [--until-finished | --once] [--interval SECONDS]`: runs to W&B, each row once.
+`harness sync DIR... [--until-finished | --once] [--interval SECONDS]`: upload runs to W&B, each row exactly once.
 
-Offline runs, also while they are written, and what online runs could not deliver. It may be killed and started again at
-any time. Exit codes: 0 all is there, 1 something is left, 2 bad input or no W&B.
+It uploads offline runs, also while they are written, and what online runs could not deliver. It may be killed and
+started again at any time. Exit codes: 0 all is in W&B, 1 something is left, 2 bad input or no W&B.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from harness.errors import ConfigError
 
 
 def parser() -> Parser:
-    """Its command line."""
+    """Return the command's parser."""
     own = Parser(
         "sync",
         description="Bring runs to W&B, each row once: offline ones, also while they are written, and what online ones "
@@ -37,7 +37,7 @@ def parser() -> Parser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Bring what there is; returns the exit code. Raises ConfigError and UnreachableError."""
+    """Upload the runs; returns the exit code. Raises ConfigError and UnreachableError."""
     given = parser().parse_args(argv)
     if given.interval <= 0:
         raise ConfigError(f"--interval={given.interval:g}: give seconds, more than 0.")

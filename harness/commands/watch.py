@@ -1,4 +1,4 @@
-"""The runs in some folders, brought to W&B round by round: what `harness sync` does."""
+"""Upload the runs in some folders to W&B, round by round: the work of `harness sync`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from harness.tracking.sync import OfflineRun, OnlineRuns, Outcome
 from harness.training.stopping import PREEMPTED_EXIT_CODE, PREEMPTED_FILE
 
 LOCK = "wandb_sync.lock"
-# What marks a folder with runs, and where it may be below a given one: itself, runs/NAME, sweeps/runs/NAME.
+# Files that mark a folder with runs, and how deep it may be: the given folder, runs/NAME, sweeps/runs/NAME.
 WANDB_MARKS = ("wandb/run-*/run-*.wandb", "wandb/offline-run-*/run-*.wandb")
 MARKS = (IDENTITY_FILE, f"{STAGING_FOLDER}/*/{RECORD_FILE}", *WANDB_MARKS)
 DEPTHS = ("", "*/", "*/*/")
@@ -35,16 +35,16 @@ Key = tuple[Path, str]
 
 
 class Watch:
-    """The runs in some folders, looked for anew in each round: new ones are taken up."""
+    """The runs in some folders; each round looks for new ones."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
         self._api: Any = None
         self._said: dict[Key, str] = {}
-        self._whole: dict[Key, object] = {}  # how the files were when all of them had been brought
+        self._whole: dict[Key, object] = {}  # the state of a run's files when all of them had been uploaded
 
     def check(self, *, needs_runs: bool) -> None:
-        """Raise ConfigError where there is nothing to do."""
+        """Raise ConfigError if there is nothing to do."""
         if needs_runs and not any(True for _ in find_runs(self._folders)):
             names = ", ".join(map(str, self._folders))
             raise ConfigError(
@@ -53,9 +53,10 @@ class Watch:
 
     def follow(self, *, interval: float, once: bool, until_finished: bool) -> int:
         """
-        Go round as long as a run is running, `once`, or `until_finished`: all are; returns the exit code.
+        Repeat rounds while a run is running; one round with `once`, until all have finished with `until_finished`.
 
-        Raises UnreachableError if W&B goes away and nothing is waited for, ConfigError if it was never there.
+        Returns the exit code. Raises UnreachableError if W&B becomes unreachable and it does not wait, ConfigError if
+        W&B was not reachable from the start.
         """
         failures = 0
         while True:
@@ -80,7 +81,7 @@ class Watch:
             time.sleep(min(interval * 2**failures, max(interval, LONGEST_PAUSE_SECONDS)))
 
     def round(self) -> dict[Key, str]:
-        """Bring what is new of each run; returns how each is. Raises UnreachableError."""
+        """Upload what is new of each run; returns the state of each. Raises UnreachableError."""
         if self._api is None:
             self._api = open_api("harness sync", silent=True)
         states = {}
@@ -104,7 +105,7 @@ class Watch:
         return states
 
     def _deliver(self, run: Run, state: str) -> Outcome | None:
-        """What was brought; None if that failed, which is said. Raises UnreachableError."""
+        """Return what was uploaded; None if that failed, which is logged. Raises UnreachableError."""
         try:
             with _alone(run.output_dir) as lock:
                 if isinstance(run, OnlineRuns):
@@ -114,7 +115,7 @@ class Watch:
             self._tell(run, "another harness sync is at work here")
         except UnreachableError:
             raise
-        except Exception as error:  # wandb and its transports raise many types, and the other runs go on
+        except Exception as error:  # wandb and its transports raise many types; the other runs are still uploaded
             base_url = self._api.settings["base_url"]
             if not server_answers(base_url):
                 raise UnreachableError(f"W&B can't be reached at {base_url}.") from error
@@ -130,7 +131,11 @@ class Watch:
 
 
 def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
-    """The runs in these folders and below, each once and as it is when it is its turn: those before may take long."""
+    """
+    Yield the runs in these folders and below, each once.
+
+    Each is read at its turn, since earlier ones may take long.
+    """
     seen: set[Key] = set()
     for folder in folders:
         for home in _homes(folder):
@@ -141,7 +146,7 @@ def find_runs(folders: Iterable[Path]) -> Iterator[Run]:
 
 
 def _homes(folder: Path) -> list[Path]:
-    """The folders that hold runs: one of W&B's own stands for the training that it belongs to."""
+    """Return the folders that hold runs; for one of W&B's own folders, the folder of its training."""
     home = home_of(folder)
     if (home / IDENTITY_FILE).is_file() and home != folder.absolute():
         return [home]
@@ -156,7 +161,7 @@ def _runs_of(home: Path) -> Iterator[Run]:
     identity = identities.read(home)
     if identity is not None and identity.mode != "online":
         yield OfflineRun(home, identity)
-    elif identity is None:  # of a loop of the user's own, which nobody has written down
+    elif identity is None:  # of a training loop of the user's own, which has no identity file
         yield from _unnamed(home)
     online = OnlineRuns(home, identity)
     if online.files() or (identity is not None and identity.mode == "online"):
@@ -164,7 +169,7 @@ def _runs_of(home: Path) -> Iterator[Run]:
 
 
 def _unnamed(home: Path) -> Iterator[Run]:
-    """Offline runs by the names of W&B's folders, of which `home` may be one."""
+    """Yield offline runs found by the names of W&B's folders; `home` may be such a folder."""
     if home.name.startswith("offline-run-"):
         paths, places = home.glob("run-*.wandb"), [str(home)]
         home = home.parent.parent if home.parent.name == "wandb" else home.parent
@@ -175,12 +180,12 @@ def _unnamed(home: Path) -> Iterator[Run]:
 
 
 def state_of(run: Run) -> str:
-    """How a run is: a training by its lock, its marker and how its last attempt has ended, others by their files."""
+    """Return a run's state: of a training by its lock, marker and last attempt's end, of others by their files."""
     identity = identities.read(run.output_dir)
     if identity is None or isinstance(run, OnlineRuns) != (identity.mode == "online"):
         return GOING if any(_is_open(path) for path in _written_lately(run)) else FINISHED
     held = is_held(run.output_dir)
-    if held is None and identity.exit_code is None:  # a loop of the user's own has no lock
+    if held is None and identity.exit_code is None:  # a training loop of the user's own has no lock
         processes = identity.processes
         if processes and processes["host"] == platform.node():
             held = is_running(*processes["owner"])
@@ -188,20 +193,20 @@ def state_of(run: Run) -> str:
             held = bool(_written_lately(run))
     if held:
         return GOING
-    # The script of a job takes the marker away before its next attempt opens the run.
+    # A job's script deletes the marker before its next attempt opens the run.
     if identity.exit_code == PREEMPTED_EXIT_CODE or (run.output_dir / PREEMPTED_FILE).exists():
         return PREEMPTED
     return INTERRUPTED if identity.exit_code is None else FINISHED
 
 
 def _written_lately(run: Run) -> list[Path]:
-    """The files to which wandb's process, which writes every some seconds, has written lately."""
+    """Return the files that wandb's process has written to lately; it writes every few seconds."""
     files = [path for path in run.files() if path.suffix == ".wandb"]
     return [path for path in files if time.time() - path.stat().st_mtime < SILENCE_SECONDS]
 
 
 def _is_open(path: Path) -> bool:
-    """Whether a .wandb file does not say how its run has ended."""
+    """Whether a .wandb file has no record of the end of its run."""
     try:
         log = read_log(path)
     except (OSError, ValueError):
@@ -235,14 +240,14 @@ def _described(outcome: Outcome, state: str, exit_code: int | None) -> str:
 
 @contextmanager
 def _alone(output_dir: Path) -> Iterator[int | None]:
-    """A lock that ends with this process and the `wandb sync` that it started. Raises BusyError, OSError."""
+    """Hold a lock until this process and the `wandb sync` that it starts have ended. Raises BusyError, OSError."""
     descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BusyError from error
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             yield None
             return
         yield descriptor

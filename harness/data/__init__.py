@@ -1,1 +1,1 @@
-"""Samples to batches, their order, and the place in them."""
+"""Samples, batches, their order, and the position in them."""

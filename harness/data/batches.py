@@ -1,4 +1,4 @@
-"""How a batch is made of samples: fetched, collated, and from which state of the random generators."""
+"""Make batches of samples: fetch, collate, and keep the random state that each was made from."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class BatchMaker:
     Fetches samples and collates them, and keeps the generators' state from before the last batch.
 
     The loader is one batch ahead of the step that is saved, so a collator or a data set that draws random numbers has
-    used the generators once more than the saved state shows. After a resume that one batch is made again from the
-    state it had, and the generators go on from the saved one. Workers have generators of their own: there
-    nothing is kept. With a `seed` each batch is made from (seed, its number) instead, wherever it is made, and the
-    generators are left as they were.
+    already advanced the generators for that batch. After a resume the batch is made again from its own earlier state,
+    and the generators go on from the saved one. Workers have their own generators: for them nothing is kept. With a
+    `seed` each batch is made from (seed, its number) instead, wherever it is made, and the generators are left as they
+    were.
     """
 
     def __init__(self, collate: Collator, *, seed: int | None) -> None:
@@ -31,15 +31,15 @@ class BatchMaker:
         self._skip = 0
 
     def replay(self, before: rng.RngState, after: rng.RngState, *, skip: int) -> None:
-        """Let `skip` batches pass, make the next one from `before`, then go on from `after`."""
+        """Let `skip` batches pass, make the next one from the state `before`, then go on from the state `after`."""
         self._replay, self._skip = (before, after), skip
 
     def cancel_replay(self) -> None:
-        """Forget a replay that still waits for its batch."""
+        """Cancel a replay whose batch was not made yet."""
         self._replay, self._skip = None, 0
 
     def __call__(self, fetch: Callable[[], list[Any]], *number: int) -> Mapping[str, Any] | None:
-        """Make the batch of a number, or of several that name it together; None if there are no samples."""
+        """Make the batch of one number, or of several calls that share it; returns None if there are no samples."""
         if get_worker_info() is not None:
             return self._make(fetch, number)
         if self._skip > 0:
@@ -61,7 +61,7 @@ class BatchMaker:
 
 
 class IndexedBatches:
-    """A data set with an index, whose items are batches: (epoch, number in it, indices of the samples) -> batch."""
+    """A data set whose items are batches, by index: (epoch, number in the epoch, indices of the samples) -> batch."""
 
     def __init__(self, dataset: Any, make: BatchMaker) -> None:
         self.dataset, self.make = dataset, make
@@ -72,12 +72,12 @@ class IndexedBatches:
 
 
 def _fetched(dataset: Any, indices: list[int]) -> list[Any]:
-    # As torch's own loader: all at once where the data set can do that.
+    # As torch's loader: all samples at once where the data set supports it.
     if getattr(dataset, "__getitems__", None):
         return list(dataset.__getitems__(indices))
     return [dataset[i] for i in indices]
 
 
 def as_it_is(batch: Any) -> Any:
-    """A collator for batches that are made already."""
+    """Return the batch: the collator for batches that are made already."""
     return batch

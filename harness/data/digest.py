@@ -1,4 +1,4 @@
-"""Whether a data set is the one that it was: a digest of a few of its samples, cheap enough to take at each start."""
+"""Detect a changed data set: a digest of a few samples, cheap enough for each start."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NUM_SAMPLES = 16
 
 def digest_of_samples(dataset: Any) -> str | None:
     """
-    Sixteen hexadecimal digits that stand for samples spread evenly over the data, the first and the last among them.
+    Return 16 hexadecimal digits over samples spread evenly over the data, the first and the last included.
 
-    Moves no generator. None if there is nothing to compare: a sample can't be read, or reads otherwise each time.
+    Leaves the generators as they are. None if samples can't be compared: one can't be read, or differs at each reading.
     """
     size = len(dataset)
     indices = sorted({round(i * (size - 1) / (NUM_SAMPLES - 1)) for i in range(NUM_SAMPLES)}) if size else []
     digest, again = hashlib.sha256(), hashlib.sha256()
     try:
-        # Samples that draw random numbers are alike, and the run's generators stay where they are.
+        # Samples that draw random numbers are then equal, and the run's generators are left as they are.
         with rng.seeded(0):
             for i in indices:
                 _add(digest, dataset[i])
@@ -33,13 +33,13 @@ def digest_of_samples(dataset: Any) -> str | None:
         with rng.seeded(0):
             for i in indices[:1]:
                 _add(again, dataset[i])
-    except Exception:  # whatever a data set raises: the training will meet it, or never needs that sample
+    except Exception:  # a data set may raise anything; the training meets it, if it needs that sample
         return None
     return digest.hexdigest()[:16] if not indices or again.hexdigest() == first else None
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Add a value of any type; of types that show no content only the name counts."""
+    """Add a value of any type to the digest; of a type that shows no content only its name."""
     if isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype}{list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""The training batches: their order, their number, and the exact position in them."""
+"""The loader of training batches: their order, their number, and the exact position in them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from harness.training import rng
 
 Batch = dict[str, Any]
 Order = npt.NDArray[np.int64]
-# What a rank keeps beside the position.
+# Each rank's state besides the position.
 NOTHING_KEPT = {"epoch_start": None, "ahead": None, "stream": None}
 
 
@@ -33,8 +33,8 @@ class RankBatches:
     """
     The index batches of one rank in one epoch, from any position in O(1).
 
-    Batch i of a rank is batch i * num_processes + process_index of the epoch. The last round is filled up with
-    samples from the epoch's beginning, so that all ranks get as many full batches (accelerate's `even_batches`).
+    Batch i of a rank is batch i * num_processes + process_index of the epoch. The last round is filled up with samples
+    from the epoch's beginning, so that all ranks get the same number of full batches (accelerate's `even_batches`).
     """
 
     def __init__(self, num_samples: int, batch_size: int, *, ranks: tuple[int, int], drop_last: bool) -> None:
@@ -47,10 +47,10 @@ class RankBatches:
 
     def begin(self, order: Callable[[], Order], start: int) -> None:
         """
-        Take the epoch's order of samples and the position to start from.
+        Set the epoch's order of samples and the position to start from.
 
-        The order is asked for with the first batch: the loader draws its own random number before that, as torch's
-        samplers have it.
+        The order is only computed with the first batch: the loader draws its own random number before that, as with
+        torch's samplers.
         """
         self.order, self.start = order, start
 
@@ -82,7 +82,7 @@ class TrainLoader:
     """
     The training batches of one rank, on its device, one batch ahead as accelerate's loader is.
 
-    `num_batches` counts the micro-batches of a rank in an epoch; None for a stream.
+    `num_batches` is the number of micro-batches of a rank in an epoch; None for a stream.
     """
 
     def __init__(self, samples: Samples, config: DataConfig, accelerator: Accelerator, *, seed: int) -> None:
@@ -100,7 +100,7 @@ class TrainLoader:
         ranks = ranks_of(accelerator)
         batch_size, drop_last = config.per_device_train_batch_size, config.dataloader_drop_last
         options: dict[str, Any] = {
-            "batch_size": None,  # the samples of a batch are put together by what makes it
+            "batch_size": None,  # the data set's items are batches already
             "collate_fn": as_it_is,
             **worker_options(config),
             "worker_init_fn": partial(
@@ -127,14 +127,14 @@ class TrainLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """
-        The rest of an epoch: all of it, or what a restored position leaves.
+        Yield the rest of an epoch: all of it, or what a restored position leaves.
 
         Draws one number from torch's global generator at its beginning, as any DataLoader does.
         """
         resume, self._resume = self._resume, None
         start = self.batches_drawn if resume is not None else 0
         if resume is not None:
-            # At an epoch's beginning nothing was drawn yet: the saved state is the one to begin with.
+            # At an epoch's beginning no batch was drawn yet, so the saved state is that of the beginning.
             rng.restore(resume["epoch_start"] if start > 0 and resume["epoch_start"] else resume["saved"])
         self.epoch_index, self.batches_drawn, self._exhausted = epoch, start, False
         self._epoch_start = rng.capture_host()
@@ -154,7 +154,7 @@ class TrainLoader:
         self._exhausted = True
 
     def _go_on(self, batches: Iterator[tuple[Batch, Any]], resume: dict[str, Any], *, skip: int) -> None:
-        """Put the generators back to where they were at the save; a stream without state is read up to the position."""
+        """Restore the generators of the save; read a stream without state up to its position."""
         replays = resume["ahead"] is not None and self.remaining != 0
         if replays:
             self.make.replay(before=resume["ahead"], after=resume["saved"], skip=skip)
@@ -173,7 +173,7 @@ class TrainLoader:
         batches = (pair for pair in made if pair[0] is not None)
         current = next(batches, None)
         while current is not None:
-            # From pinned memory the copy need not be waited for: waiting would be a host sync at every step.
+            # Without waiting, which pinned memory allows: a wait would be a host sync at every step.
             pinned = self.config.dataloader_pin_memory
             batch = send_to_device(current[0], self.accelerator.device, non_blocking=pinned)
             following = next(batches, None)
@@ -181,30 +181,30 @@ class TrainLoader:
             current = following
 
     def _order(self, epoch: int) -> Order:
-        # What RandomSampler does once accelerate has made it a SeedableRandomSampler.
+        # As RandomSampler, after accelerate has made it a SeedableRandomSampler.
         if self.config.train_sampling_strategy == "random":
             generator = torch.Generator().manual_seed(self.seed + epoch)
             return torch.randperm(self.num_samples or 0, generator=generator).numpy()
         if self.lengths is None:
             return np.arange(self.num_samples or 0)
-        # It draws from the global generator, which ranks need not have in common after dropout.
+        # It draws from the global generator, which may differ between ranks after dropout.
         order = [list(self.lengths)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(order)
         return np.asarray(order[0])
 
     def finish_epoch(self) -> None:
-        """Say that all that belongs to an epoch's end is done: a resume begins with the next one."""
+        """Mark the epoch and its work at the end as done: a resume begins with the next one."""
         if self._exhausted or self.remaining == 0:
             self.epoch_index, self.batches_drawn = self.epoch_index + 1, 0
 
     @property
     def remaining(self) -> int | None:
-        """Batches that this epoch still holds."""
+        """The number of batches left in this epoch; None for a stream."""
         return None if self.num_batches is None else self.num_batches - self.batches_drawn
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it counts: plain values, the same on all ranks."""
+        """Return the position, and what it is counted in: plain values, the same on all ranks."""
         return {
             "epoch": self.epoch_index,
             "batches": self.batches_drawn,
@@ -214,7 +214,7 @@ class TrainLoader:
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "train_sampling_strategy": self.config.train_sampling_strategy,
             "dataloader_drop_last": self.config.dataloader_drop_last,
-            # Workers share a stream out among themselves; elsewhere they change no order.
+            # Workers divide a stream among themselves; otherwise their number does not change the order.
             "dataloader_num_workers": self.config.dataloader_num_workers if self.stream is not None else None,
             "seed": self.seed,
             "data_digest": self.data_digest,
@@ -223,10 +223,10 @@ class TrainLoader:
     @cached_property
     def data_digest(self) -> str | None:
         """
-        Of some training samples; None for a stream.
+        Return a digest of some training samples; None for a stream.
 
-        None too where workers read the samples, except from a table of `datasets`: a file that is opened here before
-        they start would be theirs too.
+        Also None where workers read the samples, except from a table of `datasets`: a file that is opened here before
+        they start would be shared with them.
         """
         has_workers = self.config.dataloader_num_workers > 0
         is_table = isinstance(self.dataset, class_if_loaded("datasets", "Dataset"))
@@ -236,36 +236,41 @@ class TrainLoader:
 
     def rng_state_dict(self) -> dict[str, Any]:
         """
-        What is this rank's alone: plain values.
+        Return this rank's own state as plain values.
 
-        Its generators at the epoch's beginning and before the batch drawn ahead, and where its stream stands.
+        It holds the generators at the epoch's beginning and before the batch drawn ahead, and the position of the
+        stream.
         """
         ahead = self.make.before if self.config.dataloader_num_workers == 0 else None
         stream = None if self.stream is None else self.stream.state_dict()
         return {"epoch_start": self._epoch_start, "ahead": ahead, "stream": stream}
 
     def load_state_dict(self, position: Mapping[str, int], generators: Mapping[str, Any], saved: rng.RngState) -> None:
-        """Continue from a position; `saved` is the generators' state at the save, put back when the data is there."""
+        """
+        Continue from a position.
+
+        `saved` is the generators' state at the save, restored once the data has been reached.
+        """
         self.load_position(position)
         self._resume = {name: generators.get(name) for name in NOTHING_KEPT} | {"saved": saved}
 
     def load_position(self, position: Mapping[str, int]) -> None:
-        """Continue from a position without generators: the order is right, what is drawn at random is not."""
+        """Continue from a position without generators: the order is the same, random draws differ."""
         self.epoch_index, self.batches_drawn = position["epoch"], position["batches"]
         if self.config.ignore_data_skip:
-            self.epoch_index += self.remaining == 0  # that epoch was over, but for what belongs to its end
+            self.epoch_index += self.remaining == 0  # only the work at the end of that epoch was left
             self.batches_drawn = 0
         self._resume = {**NOTHING_KEPT, "saved": rng.capture_host()}
 
     @property
     def why_read_again(self) -> str:
-        """Why a resumed stream has to be read from the epoch's beginning; empty if it has not."""
+        """Why a resumed stream has to be read from the epoch's beginning; empty if it need not be."""
         if self.stream is None or self._resume is None or self.batches_drawn == 0 or self._resume["stream"]:
             return ""
         return self.stream.fault or "the checkpoint has no state of it for these processes and batches"
 
     def peek(self) -> Batch:
-        """The first micro-batch of the order, collated without moving a generator or the position."""
+        """Return the first micro-batch, collated, without changing the generators or the position."""
         before = rng.capture_host()
         if self.stream is not None:
             batch = next(iter(self.loader))[0]
@@ -277,6 +282,6 @@ class TrainLoader:
 
 
 def step_groups(batches: Iterator[Batch], accumulation: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step, all drawn before the first forward, as the Trainer draws them."""
+    """Yield the micro-batches of each optimizer step, all drawn before the first forward, as the Trainer draws them."""
     while window := list(islice(batches, accumulation)):
         yield window

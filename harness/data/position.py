@@ -1,4 +1,4 @@
-"""The place in the data where a run goes on: in batches of as many processes, and of as many samples, as there are."""
+"""Convert a saved position in the data to the batch size and the number of processes of this run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from harness.data.loader import RankBatches
 
 Position = Mapping[str, Any]
-# Their product is the global batch: the samples of an optimizer step.
+# Their product is the global batch, the samples of an optimizer step.
 LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 WHERE = ("epoch", "batches")
 
 
 def describe_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between the values a position was counted in and today's; empty if nothing does."""
+    """Return what differs between the values that a position was counted in and today's; empty if nothing does."""
     return ", ".join(
         f"{name} {saved[name]} (now {now[name]})"
         for name in now
@@ -23,13 +23,13 @@ def describe_change(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def has_other_layout(saved: Position, now: Position) -> bool:
-    """Whether the same steps come in micro-batches of another size, or on another number of processes."""
+    """Whether the same steps are made of micro-batches of another size, or on another number of processes."""
     return any(saved[name] != now[name] for name in LAYOUT)
 
 
 def why_other_order(saved: Position, now: Position) -> str:
-    """What makes the samples come in other steps than in the run that was saved; empty if nothing does."""
-    if not saved:  # a Trainer's
+    """Return what makes the samples come in other steps than in the saved run; empty if nothing does."""
+    if not saved:  # a Trainer's checkpoint
         return ""
     reasons = []
     if _global_batch(saved) != _global_batch(now):
@@ -49,7 +49,7 @@ def why_other_order(saved: Position, now: Position) -> str:
 def _why_layout_matters(saved: Position, now: Position) -> list[str]:
     change = describe_change(saved, {name: now[name] for name in LAYOUT})
     if now["train_sampling_strategy"] == "group_by_length":
-        # Groups are of a device's samples, and drawn from a generator that dropout moves.
+        # Groups depend on the device's samples, and on a generator that dropout also uses.
         return [f"train_sampling_strategy group_by_length and {change}"]
     if now["num_samples"] is None and now["dataloader_num_workers"]:
         return [f"a stream read by {now['dataloader_num_workers']} workers and {change}"]
@@ -61,18 +61,18 @@ def _why_layout_matters(saved: Position, now: Position) -> list[str]:
 
 
 def converted(saved: Position, now: Position) -> dict[str, int]:
-    """The place of a saved run, whose steps have the same samples, in batches of a rank of this one."""
+    """Return a saved run's position, counted in this run's batches of a rank; their steps have the same samples."""
     epoch, batches = saved["epoch"], saved["batches"]
     if not has_other_layout(saved, now):
         return {"epoch": epoch, "batches": batches}
-    if batches == _batches_of_epoch(saved):  # its last step may have been a short one
+    if batches == _batches_of_epoch(saved):  # the last step of an epoch may be shorter
         return {"epoch": epoch, "batches": _batches_of_epoch(now) or 0}
     steps = -(-batches // saved["gradient_accumulation_steps"])
     return {"epoch": epoch, "batches": steps * now["gradient_accumulation_steps"]}
 
 
 def at_step(global_step: int, *, updates_per_epoch: int, accumulation: int) -> dict[str, int]:
-    """Where a run of these values is after so many optimizer steps: how the Trainer finds its place."""
+    """Return the position after so many optimizer steps, computed as the Trainer does."""
     epoch, steps = divmod(global_step, updates_per_epoch)
     return {"epoch": epoch, "batches": steps * accumulation}
 
@@ -91,7 +91,7 @@ def _describe_batch(position: Position) -> str:
 
 
 def _batches_of_epoch(position: Position) -> int | None:
-    """Batches of a rank; None for a stream."""
+    """Return the number of batches of a rank in an epoch; None for a stream."""
     if position["num_samples"] is None:
         return None
     size, _, processes = (int(position[name]) for name in LAYOUT)

@@ -1,4 +1,4 @@
-"""Data as the model can take it: samples without unused columns, evaluation loaders, how batches are loaded."""
+"""Data as the model takes it: samples without unused columns, evaluation loaders, options of workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.utils import find_labels
 from harness.data.flags import DataConfig
 from harness.errors import ConfigError
 
-# Its collator tells once what it hides, as a library does: heard with --log_level info.
+# Its collator logs once which keys it hides; shown with --log_level info.
 library_logger = logging.getLogger("transformers.trainer")
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -28,7 +28,7 @@ Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A data set as the model can take it: no unused columns, its collator, lengths where they are needed."""
+    """A data set as the model takes it: without unused columns, with its collator, and with lengths where needed."""
 
     dataset: Any
     collate: Collator
@@ -41,12 +41,12 @@ class Samples:
 
 
 def class_if_loaded(module: str, name: str) -> Any:
-    """A library's class for `isinstance`; where nothing has imported the module nothing is of it, and it stays so."""
+    """Return a library's class for `isinstance`; if its module was never imported (), which no object matches."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def first_samples(dataset: Any, count: int) -> Any:
-    """The first samples of a data set. Raises ConfigError for a stream."""
+    """Return the first samples of a data set. Raises ConfigError for a stream."""
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise ConfigError("--overfit_batches needs data with a length; with --streaming use --max_train_samples.")
     count = min(count, len(dataset))
@@ -59,7 +59,7 @@ def first_samples(dataset: Any, count: int) -> Any:
 
 def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Accelerator) -> Any:
     """
-    A loader over an evaluation set in its order, prepared by accelerate so that `gather_for_metrics` drops padding.
+    Return a loader over an evaluation set in its order, prepared so that `gather_for_metrics` drops padding.
 
     With group_by_length the set is grouped too, always in the same way (as the Trainer does).
     """
@@ -69,7 +69,7 @@ def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Acceler
     if not samples.is_stream:
         options["drop_last"] = config.dataloader_drop_last
         if samples.lengths is not None:
-            options["sampler"] = list(samples.lengths)  # drawn once: the same in each evaluation
+            options["sampler"] = list(samples.lengths)  # drawn once, so that each evaluation has the same order
         elif accelerator.num_processes == 1:
             options["sampler"] = SequentialSampler(samples.dataset)
     loader = DataLoader(
@@ -84,15 +84,15 @@ def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Acceler
 
 class StreamRounds:
     """
-    The evaluation batches of one rank of a stream: each rank reads all of it and takes its share of a round.
+    The evaluation batches of one rank of a stream: each rank reads the whole stream and takes its part of each round.
 
-    The shares are accelerate's, which would have rank zero join the batches of all ranks, and can't where they differ
-    in length. A last round that can't be shared evenly is filled up from the first; `gather_for_metrics` drops that.
+    The parts are the same as accelerate's, whose own way gathers the batches of all ranks on rank zero and fails if
+    their lengths differ. An uneven last round is filled up from the first; `gather_for_metrics` drops that.
     """
 
     def __init__(self, samples: Samples, config: DataConfig, accelerator: Accelerator) -> None:
         self.dataset, self.collate, self.accelerator = samples.dataset, samples.collate, accelerator
-        # What `gather_for_metrics` asks the loader that is being read.
+        # `gather_for_metrics` reads these from the active loader.
         self.end_of_dataloader, self.remainder = False, -1
         self.a_round = config.per_device_eval_batch_size * accelerator.num_processes
         self.rounds: DataLoader[Any] = DataLoader(
@@ -103,7 +103,7 @@ class StreamRounds:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.accelerator.gradient_state._add_dataloader(self)
         first: list[Any] = []
-        for samples in self.rounds:  # each worker's last may be short
+        for samples in self.rounds:  # each worker's last round may be short
             first = first or samples
             share = -(-len(samples) // ranks)
             missing = share * ranks - len(samples)
@@ -115,10 +115,10 @@ class StreamRounds:
 
 
 def worker_options(config: DataConfig) -> dict[str, Any]:
-    """The DataLoader's arguments that concern its workers."""
+    """Return the DataLoader's arguments that concern its workers."""
     return {
         "num_workers": config.dataloader_num_workers,
-        # torch warns where there is nothing to pin for.
+        # Without an accelerator torch would warn about pinned memory.
         "pin_memory": config.dataloader_pin_memory and torch.accelerator.is_available(),
         "persistent_workers": config.dataloader_persistent_workers,
         "prefetch_factor": config.dataloader_prefetch_factor,
@@ -155,7 +155,7 @@ def usable_samples(
 
 @dataclass(frozen=True, kw_only=True)
 class LengthGroups:
-    """How group_by_length groups: samples a group, the key that is measured, a seed (None: the global generator)."""
+    """Settings of group_by_length: samples a group, the key to measure, and a seed (None: the global generator)."""
 
     size: int
     input_name: str

@@ -1,4 +1,4 @@
-"""Batches of a stream, and the state of the stream after each: a resume goes on there and reads nothing again."""
+"""Batches of a stream, and the stream's state after each, so that a resume goes on there without reading again."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 from harness.data.samples import class_if_loaded
 from harness.errors import ConfigError
 
-# Of one worker after one of its batches: its number, how many batches it has given, the state of its stream or None.
+# A worker's state after one of its batches: its number, its count of batches, and its stream's state or None.
 Mark = Mapping[str, Any]
 Make = Callable[..., Mapping[str, Any] | None]
 
 
 class StreamBatches(IterableDataset[Any]):
     """
-    The batches of one rank, each with the mark of its worker after it; (None, None) is no batch and says nothing.
+    The batches of one rank, each with the mark of its worker after it; (None, None) stands for no batch.
 
-    All ranks read the whole stream in rounds of a batch for each, as accelerate's IterableDatasetShard: the last round
-    is filled up with the first samples. Workers share the stream out among themselves and give batches in turn.
+    All ranks read the whole stream in rounds of a batch for each, as accelerate's IterableDatasetShard does: the last
+    round is filled up with the first samples. Workers divide the stream among themselves and give batches in turn.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class StreamBatches(IterableDataset[Any]):
         self.process_index, self.num_processes = ranks
         self.num_workers = max(1, num_workers)
         self.fault = why_no_state(stream)
-        # Shared, so that workers that outlive an epoch see the next one.
+        # In shared memory, so that persistent workers see the next epoch.
         self.epoch: torch.Tensor = torch.tensor(0).share_memory_()  # type: ignore[no-untyped-call]
         self._start: Mapping[str, Any] | None = None
         self._marks: list[Mark | None] = [None] * self.num_workers
@@ -43,7 +43,7 @@ class StreamBatches(IterableDataset[Any]):
         self._beginning: Any = None
 
     def begin(self, epoch: int, state: Mapping[str, Any] | None) -> None:
-        """Start an epoch, from what `state_dict` gave in it, or from its beginning."""
+        """Start an epoch, from what `state_dict` returned in it, or from its beginning."""
         self.epoch.fill_(epoch)
         self._start = state
         self._marks = [None] * self.num_workers if state is None else list(state["workers"])
@@ -52,13 +52,17 @@ class StreamBatches(IterableDataset[Any]):
             self.stream.set_epoch(epoch)
 
     def consumed(self, mark: Mark | None) -> None:
-        """Count a batch that is to be trained on; those that are only drawn ahead don't count."""
+        """Count a batch that is trained on now; batches that are only drawn ahead are not counted."""
         if mark is not None:
             self._marks[mark["worker"]] = mark
             self._next_worker = (mark["worker"] + 1) % self.num_workers
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where each worker stands after the consumed batches: plain values; None if the stream offers no state."""
+        """
+        Return each worker's position after the consumed batches, as plain values.
+
+        None if the stream offers no state.
+        """
         if self.fault or any(mark is not None and mark["state"] is None for mark in self._marks):
             return None
         return {"workers": list(self._marks), "next_worker": self._next_worker}
@@ -71,7 +75,7 @@ class StreamBatches(IterableDataset[Any]):
         if start is not None:
             mark = start["workers"][worker] or mark
             if worker < start["next_worker"]:
-                yield None, None  # the loader asks the workers in turn, from the first one on
+                yield None, None  # keeps the workers' turns: the loader starts with the first worker
         self._load(mark["state"])
         rounds = self._rounds(is_whole=mark["state"] is None)
         state: Any = None
@@ -89,20 +93,20 @@ class StreamBatches(IterableDataset[Any]):
             yield batch, {"worker": worker, "batches": i + 1, "state": state}
 
     def _load(self, state: Any) -> None:
-        """Put the stream to a state; None is its beginning."""
+        """Set the stream to a state; None is its beginning."""
         if state is not None and self._beginning is None:
-            # A stream of `datasets` builds its state when it is read: an empty one is its beginning.
+            # A stream of `datasets` builds its state when it is read: an empty state is the beginning.
             built_when_read = isinstance(self.stream, class_if_loaded("datasets", "IterableDataset"))
             self._beginning = {} if built_when_read else self.stream.state_dict()
         if self._beginning is not None:
             self.stream.load_state_dict(self._beginning if state is None else state)
-        # What accelerate does with several processes.
+        # As accelerate with several processes.
         generator = getattr(self.stream, "generator", None)
         if self.num_processes > 1 and isinstance(generator, torch.Generator) and not hasattr(self.stream, "set_epoch"):
             generator.manual_seed(int(self.epoch))
 
     def _rounds(self, *, is_whole: bool) -> Iterator[tuple[list[Any], Any]]:
-        """This rank's samples of each round, and the stream's state after the round."""
+        """Yield this rank's samples of each round, and the stream's state after the round."""
         size = self.batch_size * self.num_processes
         own = slice(self.process_index * self.batch_size, (self.process_index + 1) * self.batch_size)
         samples = iter(self.stream)
@@ -133,12 +137,12 @@ class StreamBatches(IterableDataset[Any]):
     def _state(self) -> Any:
         try:
             return None if self.fault else _plain(self.stream.state_dict())
-        except TypeError:  # it could not be loaded again without trusting the file: the stream will be read again
+        except TypeError:  # loading it would need unsafe pickles: read the stream again instead
             return None
 
 
 def why_no_state(stream: Any) -> str:
-    """Why a stream can't go on from a state; empty if it can."""
+    """Return why a stream can't resume from a state; empty if it can."""
     if not (hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict")):
         return "it has no state_dict and load_state_dict"
     shuffled = class_if_loaded("datasets.iterable_dataset", "BufferShuffledExamplesIterable")
@@ -152,7 +156,7 @@ def why_no_state(stream: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A copy in types that are loaded with weights_only=True. Raises TypeError for any other."""
+    """Return a copy in types that are loaded with weights_only=True. Raises TypeError for any other."""
     if isinstance(value, Mapping):
         return {_plain(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

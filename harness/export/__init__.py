@@ -1,1 +1,1 @@
-"""A checkpoint as a folder that `from_pretrained` loads."""
+"""Export a checkpoint as a folder that `from_pretrained` loads."""

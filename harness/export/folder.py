@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that `from_pretrained` loads, written shard by shard."""
+"""Export a checkpoint as a folder that `from_pretrained` loads, written shard by shard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from harness.files import sync
 from harness.model.adapters import merged_model
 
 FILES_PATTERN = "model{suffix}.safetensors"
-# A processing class has files of many names; what a training leaves beside them has known ones.
+# A processing class may have files of any name, so the training's own files, which have known names, are left out.
 KEPT = re.compile(r".*\.(json|jinja|txt|model|tiktoken|bpe)")
 OF_THE_TRAINING = re.compile(
     r"(adapter_|model_)?config\.json|.*\.safetensors\.index\.json|(trainer|harness)_state\.json|wandb_run\.json"
@@ -36,7 +36,7 @@ OF_THE_TRAINING = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written: weights' files, their bytes, and the type of the floating ones."""
+    """The result of an export: the weights' files, their size in bytes, and the type of floating-point weights."""
 
     num_files: int
     num_bytes: int
@@ -45,11 +45,11 @@ class Exported:
 
 def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dtype | None) -> Exported:
     """
-    Write the model of a checkpoint to `out`, in the names of its architecture on the Hub, as `dtype` or as it is.
+    Write a checkpoint's model to `out`, with the weight names of its architecture on the Hub, as `dtype` or as it is.
 
-    A shard at a time is in memory; but an adapter is merged into its model, which is in memory then, and where the
-    architecture's weights on the Hub are cut otherwise (mixtures of experts) all that is cut is mapped at once. `out`
-    is there as a whole or not at all. Raises ConfigError.
+    Only one shard at a time is in memory, with two exceptions: an adapter is merged into its model in memory, and where
+    the architecture's weights on the Hub are split otherwise (mixtures of experts) all of those are mapped at once.
+    `out` is written whole or not at all. Raises ConfigError.
     """
     out = out.absolute()
     _check(checkpoint, out)
@@ -80,7 +80,7 @@ def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dty
 
 def model_and_weights(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Weight]]:
     """
-    A model that is there for its config and names, and its weights, an adapter merged into those of its model.
+    Return a model without weights, for its config and names, and the weights, with an adapter merged in.
 
     Raises ConfigError.
     """
@@ -98,7 +98,7 @@ def model_and_weights(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Weig
 
 
 def blank_model(checkpoint: Path) -> PreTrainedModel:
-    """The model that a checkpoint is of, without memory for its weights. Raises ConfigError."""
+    """Return the model of a checkpoint without memory for its weights. Raises ConfigError."""
     file = checkpoint / CONFIG_NAME
     if not file.is_file():
         raise ConfigError(
@@ -125,9 +125,9 @@ def blank_model(checkpoint: Path) -> PreTrainedModel:
 
 def published(model: PreTrainedModel, weights: dict[str, Weight], checkpoint: Path) -> dict[str, Weight]:
     """
-    The weights in the names that the architecture has on the Hub.
+    Return the weights under the names that the architecture has on the Hub.
 
-    Raises ConfigError if they are not the model's, neither by these names nor by its own.
+    Raises ConfigError if they do not belong to the model, neither by these names nor by its own.
     """
     own = model.state_dict(keep_vars=True)
     if not set(weights) <= set(own):
@@ -161,7 +161,7 @@ def _fits(weights: Mapping[str, Weight], own: Mapping[str, torch.Tensor]) -> boo
 
 def _check_fit(weights: Mapping[str, Weight], own: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
     unknown = sorted(set(weights) - set(own))
-    # Of tied weights one is saved.
+    # Only one of several tied weights is saved.
     there = {id(own[name]) for name in weights if name in own}
     missing = sorted(name for name, tensor in own.items() if id(tensor) not in there)
     misshapen = sorted(n for n, weight in weights.items() if n in own and weight.shape != tuple(own[n].shape))

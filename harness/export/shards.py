@@ -1,4 +1,4 @@
-"""Weights in float32 out of DeepSpeed's shards, for checkpoints that have no others."""
+"""Read float32 weights from DeepSpeed's shards, for checkpoints that have no other weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from harness.distributed.zero import LATEST_FILE, load_shard
 from harness.errors import ConfigError
 
-# Shape, type and what reads a weight.
+# The shape and type of a weight, and the function that reads it.
 Read = tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
 FOLDERS = "global_step*"
 
 
 def find_shards(folder: Path) -> Path | None:
-    """The folder with DeepSpeed's shards in a checkpoint: that which `latest` names, or the only one."""
+    """Return the folder with DeepSpeed's shards in a checkpoint: the one that `latest` names, or the only one."""
     latest = folder / LATEST_FILE
     named = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
     found = sorted(path for path in folder.glob(FOLDERS) if path.is_dir() and named in ("", path.name))
@@ -29,10 +29,10 @@ def find_shards(folder: Path) -> Path | None:
 
 def read_shards(folder: Path) -> dict[str, Read]:
     """
-    The weights of ZeRO-1, 2 or 3, as its optimizer has them, and the buffers.
+    Return the weights of ZeRO-1, 2 or 3, as its optimizer has them, and the buffers.
 
-    The layout is that which deepspeed.utils.zero_to_fp32 reads; that would unpickle whatever is in the files. They are
-    mapped: what is read of them is the system's to drop again. Raises ConfigError.
+    The layout is the one that deepspeed.utils.zero_to_fp32 reads, which would unpickle anything in the files. They are
+    memory-mapped, so the system can drop what was read. Raises ConfigError.
     """
     try:
         import deepspeed  # noqa: F401
@@ -60,7 +60,7 @@ def _load(path: Path) -> Any:
 
 
 def _ranks(folder: Path, pattern: str) -> list[Path]:
-    """One file a rank, in the order of the ranks. Raises ConfigError if there is none."""
+    """Return one file a rank, in rank order. Raises ConfigError if there is none."""
     found = sorted(folder.glob(pattern), key=lambda path: [int(digits) for digits in re.findall(r"\d+", path.name)])
     if not found:
         raise ConfigError(f"{folder} holds no {pattern}, so it is not whole.")
@@ -68,8 +68,8 @@ def _ranks(folder: Path, pattern: str) -> list[Path]:
 
 
 def _flat(modules: Sequence[dict[str, Any]], optimizers: Sequence[dict[str, Any]]) -> dict[str, Read]:
-    """ZeRO-1 and 2: a group's weights one after the other, cut into equal parts, one a rank."""
-    # Buffers and frozen weights are whole in the module, the others in its precision.
+    """Read ZeRO-1 and 2: a group's weights are concatenated and split into equal parts, one a rank."""
+    # The module's file has buffers and frozen weights in full, the other weights in its own precision.
     copies = set(modules[0]["shared_params"])
     found = {name: _of(tensor) for name, tensor in modules[0]["module"].items() if name not in copies}
     paddings = optimizers[0].get("param_alignment_paddings")
@@ -83,7 +83,7 @@ def _flat(modules: Sequence[dict[str, Any]], optimizers: Sequence[dict[str, Any]
 
 
 def _partitioned(modules: Sequence[dict[str, Any]], optimizers: Sequence[dict[str, Any]]) -> dict[str, Read]:
-    """ZeRO-3: each weight cut into equal parts, one a rank; a rank's parts one after the other."""
+    """Read ZeRO-3: each weight is split into equal parts, one a rank; a rank's parts are concatenated."""
     buffers = set(modules[0]["buffer_names"])
     found = {name: _of(tensor) for name, tensor in modules[0]["module"].items() if name in buffers}
     for name, shape in (modules[0].get("frozen_param_shapes") or {}).items():
@@ -99,13 +99,13 @@ def _partitioned(modules: Sequence[dict[str, Any]], optimizers: Sequence[dict[st
 
 
 def _of(tensor: torch.Tensor) -> Read:
-    # In float32 like the weights, as DeepSpeed's own script has them.
+    # In float32 like the weights, as in DeepSpeed's own script.
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tuple(tensor.shape), dtype, partial(tensor.to, dtype)
 
 
 def _joined(parts: Sequence[torch.Tensor], start: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The elements from `start` on of tensors that follow one another."""
+    """Return the elements from `start` on of consecutive tensors, in a shape."""
     return torch.cat(list(_pieces(parts, start, start + math.prod(shape))))[: math.prod(shape)].view(shape).float()
 
 

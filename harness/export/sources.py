@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, each read from its file when it is needed."""
+"""Read a checkpoint's weights lazily, each from its file when it is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FSDP_FOLDERS = "pytorch_model_fsdp*"
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A tensor that is not in memory: each call of `read` gives it, on the CPU."""
+    """A tensor that is not in memory: each call of `read` returns it, on the CPU."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,14 +29,14 @@ class Weight:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether it holds an adapter of peft's, and no weights of its model."""
+    """Whether a folder holds a peft adapter, and no weights of its model."""
     whole = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     return (folder / ADAPTER_CONFIG_NAME).is_file() and not any((folder / name).is_file() for name in whole)
 
 
 def read_weights(folder: Path) -> dict[str, Weight]:
     """
-    The weights in a folder by name: safetensors, whole or in shards, or else DeepSpeed's.
+    Return the weights in a folder by name: safetensors, whole or in shards, or else DeepSpeed's.
 
     Raises ConfigError if there are none, or if they can't be read.
     """
@@ -70,7 +70,7 @@ def _indexed(index: Path) -> dict[str, Weight]:
 def _of_file(path: Path) -> dict[str, Weight]:
     try:
         with safe_open(path, "pt") as file:
-            # A slice knows shape and type without being read.
+            # A slice gives shape and type without being read.
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             return {
                 name: Weight(
@@ -85,7 +85,7 @@ def _of_file(path: Path) -> dict[str, Weight]:
 
 
 def _tensor(path: Path, name: str) -> torch.Tensor:
-    # Mapped anew for each: what was read of the file leaves the memory with its tensor.
+    # Mapped anew for each, so that the memory of what was read is freed with its tensor.
     with safe_open(path, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
         return tensor

@@ -1,1 +1,1 @@
-"""Weights, adapters, optimizers."""
+"""Weights, adapters, optimizers and learning rate schedules."""

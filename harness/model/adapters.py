@@ -1,4 +1,4 @@
-"""Adapters of peft: a few new weights (LoRA and others) are trained on a model that stays as it is."""
+"""Adapters of peft (LoRA and others): a few new weights are trained on top of a frozen model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from harness.errors import ConfigError
 from harness.model.flags import LORA_ALPHA, LORA_DROPOUT, LORA_R, AdapterConfig
 
 INSTALL = "pip install 'accelerate-harness[peft]'"
-# Beside an adapter: a config.json would say to Transformers that the model itself is there.
+# The model's config beside an adapter: at a config.json Transformers would expect the model's own weights.
 MODEL_CONFIG_FILE = "model_config.json"
-ADAPTER = "default"  # the name under which get_peft_model adds one
-# peft's types of tasks: the models of each, and the class that loads one.
+ADAPTER = "default"  # get_peft_model's name for an adapter
+# peft's task types: the names of each one's models, and the class that loads one.
 TASK_TYPES = {
     "SEQ_CLS": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "AutoModelForSequenceClassification"),
     "TOKEN_CLS": (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "AutoModelForTokenClassification"),
@@ -36,15 +36,15 @@ TASK_TYPES = {
 
 
 def is_adapted(model: torch.nn.Module) -> bool:
-    """Whether it is a model with an adapter of peft's."""
+    """Whether the model has a peft adapter."""
     return bool(_is_peft_model(model))
 
 
 def add_adapter(model: torch.nn.Module, config: AdapterConfig) -> torch.nn.Module:
     """
-    The model with a new adapter, drawn from the global generators; only the adapter's weights are trained.
+    Return the model with a new adapter, drawn from the global generators; only its weights are trained.
 
-    A model that has one keeps it. Raises ConfigError for what peft does not take or what could not be resumed.
+    A model that has an adapter keeps it. Raises ConfigError for what peft does not take or what could not be resumed.
     """
     if not config.is_on:
         if config.save_merged_model and not is_adapted(model):
@@ -65,7 +65,7 @@ def add_adapter(model: torch.nn.Module, config: AdapterConfig) -> torch.nn.Modul
 def _peft_config(model: torch.nn.Module, config: AdapterConfig, peft: Any) -> Any:
     task_type = next((kind for kind, (names, _) in TASK_TYPES.items() if _is_one_of(model, names)), None)
     if config.peft_config is not None:
-        # What an adapter_config.json says of another model, and of its use without training, is not meant.
+        # Without the entries of an adapter_config.json that are about another base model, or about inference.
         unmeant = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
         values = {name: value for name, value in config.peft_config.items() if name not in unmeant}
         known = sorted(kind.value for kind in peft.PeftType)
@@ -91,7 +91,7 @@ def _is_one_of(model: torch.nn.Module, names: Mapping[str, Any]) -> bool:
 
 
 def checked(model: torch.nn.Module) -> torch.nn.Module:
-    """The model itself. Raises ConfigError if its adapter could not be trained, or not be resumed, as it should be."""
+    """Return the model. Raises ConfigError if its adapter could not be trained or resumed correctly."""
     adapters: Any = model.peft_config
     if list(adapters) != [ADAPTER]:
         raise ConfigError(
@@ -113,7 +113,7 @@ def checked(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def check_scores(model: torch.nn.Module, *, has_scores: bool) -> None:
-    """Refuse an adapter whose logits are more than the labels, where scores compare them. Raises ConfigError."""
+    """Raise ConfigError for an adapter with more logits than labels, where scores compare the two."""
     if not has_scores or not is_adapted(model):
         return
     adapted: Any = model
@@ -127,7 +127,7 @@ def check_scores(model: torch.nn.Module, *, has_scores: bool) -> None:
 
 
 def describe(model: torch.nn.Module) -> str:
-    """Name the adapter and count what is trained; empty without one."""
+    """Return the adapter's name and the number of trained parameters as text; empty without an adapter."""
     if not is_adapted(model):
         return ""
     adapted: Any = model
@@ -137,7 +137,7 @@ def describe(model: torch.nn.Module) -> str:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters themselves that are saved of a model with an adapter, by their names in the file."""
+    """Return the parameters (no copies) that are saved of a model with an adapter, by their names in the file."""
     from peft import get_peft_model_state_dict
 
     options = {"adapter_name": ADAPTER, "save_embedding_layers": _saves_embeddings(model)}
@@ -147,17 +147,17 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def _saves_embeddings(model: torch.nn.Module) -> bool:
-    """Whether peft would save the embeddings too. It asks the Hub for that: once, not at each save."""
+    """Whether peft would save the embeddings too. It asks the Hub, so this is asked once, not at each save."""
     from peft import get_peft_model_state_dict
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it says in many words what it does
+        warnings.simplefilter("ignore", UserWarning)  # peft warns about what it decides by itself
         found = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     return len(found) > len(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put what `tensors_of` gave back into a model with the same adapter."""
+    """Load what `tensors_of` returned into a model with the same adapter."""
     from peft import set_peft_model_state_dict
 
     if tensors:
@@ -168,9 +168,9 @@ def write_adapter(
     model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, *, with_card: bool
 ) -> None:
     """
-    Write the files of PeftModel.save_pretrained: the adapter's weights and configuration, no weights of the model.
+    Write the files of PeftModel.save_pretrained: the adapter's weights and configuration, not the model's weights.
 
-    And one more, the model's configuration: the names of the labels are nowhere else. `tensors` are those of
+    The model's configuration is added, since nothing else has the names of the labels. `tensors` are those of
     `tensors_of`, or copies: the model may be trained meanwhile. `with_card` adds peft's README.
     """
     adapted: Any = model
@@ -184,7 +184,7 @@ def write_adapter(
     config.save_pretrained(str(folder), auto_mapping_dict=mapping if config.task_type is None else None)
     if isinstance(base, transformers.PreTrainedModel):
         base.config.to_json_file(folder / MODEL_CONFIG_FILE)
-    # Shared and transposed memory becomes memory of its own: safetensors takes nothing else.
+    # safetensors only takes contiguous tensors that share no memory.
     plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(plain, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
     if with_card:
@@ -192,13 +192,13 @@ def write_adapter(
 
 
 def complete_card(model: torch.nn.Module, folder: Path) -> None:
-    """Let peft write its README.md, or put what it has to say into the one that is there."""
+    """Let peft write its README.md, or add its content to the one that is there."""
     adapted: Any = model
     adapted.create_or_update_model_card(str(folder))
 
 
 def adapter_config(folder: Path) -> dict[str, Any] | None:
-    """What the adapter_config.json of a folder says; None where there is none. Raises ConfigError."""
+    """Return the content of a folder's adapter_config.json; None if there is none. Raises ConfigError."""
     file = folder / ADAPTER_CONFIG_NAME
     if not file.is_file():
         return None
@@ -212,7 +212,7 @@ def adapter_config(folder: Path) -> dict[str, Any] | None:
 
 
 def load_adapter(model: torch.nn.Module, source: str, **options: Any) -> torch.nn.Module:
-    """The model with the adapter of a folder or of the Hub, which is trained on. Raises ConfigError."""
+    """Return the model with the adapter of a folder or of the Hub, trainable. Raises ConfigError."""
     peft = import_peft(f"--model_name_or_path={source} is an adapter: it")
     with _peft_problems(f"--model_name_or_path={source}: the adapter does not fit its model"):
         return checked(peft.PeftModel.from_pretrained(model, source, is_trainable=True, **options))
@@ -230,9 +230,9 @@ def merged(model: torch.nn.Module) -> torch.nn.Module:
 
 def merged_model(folder: Path) -> torch.nn.Module:
     """
-    The whole model that an adapter's folder stands for, on the CPU: its base is loaded, the adapter merged into it.
+    Return the whole model for an adapter's folder, on the CPU: load its base model, merge the adapter into it.
 
-    Raises ConfigError where the folder names no base that can be loaded.
+    Raises ConfigError if the folder names no base model that can be loaded.
     """
     found = adapter_config(folder) or {}
     base = found.get("base_model_name_or_path")
@@ -245,7 +245,7 @@ def merged_model(folder: Path) -> torch.nn.Module:
         raise ConfigError(f"{folder}: its model {base} is of the class {name}, which Transformers does not have.")
     options = {"revision": found["revision"]} if found.get("revision") else {}
     file = folder / MODEL_CONFIG_FILE
-    if file.is_file():  # with another head than the base has: the adapter brings its own
+    if file.is_file():  # the adapter may have another head than the base
         options |= {"config": transformers.AutoConfig.from_pretrained(file), "ignore_mismatched_sizes": True}
     try:
         model = kind.from_pretrained(base, **options)
@@ -255,7 +255,7 @@ def merged_model(folder: Path) -> torch.nn.Module:
 
 
 def import_peft(what: str) -> Any:
-    """The package. Raises ConfigError where it is not installed."""
+    """Return the package peft. Raises ConfigError if it is not installed."""
     try:
         import peft
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizer and learning rate schedule, as the Trainer makes them."""
+"""Make parameter groups, optimizer and learning rate schedule as the Trainer makes them."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def check_names(config: OptimConfig) -> None:
 
 
 def decay_parameter_names(model: torch.nn.Module) -> set[str]:
-    """Names of the parameters that weight decay applies to: Trainer.get_decay_parameter_names."""
+    """Return the names of the parameters with weight decay, as Trainer.get_decay_parameter_names."""
     return set(get_parameter_names(model, [torch.nn.LayerNorm], NO_DECAY_PATTERNS))
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """
-    The optimizer over two groups in the model's order: with and without weight decay.
+    Return the optimizer over two groups in the model's order: with and without weight decay.
 
     The classes and their arguments come from the Trainer's own table. Raises ConfigError for a package that is not
     installed or arguments that the optimizer does not take.
@@ -52,21 +52,21 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
         {"params": [p for name, p in trained if name not in decay], "weight_decay": 0.0},
     ]
     args = SimpleNamespace(
-        parallel_mode=ParallelMode.NOT_PARALLEL,  # read for the layerwise variants alone
+        parallel_mode=ParallelMode.NOT_PARALLEL,  # only read for layerwise optimizers
         **{name: getattr(config, name) for name in OptimConfig.__dataclass_fields__},
     )
     targets = config.optim_target_modules
     args.optim_target_modules = targets[0] if targets and len(targets) == 1 else targets
     args.optim = OptimizerNames(config.optim)
     try:
-        # As Trainer.get_optimizer_cls_and_kwargs, whose file loads `datasets` and prints with WANDB_MODE=offline.
+        # As Trainer.get_optimizer_cls_and_kwargs; importing that loads `datasets` and prints with WANDB_MODE=offline.
         adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
         context = OptimizerContext(args, model, {"lr": config.learning_rate}, adam, _parse_optim_args(args.optim_args))
         cls, kwargs = _OPTIMIZER_HANDLERS[args.optim](context)
         if is_optimizer_factory(cls):
             optimizer: torch.optim.Optimizer = cls()(model, **kwargs)
             return optimizer
-        groups = kwargs.pop("params", groups)  # GaLore and APOLLO bring their own groups
+        groups = kwargs.pop("params", groups)  # GaLore and APOLLO make their own groups
         optimizer = cls(groups, **kwargs)
     except (ImportError, ValueError, TypeError) as error:
         raise ConfigError(f"--optim={config.optim}: {error}") from error
@@ -85,7 +85,7 @@ def _keep_embeddings_in_32_bits(model: torch.nn.Module) -> None:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> Any:
-    """The schedule over `max_steps` optimizer steps. Raises ConfigError for arguments that it does not take."""
+    """Return the schedule over `max_steps` optimizer steps. Raises ConfigError for arguments that it does not take."""
     try:
         return get_scheduler(
             config.lr_scheduler_type,
@@ -102,6 +102,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_s
 
 
 def current_learning_rate(scheduler: Any, optimizer: torch.optim.Optimizer, config: OptimConfig) -> float:
-    """The learning rate of the first group. Those stepped by a metric don't keep it themselves."""
+    """Return the first group's learning rate. A schedule that is stepped by a metric does not record it itself."""
     by_metric = config.lr_scheduler_type in BY_METRIC
     return float(optimizer.param_groups[0]["lr"] if by_metric else scheduler.get_last_lr()[0])

@@ -1,4 +1,4 @@
-"""Whole weights in a folder that `from_pretrained` loads, and back."""
+"""Write whole weights to a folder that `from_pretrained` loads, and load them again."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from harness.model.adapters import is_adapted, load_tensors, tensors_of, write_a
 
 def whole_weights(model: torch.nn.Module, backend: Backend) -> dict[str, torch.Tensor]:
     """
-    Collective: what is saved of the unwrapped model: its state dict, or its adapter's weights alone.
+    Collective: return the unwrapped model's weights to save: its state dict, or only those of its adapter.
 
-    If it is sharded, rank zero gets copies in host memory and the others nothing.
+    If it is sharded, rank zero gets copies in host memory and the other ranks {}.
     """
     return backend.whole(_own(model))
 
 
 def _own(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and buffers that are saved, by the names in the files."""
+    """Return the parameters and buffers to save, by their names in the files."""
     return tensors_of(model) if is_adapted(model) else model.state_dict(keep_vars=True)
 
 
@@ -43,17 +43,18 @@ def save_model(
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Path]:
     """
-    Write weights, config and processing class as the Trainer writes them; returns their files. Call it on one rank.
+    Write weights, config and processing class as the Trainer does; returns their files. Call it on one rank.
 
-    `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's
-    own (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
-    `from_pretrained` reads both. `weights` are written in place of the model's own state dict: `whole_weights`.
-    Of a model with an adapter the adapter alone is written, as peft does.
+    `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's own
+    (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
+    `from_pretrained` reads both. `weights`, from `whole_weights`, are written instead of the model's own state dict. Of
+    a model with an adapter only the adapter is written, as peft does.
 
-    A model that is no PreTrainedModel has its state dict in model.safetensors; tied tensors are written once.
+    For a model that is no PreTrainedModel the state dict is written to model.safetensors; tied tensors are written
+    once.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Beside the folder's other files: what is there afterwards is the model, and nothing of it is half-written.
+    # Written to a temporary folder first, then renamed file by file: no file of the model is half-written.
     partial = folder / "model.partial"
     if partial.exists():
         shutil.rmtree(partial)
@@ -82,11 +83,11 @@ def _write_model(
 ) -> None:
     folder.mkdir()
     if is_adapted(model):
-        # A checkpoint has peft's card, as the Trainer's has; beside the published model stands the run's own.
+        # A checkpoint has peft's card, as the Trainer's has; the published model gets the run's own card.
         write_adapter(model, weights, folder, with_card=not as_published)
     elif isinstance(model, PreTrainedModel):
         shows_bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # a bar for each save would break up the training's own
+        logging.disable_progress_bar()  # a bar for each save would disturb the training's bar
         model.save_pretrained(folder, state_dict=dict(weights), save_original_format=as_published)
         if shows_bars:
             logging.enable_progress_bar()
@@ -104,9 +105,10 @@ def _write_model(
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """
-    Collective: load safetensors, whole or in several files, into a model that is not wrapped, file by file.
+    Collective: load safetensors, whole or in several files, file by file into a model that is not wrapped.
 
-    Into its adapter, if it has one. Raises ConfigError if they belong to another model or can't be read.
+    Of a model with an adapter only the adapter is loaded. Raises ConfigError if they belong to another model or can't
+    be read.
     """
     adapted = is_adapted(model)
     if adapted != (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
@@ -149,7 +151,7 @@ def _check_fit(own: Mapping[str, torch.Tensor], files: Iterable[Path], folder: P
         with safe_open(file, framework="pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     unexpected = sorted(set(shapes) - set(own))
-    # Of tied tensors one name is saved; the others share its storage and are loaded with it.
+    # Tied tensors are saved under one name; the others share its storage and are loaded with it.
     loaded = {_storage(own[name]) for name in shapes if name in own}
     missing = sorted(name for name, tensor in own.items() if name not in shapes and _storage(tensor) not in loaded)
     misshapen = sorted(name for name in shapes if name in own and shapes[name] != tuple(whole_shape(own[name])))

@@ -1,4 +1,4 @@
-"""Tasks: what a run trains, on what, and how it is judged. One file a task; `resolve` finds them by name."""
+"""Tasks: the model, data and scores of a run. Each file is a task; `resolve` finds them by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from harness.errors import ConfigError
 from harness.tasks.flags import SHIPPED, TaskConfig
 
-if TYPE_CHECKING:  # the parser reads this package, and loads no torch
+if TYPE_CHECKING:  # the parser imports this package and must not load torch
     import numpy.typing as npt
     import torch
 
@@ -29,7 +29,7 @@ __all__ = [
 
 class Metrics(Protocol):
     """
-    A score computed piece by piece in O(1) memory: one object for one evaluation.
+    A score computed batch by batch in O(1) memory: one object for one evaluation.
 
     `names` are the keys of `compute()`, known before training so that `--metric_for_best_model` can be checked.
     """
@@ -43,16 +43,16 @@ class Metrics(Protocol):
         """Add a batch: all ranks' predictions and labels, padding samples removed, on the device."""
 
     def compute(self) -> dict[str, float]:
-        """The values, without a prefix. One transfer from the device."""
+        """Return the values, without a prefix. One transfer from the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePredictions:
     """
-    What a model makes of some samples, for a table: a row a sample, a value a column.
+    A model's predictions on some samples, for a table: a row a sample, a value a column.
 
-    A classification may add what a confusion matrix and precision-recall curves are drawn from: the names of all
-    classes, the samples' true ids, and their probabilities (samples, classes). Raises ValueError for other sizes.
+    A classification may add the data of a confusion matrix and precision-recall curves: the names of all classes, the
+    samples' true ids, and their probabilities (samples, classes). Raises ValueError for other sizes.
     """
 
     columns: Sequence[str]
@@ -119,12 +119,12 @@ Builder = Callable[[TaskConfig], Task]
 
 
 def resolve(name: str) -> Builder:
-    """The builder behind a shipped task's name or a `package.module:function`. Raises ConfigError."""
+    """Return the builder of a shipped task by its name, or of `package.module:function`. Raises ConfigError."""
     module_name, _, attribute = SHIPPED.get(name, name).partition(":")
     try:
         builder: Builder = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        # A module that the user's own module lacks is their bug to see, with its traceback.
+        # A missing import inside of the user's own module is raised with its traceback.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Labels of texts: their kind and names, learnt from the training data; to numbers for the model and back."""
+"""Labels of texts: find their kind and names in the training data, and convert them to numbers and back."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Labels:
     """
     The column of the labels, their kind and their names in the order of the ids.
 
-    The kind is that of a model config's `problem_type`.
-    `coded` holds a ClassLabel's names: the column then has indices of these in place of labels.
+    The kind is that of a model config's `problem_type`. `coded` holds a ClassLabel's names: the column then has indices
+    of these in place of labels.
     """
 
     column: str
@@ -35,7 +35,7 @@ class Labels:
 
     def encode(self, values: Sequence[Any], coded: Sequence[str], given: str) -> list[Any]:
         """
-        Turn a column into what the loss takes: floats, ids, or a 0.0/1.0 a label.
+        Convert a column into what the loss takes: floats, ids, or a 0.0/1.0 a label.
 
         `coded` is as above for the data `given`. Raises ConfigError for labels that the training data lacks.
         """
@@ -48,7 +48,7 @@ class Labels:
         return [[float(index in row) for index in range(len(ids))] for row in chosen]
 
     def describe(self, predictions: npt.NDArray[Any]) -> list[str]:
-        """Write predictions, reduced by a score or raw logits, as the lines of a table."""
+        """Return predictions, reduced by a score or raw logits, as the lines of a table."""
         if self.kind == REGRESSION:
             cells = [f"{value:3.3f}" for value in predictions.reshape(-1)]
         elif self.kind == MULTI:
@@ -72,10 +72,10 @@ class Labels:
 
 def read_labels(split: Split, column: str, do_regression: bool | None) -> Labels:
     """
-    Find kind and names of the labels from the training data.
+    Find kind and names of the labels in the training data.
 
-    The names are a ClassLabel's, else the values there, sorted. Floats mean regression unless `do_regression`
-    is False; lists mean any number of labels a sample. Raises ConfigError for samples without a label.
+    The names are a ClassLabel's, else the sorted values of the column. Floats mean regression unless `do_regression` is
+    False; lists mean any number of labels a sample. Raises ConfigError for samples without a label.
     """
     dataset, given = split.rows, split.source
     values = dataset.select_columns([column])
@@ -95,13 +95,13 @@ def read_labels(split: Split, column: str, do_regression: bool | None) -> Labels
     else:
         try:
             found = set(dataset.unique(column)) if hasattr(dataset, "unique") else {row[column] for row in values}
-        except NotImplementedError as error:  # pyarrow's, for a column of several types
+        except NotImplementedError as error:  # from pyarrow, for a column of several types
             reason = f"{given}: column {column!r} holds values of several types"
             raise ConfigError(f"{reason}; write all labels as texts, or all as numbers.") from error
         kind = SINGLE
     coded = coded_names(dataset, column)
     for label in found:
-        _name(label, coded, column, given)  # refuses what is none
+        _name(label, coded, column, given)  # raises ConfigError for one that is none
     return Labels(column, kind, coded or tuple(str(label) for label in _sorted(found)), coded)
 
 
@@ -125,7 +125,7 @@ def use_labels(labels: Labels, model_config: Any, *, pretrained: bool) -> Labels
 
 
 def coded_names(dataset: Any, column: str) -> tuple[str, ...]:
-    """The names of a ClassLabel column, of lists of them too; empty for other columns."""
+    """Return the names of a ClassLabel column, or of one with lists of them; empty for other columns."""
     feature = (dataset.features or {}).get(column)
     feature = getattr(feature, "feature", feature)
     return tuple(getattr(feature, "names", None) or ())

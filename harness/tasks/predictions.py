@@ -1,4 +1,4 @@
-"""Predictions that a person can read: texts and labels beside what the model makes of them."""
+"""Predictions that a person can read: texts and labels beside the model's predictions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from transformers.trainer_utils import unwrap_peft_model
 from harness.tasks import Generate, SamplePredictions
 from harness.tasks.labels import MULTI, REGRESSION, Labels
 
-# Its "labels" and "predictions" are the names in the W&B guide.
+# The column names "labels" and "predictions" are those of the W&B guide.
 COLUMNS = ("inputs", "labels", "predictions")
 BATCH_SIZE = 8
-# A text in a table is to be read: of longer samples the start is shown.
+# Texts in a table are to be read, so of longer ones only the start is shown.
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 RESTORED_TOKENS = 128
 
 
 def continued(model: torch.nn.Module, samples: Sequence[Mapping[str, Any]], *, tokenizer: Any) -> SamplePredictions:
     """
-    Let the model go on from the first half of each text, token by token, always the likeliest.
+    Let the model continue the first half of each text, always with the likeliest token.
 
-    Prompts are padded on the left and masked there: each text's continuation is that which it has alone.
+    Prompts are padded on the left and masked there, so each text gets the continuation that it would get alone.
     """
     texts = [list(sample["input_ids"]) for sample in samples]
     rows: list[list[str]] = []
@@ -44,9 +44,9 @@ def restored(
     model: torch.nn.Module, samples: Sequence[Mapping[str, Any]], *, tokenizer: Any, mlm_probability: float
 ) -> SamplePredictions:
     """
-    Hide tokens of each text and let the model fill the gaps.
+    Hide tokens of each text and let the model predict them.
 
-    The same tokens of a sample every time: the generator is its own and begins anew with each.
+    The same tokens of a sample are hidden every time, by a generator of its own with a fixed seed.
     """
     rows: list[list[str]] = []
     for batch in _batches(samples):
@@ -70,7 +70,7 @@ def classified(
     collate: Callable[[list[Any]], Mapping[str, Any]],
     labels: Labels,
 ) -> SamplePredictions:
-    """Name the class that the model gives to each text, and how sure it is; several classes or a number likewise."""
+    """Return the predicted class of each text and its probability; also for several classes a text, or a number."""
     parts = []
     for batch in _batches(samples):
         inputs = collate([{n: value for n, value in row.items() if n != "labels"} for row in _accepted(model, batch)])
@@ -95,7 +95,7 @@ def recognised(
     collate: Callable[[list[Any]], Mapping[str, Any]],
     labels: Labels,
 ) -> SamplePredictions:
-    """Name the class that the model gives to each image, known by its number, and how sure it is."""
+    """Return the predicted class of each image, which is named by its number, and its probability."""
     parts, given = [], []
     for batch in _batches(samples):
         inputs = collate(list(batch))
@@ -125,7 +125,7 @@ def tagged(
     collate: Callable[[list[Any]], Mapping[str, Any]],
     names: Sequence[str],
 ) -> SamplePredictions:
-    """Give each text, its labels, and those of the model, in the order of the words; -100 is no label."""
+    """Return each text, its labels, and the predicted ones, in the order of the words; -100 is no label."""
     rows: list[list[str]] = []
     for batch in _batches(samples):
         inputs = collate(_accepted(model, batch))
@@ -145,7 +145,7 @@ def written(
     collate: Callable[[list[Any]], Mapping[str, Any]],
     generate: Generate,
 ) -> SamplePredictions:
-    """Let the model write its text for each text that it reads."""
+    """Return the text that the model writes for each text that it reads."""
     rows: list[list[str]] = []
     for batch in _batches(samples):
         inputs = collate(_accepted(model, batch))
@@ -157,7 +157,7 @@ def written(
 
 
 def _accepted(model: torch.nn.Module, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The samples with what the model's forward takes."""
+    """Return the samples with only the keys that the model's forward takes."""
     names = inspect.signature(unwrap_peft_model(model).forward).parameters
     return [{name: value for name, value in sample.items() if name in names} for sample in batch]
 
@@ -170,12 +170,12 @@ def _batches(samples: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _generated(
     model: torch.nn.Module, prompts: Sequence[list[int]], num_tokens: int, tokenizer: Any
 ) -> list[list[int]]:
-    """Up to `num_tokens` for each prompt; after a text's end follows padding."""
+    """Return up to `num_tokens` tokens for each prompt; padding follows the end of a text."""
     if num_tokens == 0:
         return [[] for _ in prompts]
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     inputs = _padded([torch.tensor(prompt) for prompt in prompts], padding or 0, "left", model)
-    # Not as an argument: what a model brings for sampling would be merged into it, or warned of.
+    # Not passed as an argument: the model's own settings of sampling would be merged into it, or warned about.
     settings: Any = model.generation_config
     greedy = GenerationConfig(max_new_tokens=num_tokens, eos_token_id=settings.eos_token_id, pad_token_id=padding)
     model.generation_config = greedy
@@ -196,7 +196,7 @@ def _padded(texts: Sequence[torch.Tensor], padding: int, side: str, model: torch
 
 
 def _special(sample: Mapping[str, Any], tokenizer: Any) -> torch.Tensor:
-    """Which tokens are no text: (tokens,) of bool."""
+    """Return which tokens are special, no text: (tokens,) of bool."""
     mask = sample.get("special_tokens_mask")
     if mask is None:
         mask = tokenizer.get_special_tokens_mask(list(sample["input_ids"]), already_has_special_tokens=True)
@@ -204,7 +204,7 @@ def _special(sample: Mapping[str, Any], tokenizer: Any) -> torch.Tensor:
 
 
 def _hidden(special: torch.Tensor, share: float) -> torch.Tensor:
-    """Which tokens to hide: a share of the text's, one at least; (tokens,) of bool."""
+    """Return which tokens to hide: a share of the text's, at least one; (tokens,) of bool."""
     draws = torch.rand(len(special), generator=torch.Generator().manual_seed(0)).masked_fill(special, 2.0)
     count = min(max(1, round(share * int((~special).sum()))), int((~special).sum()))
     hidden = torch.zeros_like(special)

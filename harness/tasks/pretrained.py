@@ -1,4 +1,4 @@
-"""Tokenizer or image processor, config and model: from a folder, from the Hub or from scratch."""
+"""Load tokenizer or image processor, config and model from a folder or the Hub, or make them from scratch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def load_tokenizer(config: TaskConfig, **options: Any) -> Any:
     name = config.tokenizer_name or config.model_name_or_path
     base = _under_adapter(config)
     if name is not None and base is not config and not any(Path(name).glob("tokenizer*")):
-        name = base.model_name_or_path  # the adapter was saved without one
+        name = base.model_name_or_path  # the adapter was saved without a tokenizer
     flag = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
     if name is None:
         raise ConfigError("No tokenizer; give --tokenizer_name, or --model_name_or_path with a model that has one.")
     with _user_model(f"--{flag}={name}: its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **_hub(config), **options)
-    # A folder without tokenizer files gives a tokenizer that knows its special tokens and nothing else.
+    # From a folder without tokenizer files, Transformers makes a tokenizer with special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f"--{flag}={name} holds no tokenizer; name one by --tokenizer_name.")
     return tokenizer
@@ -45,13 +45,13 @@ def load_image_processor(config: TaskConfig) -> Any:
             "No image processor; give --image_processor_name, or --model_name_or_path with a model that has one."
         )
     with _user_model(f"--{flag}={name}: its image processor can't be loaded"):
-        # Pillow's on every machine, so that the pixels don't depend on whether torchvision is there.
+        # Always Pillow's, so that pixels don't depend on whether torchvision is installed.
         return AutoImageProcessor.from_pretrained(name, backend="pil", **_hub(config))
 
 
 def load_config(config: TaskConfig, tokenizer: Any) -> Any:
     """
-    Load the model's config, or make that of --model_type to fit the tokenizer if any, and apply --config_overrides.
+    Load the model's config, or make one of --model_type that fits the tokenizer if any; apply --config_overrides.
 
     Raises ConfigError for an unknown model or type and for overrides that don't fit.
     """
@@ -84,11 +84,11 @@ def load_config(config: TaskConfig, tokenizer: Any) -> Any:
 
 def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer: Any) -> Any:
     """
-    Load the model's weights, or make new ones where no --model_name_or_path is given.
+    Load the model's weights, or make new ones if no --model_name_or_path is given.
 
-    The embeddings grow to the size of the tokenizer, if any, where that is larger. Where --model_name_or_path is an
-    adapter of peft's, the model is the one that it names, with the adapter on it. Raises ConfigError for weights that
-    can't be loaded, don't fit the config, or belong to an architecture without this head.
+    The embeddings grow to the size of the tokenizer, if any, where that is larger. Where --model_name_or_path is a peft
+    adapter, the model is its base model with the adapter on it. Raises ConfigError for weights that can't be loaded,
+    don't fit the config, or belong to an architecture without this head.
     """
     adapter, config = config, _under_adapter(config)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -98,11 +98,11 @@ def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer
         options["attn_implementation"] = config.attn_implementation
     if config.model_name_or_path is None:
         if options.get("dtype") == "auto":
-            del options["dtype"]  # there are no weights to take it from
+            del options["dtype"]  # there are no weights whose type it could take
         with _user_model(f"A new {model_config.model_type} model can't be made"):
             model = auto_class.from_config(model_config, **options)
     else:
-        # An adapter brings the head that it was trained with.
+        # An adapter has the head that it was trained with.
         other_head = config.ignore_mismatched_sizes or adapter is not config
         options |= _hub(config) | {"ignore_mismatched_sizes": other_head}
         with _user_model(f"--model_name_or_path={config.model_name_or_path}: the model can't be loaded"):
@@ -117,9 +117,9 @@ def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer
 
 def _under_adapter(config: TaskConfig) -> TaskConfig:
     """
-    The flags with the base model in place of the adapter that --model_name_or_path is; themselves for a whole model.
+    Return the flags with the base model in place of an adapter as --model_name_or_path; unchanged for a whole model.
 
-    Raises ConfigError for an adapter that names no base.
+    Raises ConfigError for an adapter that names no base model.
     """
     name = config.model_name_or_path
     if name is None:
@@ -135,14 +135,18 @@ def _under_adapter(config: TaskConfig) -> TaskConfig:
 
 
 def longest_sequence(tokenizer: Any, model_config: Any) -> int:
-    """The most tokens that both model and tokenizer take; a very large number where neither has a limit."""
+    """Return the most tokens that both model and tokenizer take; a very large number if neither has a limit."""
     positions = getattr(model_config, "max_position_embeddings", None) or 0
     limits = [tokenizer.model_max_length, *([positions] if positions > 0 else [])]
     return int(min(limits))
 
 
 def sequence_length(config: TaskConfig, tokenizer: Any, model_config: Any, *, default: int) -> int:
-    """The tokens of --max_seq_length, else as many as fit, up to the default. Raises ConfigError for more than fit."""
+    """
+    Return --max_seq_length, else as many tokens as fit, at most the default.
+
+    Raises ConfigError for more than fit.
+    """
     if config.max_seq_length is None:
         return min(longest_sequence(tokenizer, model_config), default)
     check_length("max_seq_length", config.max_seq_length, tokenizer, model_config)
@@ -150,14 +154,14 @@ def sequence_length(config: TaskConfig, tokenizer: Any, model_config: Any, *, de
 
 
 def check_length(flag: str, length: int, tokenizer: Any, model_config: Any) -> None:
-    """Refuse sequences that the model or tokenizer has no positions for. Raises ConfigError."""
+    """Raise ConfigError for sequences that the model or tokenizer has no positions for."""
     longest = longest_sequence(tokenizer, model_config)
     if length > longest:
         raise ConfigError(f"--{flag}={length} is more than the model's maximum; use {longest} or less.")
 
 
 def require_padding(tokenizer: Any) -> None:
-    """Refuse a tokenizer that can't pad. Raises ConfigError."""
+    """Raise ConfigError for a tokenizer that can't pad."""
     if tokenizer.pad_token is None:
         raise ConfigError(
             f"The tokenizer {tokenizer.name_or_path} has no padding token, and samples of unequal length "
@@ -176,7 +180,7 @@ def _fresh_config(model_type: str, tokenizer: Any) -> Any:
     fitting: dict[str, Any] = {"vocab_size": len(tokenizer)}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(tokenizer, name)
-        # The defaults belong to the original model's vocabulary; BERT's padding 0 is in every vocabulary.
+        # The defaults belong to the original model's vocabulary, but BERT's padding 0 is in every vocabulary.
         if token is not None or name != "pad_token_id":
             fitting[name] = token
     return AutoConfig.for_model(model_type, **fitting)
@@ -193,7 +197,7 @@ def _user_model(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ImportError, ValueError, ArithmeticError, SafetensorError) as error:
-        # Arithmetic: a size of 0 in the config; Import: an attention of a package that is not there.
+        # ArithmeticError: a size of 0 in the config. ImportError: an attention whose package is not installed.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{what}: {reason[0]}") from error
     except RuntimeError as error:

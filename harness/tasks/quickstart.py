@@ -1,4 +1,4 @@
-"""The run without any input: a small GPT on texts that every Python brings; an example of a task."""
+"""The run without any input: a small GPT on texts that come with every Python. Also an example of a task."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from harness.tasks import Task
 from harness.tasks.flags import TaskConfig
 from harness.tasks.text import causal_lm
 
-FORMAT = 1  # of the files made here; a new number makes them anew
+FORMAT = 1  # version of the files made here; another number makes new ones
 END = "<|endoftext|>"
-VOCABULARY = 512  # little text: larger ones leave too few examples of each token
-HELD_OUT_EVERY, HELD_OUT_FROM = 10, 6  # these hold out about a tenth of the text, in few repeated paragraphs
+VOCABULARY = 512  # small, as the text is: larger ones leave too few examples of each token
+HELD_OUT_EVERY, HELD_OUT_FROM = 10, 6  # about a tenth of the text, with few repeated paragraphs
 
 
 def build(config: TaskConfig) -> Task:
     """
-    Make text files and a tokenizer, then hand over to causal_lm; the model is what the flags say.
+    Make text files and a tokenizer, then call causal_lm; the model is what the flags say.
 
     The files are kept beside the caches of `datasets`, so later runs and other ranks find them.
     """
@@ -47,8 +47,8 @@ def split_topics(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """
     Split the texts by topic into training and held-out ones.
 
-    Topics quote each other at length: paragraphs that a held-out text has are left out of the training texts,
-    since the evaluation would reward learning them by heart.
+    Topics quote each other at length: paragraphs of held-out texts are removed from the training texts, since otherwise
+    the evaluation would reward memorizing them.
     """
     held_names = set(sorted(texts)[HELD_OUT_FROM::HELD_OUT_EVERY])
     held = [texts[name] for name in sorted(held_names)]
@@ -69,7 +69,7 @@ def _prepared(cache: Path) -> Path:
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    # A process killed on the way leaves no half: the folder gets its name when it is whole.
+    # The folder gets its name when it is whole, so a killed process leaves no partial one.
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
     try:
         _write(partial)
@@ -77,7 +77,7 @@ def _prepared(cache: Path) -> Path:
     except OSError:
         if not folder.is_dir():
             raise
-        # Another process was first; its files are the same.
+        # Another process was faster; its files are equal.
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -1,4 +1,4 @@
-"""Reading the data that the flags name: files, folders of images, data sets of the Hub or saved on disk."""
+"""Read the data that the flags name: files, folders of images, data sets of the Hub or saved on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEST_NAMES = ("test", "test_matched")
 
 def load_splits(config: TaskConfig, *, keep_linebreaks: bool = False) -> Splits:
     """
-    Load the raw data named by the flags, in its splits.
+    Load the raw data that the flags name, in its splits.
 
     "train", "validation" and "test" where they exist, at least one of them; other splits keep their own names.
     `keep_linebreaks` concerns txt files. Raises ConfigError for data that is missing, empty or malformed.
@@ -45,7 +45,7 @@ def load_splits(config: TaskConfig, *, keep_linebreaks: bool = False) -> Splits:
     if not splits.known:
         raise ConfigError("No data; give --train_file or --dataset_name.")
     for split in splits.known:
-        split.first_row()  # refuses what holds none
+        split.first_row()  # raises ConfigError for an empty one
     return splits
 
 

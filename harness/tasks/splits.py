@@ -1,4 +1,4 @@
-"""The data in its parts: what each came from, which columns count, what is held out, how it is prepared."""
+"""The splits of the data: where each came from, its columns, what is held out, how it is prepared."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Split:
         return [name for name, value in self.first_row().items() if isinstance(value, str)]
 
     def first_row(self) -> dict[str, Any]:
-        """Read the first row. Raises ConfigError where there is none, or a stream is malformed there."""
+        """Return the first row. Raises ConfigError if there is none, or if a stream is malformed there."""
         return self._first(f"{self.source} holds no rows; give data with at least one.")
 
     def require_samples(self, reason: str) -> None:
-        """Refuse data of which preparation left nothing. Raises ConfigError that gives the `reason`."""
+        """Raise ConfigError, with the `reason`, if preparation left no sample."""
         self._first(f"{self.source}: {reason}")
 
     def require_columns(self, flag: str, *names: str) -> None:
-        """Refuse names that are no columns of the data. Raises ConfigError with the columns there are."""
+        """Raise ConfigError, which lists the columns, for names in the flag that are no columns of the data."""
         present = self.columns
         for name in names:
             if name not in present:
@@ -60,12 +60,12 @@ class Split:
 
     def transform(self, function: Callable[[Any], Any], config: TaskConfig, *, keep_columns: bool = False) -> Split:
         """
-        Apply a function to batches of rows: cached on disk, or lazily in a stream. What it returns replaces the rows.
+        Apply a function to batches of rows: cached on disk, or lazily in a stream. Its result replaces the rows.
 
-        With `keep_columns` it replaces the columns of the same names only. The function should be a closure:
-        `datasets` then hashes its code and what it uses into the cache's key, so let it use single values in place
-        of all flags. Of a function that can be imported it hashes the name only, so a changed one would find old
-        results. One process at a time prepares, the others find its result.
+        With `keep_columns` it replaces only the columns of the same names. The function should be a closure: `datasets`
+        then hashes its code and the values it uses into the cache's key, so let it use single values instead of all
+        flags. Of an importable function only the name is hashed, so a changed one would find old results. One process
+        at a time prepares, the others find its result.
         """
         remove = [] if keep_columns else self.columns
         if isinstance(self.rows, datasets.IterableDataset):
@@ -81,7 +81,7 @@ class Split:
         return replace(self, rows=rows)
 
     def cut(self, config: TaskConfig) -> Split:
-        """Keep as many rows as the --max_*_samples flag of this part says, all without it."""
+        """Return as many rows as the --max_*_samples flag of this part says, all without it."""
         limits = {"train": config.max_train_samples, "test": config.max_predict_samples}
         limit = limits.get(self.name, config.max_eval_samples)
         if limit is None:
@@ -99,44 +99,44 @@ class Split:
 
 
 class Splits(dict[str, Split]):
-    """The parts of the data by name: "train", "validation", "test" where they exist, others as they are called."""
+    """The parts of the data by name: "train", "validation", "test" where they exist, others under their own names."""
 
     @property
     def known(self) -> list[Split]:
-        """Those of the three names that there are, in their order."""
+        """Return those of the three names that exist, in their order."""
         return [self[name] for name in SPLITS if name in self]
 
     def rows(self, name: str) -> Any:
-        """The rows of a part; None where it is missing."""
+        """Return the rows of a part; None if it does not exist."""
         return self[name].rows if name in self else None
 
     def to_learn_labels(self, flag: str = "train_file") -> Split:
-        """The training data. Raises ConfigError where there is none; the message offers the `flag`."""
+        """Return the training data. Raises ConfigError, which suggests the `flag`, if there is none."""
         if "train" not in self:
             raise ConfigError(f"No training data to learn the labels from; give --{flag} or --dataset_name.")
         return self["train"]
 
     def map(self, function: Callable[[Split], Split], *further: str) -> Splits:
-        """Apply a function to each of the three parts that there is, and to `further` ones; others are left out."""
+        """Apply a function to each of the three parts that exists, and to `further` ones; others are left out."""
         return Splits({name: function(self[name]) for name in (*SPLITS, *further) if name in self})
 
     def cut(self, config: TaskConfig) -> Splits:
-        """Each with as many rows as its --max_*_samples flag says."""
+        """Return each part with as many rows as its --max_*_samples flag says."""
         return Splits({name: split.cut(config) for name, split in self.items()})
 
     def hold_out(self, config: TaskConfig, *, shuffled: bool = False) -> Splits:
         """
-        Split --validation_split_percentage of the training rows off as "validation" where there is none.
+        Split --validation_split_percentage of the training rows off as "validation" if there is none.
 
-        The first rows are taken, as run_clm does, or `shuffled` ones where their order may follow the label. A
-        stream and a single row can't be split and stay whole.
+        The first rows are taken, as run_clm does, or `shuffled` ones where their order may follow the label. A stream
+        and a single row can't be split and stay whole.
         """
         train = self.rows("train")
         if train is None or "validation" in self or config.streaming or len(train) < 2:
             return self
         held = max(1, round(len(train) * config.validation_split_percentage / 100))
         if shuffled:
-            # A seed of its own: the parts stay the same whatever --seed a run has.
+            # A fixed seed: the parts are the same whatever --seed a run has.
             train = train.shuffle(seed=0)
         validation = split_of(config, "validation", train.select(range(held)))
         return Splits(
@@ -148,7 +148,7 @@ class Splits(dict[str, Split]):
         )
 
     def label_column(self, config: TaskConfig) -> str:
-        """The column of --label_column_name, else `label` or `labels`. Raises ConfigError where it is missing."""
+        """Return the column of --label_column_name, else `label` or `labels`. Raises ConfigError if it is missing."""
         train = self["train"]
         column = config.label_column_name or next((name for name in ("label", "labels") if name in train.columns), None)
         if column is None:
@@ -163,9 +163,9 @@ class Splits(dict[str, Split]):
 
     def text_columns(self, config: TaskConfig) -> list[str]:
         """
-        Choose the columns to read as one text: --text_column_names, else `text`, else the first of strings.
+        Return the columns to read as one text: --text_column_names, else `text`, else the first column of strings.
 
-        Raises ConfigError for a name that one of the splits lacks, and where no column holds strings.
+        Raises ConfigError for a name that one of the splits lacks, and if no column holds strings.
         """
         first = self.known[0]
         strings = first.string_columns
@@ -181,7 +181,7 @@ class Splits(dict[str, Split]):
 
 
 def split_of(config: TaskConfig, name: str, rows: Any) -> Split:
-    """A part of the data that the flags name."""
+    """Return a part of the data that the flags name."""
     for flag in (f"{name}_file", f"{name}_dir"):
         if (path := getattr(config, flag, None)) is not None:
             return Split(name, rows, f"--{flag}={path}")
@@ -193,7 +193,7 @@ def split_of(config: TaskConfig, name: str, rows: Any) -> Split:
 
 
 def column_names(config: TaskConfig) -> list[str]:
-    """The names that --text_column_names lists."""
+    """Return the names that --text_column_names lists."""
     return [name.strip() for name in (config.text_column_names or "").split(",") if name.strip()]
 
 
@@ -218,7 +218,7 @@ def user_data(source: str) -> Iterator[None]:
     try:
         yield
     except (DatasetGenerationError, OSError, ValueError) as error:
-        # DatasetGenerationError says only that there was one; its cause says which.
+        # DatasetGenerationError says only that there was an error; its cause says which.
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         if "corresponds to no data" in reason[0]:
@@ -228,8 +228,12 @@ def user_data(source: str) -> Iterator[None]:
 
 @contextmanager
 def _one_at_a_time(dataset: Any, name: str) -> Iterator[None]:
-    """Wait for processes, of any node that shares the cache, that apply this to the data; one that dies ends it."""
-    try:  # without a cache on disk, or where nothing can be locked, each prepares its own
+    """
+    Wait while another process, on any node that shares the cache, applies this to the data.
+
+    A process that dies releases the lock.
+    """
+    try:  # without a cache on disk, or without file locks, each process prepares its own
         file = (Path(dataset.cache_files[0]["filename"]).parent / f"{dataset._fingerprint}-{name}.lock").open("a")
     except (IndexError, OSError):
         yield

@@ -25,7 +25,7 @@ from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import LABEL_METRICS, LabelScores
 from harness.tasks.splits import Split, Splits
 
-# What the flags of texts and of prepared rows are to images.
+# The flags that have no meaning for images.
 UNREAD = {
     **dict.fromkeys(("tokenizer_name", "text_column_names", "task_name", "block_size"), "is of texts"),
     **dict.fromkeys(("max_seq_length", "pad_to_max_length", "line_by_line", "do_regression"), "is of texts"),
@@ -33,7 +33,7 @@ UNREAD = {
     "preprocessing_num_workers": "prepares rows ahead, images are prepared as they are drawn: --dataloader_num_workers",
     "overwrite_cache": "has nothing to do, as images are prepared when they are drawn",
 }
-# The share of an image's area that a random crop has, and its width to its height: torchvision's RandomResizedCrop.
+# A random crop's share of the image's area, and its ratio of width to height, as torchvision's RandomResizedCrop.
 AREA, RATIO, TRIALS = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
 
@@ -57,7 +57,7 @@ class Images(Dataset):  # type: ignore[type-arg]
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             image = self.rows[index][self.column].convert("RGB")
-        except (OSError, AttributeError) as error:  # a file that is none of an image, a row without one
+        except (OSError, AttributeError) as error:  # the file is no image, or the row has none
             raise ConfigError(f"Image {index} of the data can't be read: {error}; remove or mend it.") from error
         options: dict[str, Any] = {}
         if self.size is not None:
@@ -80,7 +80,7 @@ def build(config: TaskConfig) -> Task:
     """
     Read labelled images, learn the labels from the training data and load or make the model.
 
-    Raises ConfigError for input that the user can put right.
+    Raises ConfigError for input that the user can correct.
     """
     _check(config)
     splits = load_splits(config)
@@ -123,7 +123,7 @@ def build(config: TaskConfig) -> Task:
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """Draw a part of an image of that size: left, top, width, height. The numbers come as torchvision draws them."""
+    """Draw a random part of an image of that size: left, top, width, height, with torchvision's order of draws."""
     low, high = (math.log(value) for value in RATIO)
     for _ in range(TRIALS):
         area = width * height * torch.empty(1).uniform_(*AREA).item()
@@ -133,7 +133,7 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
             top = int(torch.randint(0, height - h + 1, size=(1,)))
             left = int(torch.randint(0, width - w + 1, size=(1,)))
             return left, top, w, h
-    # The largest part in its middle that is not too long.
+    # The fallback: the largest centred part within the allowed ratios.
     w = min(width, round(height * RATIO[1]))
     h = min(height, round(width / RATIO[0]))
     return (width - w) // 2, (height - h) // 2, w, h
@@ -170,7 +170,11 @@ def _ids(labels: Labels, split: Split) -> list[int]:
 
 
 def _size_of(processor: Any) -> tuple[int, int]:
-    """The height and width that a processor brings every image to. Raises ConfigError if there is no such size."""
+    """
+    Return the height and width that a processor resizes every image to.
+
+    Raises ConfigError if there is no such size.
+    """
     from PIL import Image
 
     make: Callable[[tuple[int, int]], Any] = partial(Image.new, "RGB")

@@ -14,16 +14,16 @@ IGNORED = -100
 
 
 class TokenAccuracy:
-    """The share of tokens predicted right; `shift` is 1 where position i predicts token i + 1."""
+    """The share of correctly predicted tokens; `shift` is 1 where position i predicts token i + 1."""
 
     names: tuple[str, ...] = ("accuracy",)
 
     def __init__(self, *, shift: int) -> None:
         self._shift = shift
-        self._counts: torch.Tensor | None = None  # right, all
+        self._counts: torch.Tensor | None = None  # correct tokens, all tokens
 
     def predictions(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """(batch, length, vocabulary) to the likeliest token, (batch, length)."""
+        """Reduce (batch, length, vocabulary) to the likeliest token, (batch, length)."""
         return _logits(logits).argmax(dim=-1)
 
     def update(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
@@ -35,7 +35,7 @@ class TokenAccuracy:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def compute(self) -> dict[str, float]:
-        """The accuracy; NaN where no token counted."""
+        """Return the accuracy; NaN where no token counted."""
         right, total = [0, 0] if self._counts is None else self._counts.tolist()
         return {"accuracy": right / total if total else math.nan}
 
@@ -50,7 +50,7 @@ class LabelScores:
         self._counts: torch.Tensor | None = None  # (labels * labels,)
 
     def predictions(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """(batch, labels) to the likeliest label, (batch,)."""
+        """Reduce (batch, labels) to the likeliest label, (batch,)."""
         return _logits(logits).argmax(dim=-1)
 
     def update(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
@@ -60,7 +60,7 @@ class LabelScores:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def compute(self) -> dict[str, float]:
-        """The scores; NaN where no label counted."""
+        """Return the scores; NaN where no label counted."""
         counts = [] if self._counts is None else self._counts.tolist()
         if not any(counts):
             return dict.fromkeys(self.names, math.nan)
@@ -80,7 +80,7 @@ class MultiLabelScores:
         self._counts: torch.Tensor | None = None  # true positives, predicted, true, right samples, samples
 
     def predictions(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """(batch, labels) to 1 where the label is likelier than not, else 0."""
+        """Reduce (batch, labels) to 1 where the label is likelier than not, else 0."""
         return (_logits(logits) > 0).to(torch.int8)
 
     def update(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class MultiLabelScores:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def compute(self) -> dict[str, float]:
-        """The scores; NaN where there was no sample."""
+        """Return the scores; NaN where there was no sample."""
         if self._counts is None:
             return dict.fromkeys(self.names, math.nan)
         both, predicted, true, right, samples = self._counts.tolist()
@@ -106,7 +106,7 @@ class MultiLabelScores:
 
 
 class RegressionScores:
-    """Scores of a number. Correlations need all pairs, so this one grows: 8 bytes a sample."""
+    """Scores of a number. Correlations need all pairs, so it grows by 8 bytes a sample."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = _with_combined(names)
@@ -114,7 +114,7 @@ class RegressionScores:
         self._pairs: list[torch.Tensor] = []
 
     def predictions(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """(batch, 1) to (batch,) in float32."""
+        """Reduce (batch, 1) to (batch,) in float32."""
         return _logits(logits).reshape(-1).float()
 
     def update(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
@@ -122,7 +122,7 @@ class RegressionScores:
         self._pairs.append(torch.stack([predictions.float(), labels.reshape(-1).float()]))
 
     def compute(self) -> dict[str, float]:
-        """The scores in float64; a correlation with a constant is NaN."""
+        """Return the scores in float64; a correlation with a constant is NaN."""
         if not self._pairs:
             return dict.fromkeys(self.names, math.nan)
         predicted, true = torch.cat(self._pairs, dim=1).cpu().double().numpy()
@@ -145,7 +145,7 @@ def _with_combined(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _combined(values: dict[str, float]) -> dict[str, float]:
-    """Add the mean of several scores, as GLUE reports it."""
+    """Return the scores with their mean added if there are several, as GLUE reports it."""
     return {**values, "combined_score": sum(values.values()) / len(values)} if len(values) > 1 else values
 
 
@@ -158,11 +158,11 @@ def _label_score(
 ) -> float:
     if name == "accuracy":
         return float(weights[true == predicted].sum() / weights.sum())
-    import sklearn.metrics  # half a second
+    import sklearn.metrics  # takes half a second
 
     if name == "matthews_correlation":
         if len({*true, *predicted}) < 2:
-            return 0.0  # sklearn's value too, but with a warning
+            return 0.0  # as sklearn, which also warns
         return float(sklearn.metrics.matthews_corrcoef(true, predicted, sample_weight=weights))
     score = getattr(sklearn.metrics, f"{name}_score")
     return float(score(true, predicted, sample_weight=weights, average=average, zero_division=0.0))

@@ -1,4 +1,4 @@
-"""Scores of named entities: seqeval's default numbers from counts, in O(1) memory."""
+"""Scores of named entities: the numbers of seqeval's default mode, from counts, in O(1) memory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class EntityScores:
     names: tuple[str, ...] = ("precision", "recall", "f1", "accuracy")
 
     def __init__(self, tags: Sequence[str]) -> None:
-        kinds, types = [*map(_kind, tags), 0], [*map(_type, tags), "_"]  # the last is an O to put between samples
+        kinds, types = [*map(_kind, tags), 0], [*map(_type, tags), "_"]  # the last is an O that separates samples
         order = {name: index for index, name in enumerate(dict.fromkeys(types))}
         self._outside = len(tags)
         self._kinds = torch.tensor(kinds)
         self._types = torch.tensor([order[name] for name in types])
-        self._counts: torch.Tensor | None = None  # right entities, predicted, expected, right tokens, tokens
+        self._counts: torch.Tensor | None = None  # correct, predicted and expected entities; correct tokens, tokens
 
     def predictions(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """(batch, length, tags) to the likeliest tag, (batch, length)."""
+        """Reduce (batch, length, tags) to the likeliest tag, (batch, length)."""
         first: torch.Tensor = logits[0] if isinstance(logits, (tuple, list)) else logits
         return first.argmax(dim=-1)
 
@@ -49,7 +49,7 @@ class EntityScores:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def compute(self) -> dict[str, float]:
-        """The scores; NaN where no token counted, 0 where there is no entity to count."""
+        """Return the scores; NaN where no token counted, 0 where there is no entity to count."""
         right, predicted, expected, right_tokens, num_tokens = (
             [0] * 5 if self._counts is None else self._counts.tolist()
         )
@@ -64,7 +64,7 @@ class EntityScores:
 
     def _entities(self, tags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        For each place of a sequence (tokens,): whether an entity ends before it, where that began, its type.
+        Return for each place of a sequence (tokens,): whether an entity ends before it, where that began, its type.
 
         The rules are end_of_chunk and start_of_chunk of seqeval/metrics/sequence_labeling.py.
         """
@@ -80,7 +80,7 @@ class EntityScores:
 
 
 def _kind(tag: str) -> int:
-    return KINDS.find(tag[:1]) % (len(KINDS) + 1)  # -1, none of them, becomes the last
+    return KINDS.find(tag[:1]) % (len(KINDS) + 1)  # -1, for any other letter, becomes the last kind
 
 
 def _type(tag: str) -> str:

@@ -34,14 +34,14 @@ class TextScores:
                 "pip install rouge-score sacrebleu."
             ) from error
         self._rouge = RougeScorer(list(ROUGE), use_stemmer=True)
-        self._bleu = BLEU(effective_order=True)  # of one text; the order does not touch its counts
+        self._bleu = BLEU(effective_order=True)  # effective_order does not change the counts
         self._sums = dict.fromkeys(ROUGE, 0.0)
         self._right, self._all = [0] * self._bleu.max_ngram_order, [0] * self._bleu.max_ngram_order  # n-grams
         self._lengths = [0, 0]  # words generated, words expected
         self._num_tokens = self._num_texts = 0
 
     def predictions(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """Generated tokens, (batch, length), as they are."""
+        """Return generated tokens, (batch, length), as they are."""
         tokens: torch.Tensor = logits
         return tokens
 
@@ -60,7 +60,7 @@ class TextScores:
         self._num_texts += len(predictions)
 
     def compute(self) -> dict[str, float]:
-        """The scores; NaN where there was no text."""
+        """Return the scores; NaN where there was no text."""
         if not self._num_texts:
             return dict.fromkeys(self.names, math.nan)
         bleu = self._bleu.compute_bleu(self._right, self._all, *self._lengths, smooth_method="exp")
@@ -69,6 +69,6 @@ class TextScores:
 
 
 def decoded(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
-    """Texts of rows of tokens, without special ones and padding (-100 too), stripped."""
+    """Return the texts of rows of tokens, without special tokens and padding (-100 too), stripped."""
     texts = tokenizer.batch_decode([[token for token in row if token >= 0] for row in rows], skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -25,8 +25,8 @@ def build(config: TaskConfig) -> Task:
     """
     Read text, cut it into blocks of --block_size tokens and load or make the model.
 
-    A sample holds input_ids, attention_mask and labels, (block_size,) each; the model shifts the labels.
-    Raises ConfigError for input that the user can put right.
+    A sample holds input_ids, attention_mask and labels, (block_size,) each; the model shifts the labels. Raises
+    ConfigError for input that the user can correct.
     """
     tokenizer = load_tokenizer(config)
     model_config = load_config(config, tokenizer)
@@ -60,7 +60,7 @@ def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer:
     delimiter = config.text_column_delimiter
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        # Longer than the model takes is no concern here: the blocks are cut afterwards.
+        # No warning for texts that are longer than the model takes: they are cut into blocks afterwards.
         return dict(tokenizer(joined(batch, columns, delimiter), verbose=False))
 
     def cut_to_blocks(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer:
 
 
 def _continued(model: torch.nn.Module, tokenizer: Any, block: Sequence[int]) -> str:
-    """Let the model continue the start of a block; the global random state is as before afterwards."""
+    """Return the start of a block with the model's continuation; the global random state is restored afterwards."""
     limit = longest_sequence(tokenizer, model.config)
     prompt = list(block)[: max(1, min(PROMPT_TOKENS, limit // 2))]
     device = next(model.parameters()).device

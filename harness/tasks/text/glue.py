@@ -34,10 +34,9 @@ GLUE = {
 
 def with_glue(config: TaskConfig) -> TaskConfig:
     """
-    Fill in what --task_name stands for: the data set on the Hub, the columns, and whether labels are numbers.
+    Return the flags with what --task_name stands for: the data set on the Hub, columns, whether labels are numbers.
 
-    Data given by --dataset_name or by files takes the place of the Hub's. Raises ConfigError for an unknown
-    task.
+    Data given by --dataset_name or by files replaces the Hub's. Raises ConfigError for an unknown task.
     """
     if config.task_name is None:
         return config

@@ -1,4 +1,4 @@
-"""Masked language modelling: restore hidden tokens, as Transformers' run_mlm."""
+"""Masked language modelling: predict hidden tokens, as Transformers' run_mlm."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def build(config: TaskConfig) -> Task:
     """
     Read text as lines or as pieces of --max_seq_length tokens and load or make the model.
 
-    The collator masks anew in each epoch; labels are -100 where nothing is to be restored. Raises
-    ConfigError for input that the user can put right.
+    The collator masks anew in each epoch; labels are -100 at tokens that are not to be predicted. Raises ConfigError
+    for input that the user can correct.
     """
     tokenizer = load_tokenizer(config)
     if tokenizer.mask_token is None:
@@ -83,7 +83,7 @@ def _samples(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer
 
 
 def _restored(model: torch.nn.Module, tokenizer: Any, ids: Sequence[int]) -> str:
-    """Hide every eighth token of a sample's start and let the model restore it; draws no random numbers."""
+    """Hide every eighth token of a sample's start and return what the model predicts; draws no random numbers."""
     special = set(tokenizer.all_special_ids)
     device = next(model.parameters()).device
     original = torch.tensor([list(ids)[:48]], device=device)

@@ -1,4 +1,4 @@
-"""From one text to another (summaries, translations), as Transformers' run_summarization and run_translation."""
+"""Generate a text from another (summaries, translations), as Transformers' run_summarization and run_translation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OF_THE_TARGET = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The columns of the text to read, joined where there are several, and of the one to write."""
+    """The columns of the source text, joined if there are several, and the column of the target text."""
 
     source: Sequence[str]
     target: str
@@ -43,7 +43,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """The most tokens of a text to read, of one to learn to write, and of one that is written."""
+    """The most tokens of a source text, of a target text in training, and of a generated text."""
 
     source: int
     target: int
@@ -54,8 +54,8 @@ def build(config: TaskConfig) -> Task:
     """
     Read pairs of texts and load or make an encoder-decoder model.
 
-    A sample holds the tokenizer's keys of the first text and "labels", (tokens,) of the second; test data may lack
-    the second with --predict_with_generate. Raises ConfigError for input that the user can put right.
+    A sample holds the tokenizer's keys of the source text and "labels", (tokens,) of the target; test data may lack
+    targets with --predict_with_generate. Raises ConfigError for input that the user can correct.
     """
     splits = load_splits(config)
     columns = _columns(config, splits)
@@ -65,7 +65,7 @@ def build(config: TaskConfig) -> Task:
     _set_start(config, model_config, tokenizer)
     lengths = _lengths(config, tokenizer, model_config)
     metrics = partial(TextScores, tokenizer) if config.predict_with_generate else partial(TokenAccuracy, shift=0)
-    metrics()  # refuses what is not installed, before the model is loaded
+    metrics()  # raises ConfigError for a missing package, before the model is loaded
     rows = splits.hold_out(config).cut(config)
     samples = rows.map(lambda split: _samples(split, columns, tokenizer, lengths, config))
     model = load_model(config, AutoModelForSeq2SeqLM, model_config, tokenizer)
@@ -123,7 +123,7 @@ def _lengths(config: TaskConfig, tokenizer: Any, model_config: Any) -> Lengths:
 
 
 def _set_start(config: TaskConfig, model_config: Any, tokenizer: Any) -> None:
-    """See to the token that a text begins from: a new model's is the padding, as T5's, where its type has none."""
+    """Set the token that a target begins with: for a new model the padding, as T5's, if its type has none."""
     if getattr(model_config, "decoder_start_token_id", None) is not None:
         return
     name = config.config_name or config.model_name_or_path
@@ -136,7 +136,7 @@ def _set_start(config: TaskConfig, model_config: Any, tokenizer: Any) -> None:
 
 
 def _samples(split: Split, columns: Columns, tokenizer: Any, lengths: Lengths, config: TaskConfig) -> Split:
-    """Tokenise a split, with the texts to write if it has them."""
+    """Tokenise a split, with its target texts if it has them."""
     given, prefix, delimiter = split.source, config.source_prefix or "", config.text_column_delimiter
     pads, has_target = config.pad_to_max_length, columns.target in split.columns
 
@@ -160,7 +160,7 @@ def _samples(split: Split, columns: Columns, tokenizer: Any, lengths: Lengths, c
 
 
 def _collated(samples: list[Any], *, pad: Any) -> dict[str, Any]:
-    """A batch; without texts to write it has no labels, where Transformers' collator has None."""
+    """Return a batch; without target texts it has no labels, where Transformers' collator would give None."""
     return {name: value for name, value in pad(samples).items() if value is not None}
 
 
@@ -171,7 +171,7 @@ def _generator(config: TaskConfig, lengths: Lengths) -> Any:
 
     def generate(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         inputs = {name: value for name, value in batch.items() if name not in OF_THE_TARGET}
-        # The training has turned the cache off in the model's config.
+        # The training has switched the cache off in the model's config.
         tokens: torch.Tensor = model.generate(**inputs, **options, use_cache=True)
         return tokens
 
@@ -179,5 +179,5 @@ def _generator(config: TaskConfig, lengths: Lengths) -> Any:
 
 
 def _described(predictions: npt.NDArray[Any], *, tokenizer: Any) -> list[str]:
-    """A line a text."""
+    """Return a line for each text."""
     return [" ".join(text.splitlines()) for text in decoded(predictions.tolist(), tokenizer)]

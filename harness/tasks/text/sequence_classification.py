@@ -36,8 +36,8 @@ def build(config: TaskConfig) -> Task:
     """
     Read labelled texts, learn the labels from the training data and load or make the model.
 
-    A sample holds the tokenizer's keys and, except those to predict on, "label": an id, a float, or a 0.0 or
-    1.0 for each label. Raises ConfigError for input that the user can put right.
+    A sample holds the tokenizer's keys and, except in data to predict on, "label": an id, a float, or a 0.0 or 1.0 for
+    each label. Raises ConfigError for input that the user can correct.
     """
     config = with_glue(config)
     splits = load_splits(config)
@@ -132,11 +132,11 @@ def _tokeniser(
 def _samples(
     split: Split, labels: Labels, tokenise: Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]], config: TaskConfig
 ) -> Split:
-    """Tokenise a split, with its labels as numbers; the one to predict on goes without."""
+    """Tokenise a split, with its labels as numbers; the split to predict on has none."""
     if split.name == "test":
         return split.transform(tokenise, config)
     given, coded = split.source, coded_names(split.rows, labels.column)
-    # `datasets` would cast the ids back to the type of a column of the same name.
+    # `datasets` would cast the ids to the type of an existing column of the same name.
     renamed = replace(split, rows=split.rows.rename_column(labels.column, RAW_LABEL))
 
     def labelled(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

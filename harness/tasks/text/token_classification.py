@@ -21,7 +21,7 @@ from harness.tasks.scores.entities import IGNORED, EntityScores
 from harness.tasks.splits import Split, Splits, column_names
 
 DEFAULT_LENGTH = 512
-# Their tokenizers take a word for the start of a text, unless they are told to put a space before it.
+# Tokenizers of these models treat a word as the start of a text, unless told to put a space before it.
 NEED_PREFIX_SPACE = ("bloom", "deberta", "gpt2", "roberta")
 Tokenise = Callable[[Sequence[Sequence[str]]], Any]
 
@@ -38,9 +38,9 @@ def build(config: TaskConfig) -> Task:
     """
     Read words with a label each, learn the labels from the training data and load or make the model.
 
-    A sample holds the tokenizer's keys and "labels", (tokens,): an id at the first token of a word, -100 elsewhere,
-    or with --label_all_tokens an id at each token of a word. Test data may lack labels. Raises ConfigError for input
-    that the user can put right.
+    A sample holds the tokenizer's keys and "labels", (tokens,): an id at the first token of a word, -100 elsewhere, or
+    with --label_all_tokens an id at each token of a word. Test data may lack labels. Raises ConfigError for input that
+    the user can correct.
     """
     splits = load_splits(config)
     train = splits.to_learn_labels()
@@ -78,7 +78,7 @@ def _tokenizer_and_config(config: TaskConfig) -> tuple[Any, Any]:
             "needs; give one that is fast (a tokenizer.json) by --tokenizer_name."
         )
     require_padding(tokenizer)
-    tokenizer.padding_side = "right"  # a prediction then stands where its token does, however long the batch
+    tokenizer.padding_side = "right"  # predictions then have their tokens' positions in every batch
     if model_config.pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, model_config
@@ -115,7 +115,7 @@ def _labels(config: TaskConfig, train: Split, columns: Columns, model_config: An
     labels = dataclasses.replace(labels, kind=SINGLE)  # one label a word
     problem_type = model_config.problem_type
     labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
-    model_config.problem_type = problem_type  # it is of classifiers of whole texts
+    model_config.problem_type = problem_type  # only for classifiers of whole texts
     return labels
 
 
@@ -162,13 +162,13 @@ def _check_words(rows: Sequence[Any], given: str) -> None:
 
 
 def _inside(names: Sequence[str]) -> list[int]:
-    """For each label that of a word's further tokens: I-X for B-X where there is such a one, else itself."""
+    """Return each label's counterpart for a word's further tokens: I-X for B-X if there is one, else itself."""
     ids = {name: index for index, name in enumerate(names)}
     return [ids.get(f"I-{name[2:]}", index) if name.startswith("B-") else index for index, name in enumerate(names)]
 
 
 def _of_tokens(labels: Sequence[int], words: Sequence[int | None], inside: Sequence[int] | None) -> list[int]:
-    """The label of each token; `words` is the word that it is of, None for a special token."""
+    """Return the label of each token; `words` holds the index of its word, None for a special token."""
     before = [None, *words]
     found = []
     for word, last in zip(words, before, strict=False):
@@ -184,7 +184,7 @@ def _of_tokens(labels: Sequence[int], words: Sequence[int | None], inside: Seque
 def _described(
     predictions: npt.NDArray[Any], *, rows: Any, column: str, labels: Labels, tokenise: Tokenise
 ) -> list[str]:
-    """A line a text: the label of each of its words, as the model has it at the word's first token."""
+    """Return a line for each text: the predicted labels of its words, each from the word's first token."""
     lines = []
     for row, predicted in zip(rows, predictions, strict=True):
         numbers = range(len(row[column]))
