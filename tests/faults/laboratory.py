@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import deaths, moments
+from tests.faults.attempt import Attempt, HungError, committed_steps, end_processes_of
 from tests.faults.compare import Verdict, compare_rows, compare_runs
-from tests.faults.life import HungError, Life, committed_steps, end_processes_of
 from tests.faults.plan import SMALL_DISK, Case, Configuration, Kill
 from tests.support.launching import DDP, SCRIPT, launcher
 from tests.support.parity import as_flags
@@ -36,7 +36,7 @@ class Result:
     case: int
     configuration: str
     kills: list[dict[str, Any]] = field(default_factory=list)
-    lives: int = 0
+    attempts: int = 0
     seconds: float = 0.0
     verdicts: dict[str, int] = field(default_factory=dict)
     details: list[str] = field(default_factory=list)
@@ -70,13 +70,13 @@ class Laboratory:
         if not measured.is_file():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
-            life = self._start(configuration, place, place / "run", number=1)
-            code = life.end()
+            attempt = self._start(configuration, place, place / "run", number=1)
+            code = attempt.end()
             if code != 0:
-                raise RuntimeError(f"the reference in {place} ended with {code}:\n{life.text('err')[-3000:]}")
+                raise RuntimeError(f"the reference in {place} ended with {code}:\n{attempt.text('err')[-3000:]}")
             if configuration.tracking == "offline":
                 self.sync(place, project=place.name)
-            measured.write_text(json.dumps(asdict(moments.measured(life))), encoding="utf-8")
+            measured.write_text(json.dumps(asdict(moments.measured(attempt))), encoding="utf-8")
         return place / "run", moments.Durations(**json.loads(measured.read_text(encoding="utf-8")))
 
     def run(self, case: Case) -> Result:
@@ -116,30 +116,30 @@ class Laboratory:
         result: Result,
         verdict: Verdict,
     ) -> bool:
-        """All lives of a case; whether the last one got to the end."""
+        """All attempts of a case; whether the last one got to the end."""
         kills = list(case.kills)
         for number in range(1, MOST_LIVES + 1):
-            life = self._start(case.configuration, place, output_dir, number=number)
-            result.lives = number
+            attempt = self._start(case.configuration, place, output_dir, number=number)
+            result.attempts = number
             kill = kills.pop(0) if kills else None
             try:
-                struck, code = self._one_life(case, life, kill, durations, result, verdict)
+                struck, code = self._one_attempt(case, attempt, kill, durations, result, verdict)
             except HungError as error:
                 verdict.add("lost", str(error))
                 return False
             if code == 0:
                 return True
             if not struck:
-                verdict.add("lost", f"life {number} ended by itself with {code}: {_last_words(life)}")
+                verdict.add("lost", f"life {number} ended by itself with {code}: {_last_words(attempt)}")
                 return False
-            deaths.mend(life)
+            deaths.mend(attempt)
         verdict.add("lost", f"no end after {MOST_LIVES} lives")
         return False
 
-    def _one_life(
+    def _one_attempt(
         self,
         case: Case,
-        life: Life,
+        attempt: Attempt,
         kill: Kill | None,
         durations: moments.Durations,
         result: Result,
@@ -147,35 +147,35 @@ class Laboratory:
     ) -> tuple[bool, int]:
         """Whether it was killed, and its exit code."""
         if kill is None:
-            return False, life.end()
+            return False, attempt.end()
         requests = self.server.folder / "requests.jsonl" if case.configuration.uploads else None
-        if not moments.wait_for(kill, life, durations, requests):
-            return False, life.end()
-        record = {"kind": kill.kind, "moment": kill.moment, "life": life.number, "step": life.step}
+        if not moments.wait_for(kill, attempt, durations, requests):
+            return False, attempt.end()
+        record = {"kind": kill.kind, "moment": kill.moment, "life": attempt.number, "step": attempt.step}
         record |= {
-            "committed": committed_steps(life.output_dir),
-            "after_seconds": round(time.time() - life.began_at, 3),
+            "committed": committed_steps(attempt.output_dir),
+            "after_seconds": round(time.time() - attempt.began_at, 3),
         }
         result.kills.append(record)
-        record["done"] = deaths.strike(kill, life)
-        code = life.end()
+        record["done"] = deaths.strike(kill, attempt)
+        code = attempt.end()
         record["code"] = code
         if kill.kind == "term" and kill.moment in LISTENS and case.configuration.who == "ours" and code != 0:
-            marked = (life.output_dir / "preempted").is_file()
+            marked = (attempt.output_dir / "preempted").is_file()
             if not marked or (case.configuration.processes == 1 and code != 85):
-                verdict.add("unheeded", f"SIGTERM in life {life.number}: exit code {code}, marker: {marked}")
+                verdict.add("unheeded", f"SIGTERM in attempt {attempt.number}: exit code {code}, marker: {marked}")
         return True, code
 
-    def _start(self, configuration: Configuration, place: Path, output_dir: Path, *, number: int) -> Life:
+    def _start(self, configuration: Configuration, place: Path, output_dir: Path, *, number: int) -> Attempt:
         arguments = {**configuration.arguments, "output_dir": str(output_dir)}
         if configuration.who == "ours":
             command = [SCRIPT, *as_flags({**arguments, **self._flags(configuration)}), "--resume_from_checkpoint=auto"]
             command = [*command, "--use_cpu"] if configuration.processes == 1 else command
         else:
             arguments |= {"report_to": "none" if configuration.tracking == "none" else "wandb"}
-            command = ["-m", "tests.faults.trainer_life", json.dumps(arguments)]
+            command = ["-m", "tests.faults.trainer_attempt", json.dumps(arguments)]
         started = launcher(DDP.with_stem(configuration.launch)) if configuration.processes == 2 else [sys.executable]
-        return Life.start([*started, *command], self._variables(configuration, place), place, output_dir, number)
+        return Attempt.start([*started, *command], self._variables(configuration, place), place, output_dir, number)
 
     def _flags(self, configuration: Configuration) -> dict[str, Any]:
         flags: dict[str, Any] = {
@@ -255,8 +255,8 @@ def _order(fragment: Path) -> tuple[str, float]:
     return fragment.name.split("-")[2], fragment.stat().st_mtime
 
 
-def _last_words(life: Life) -> str:
-    lines = [line for line in life.text("err").splitlines() if line.strip()]
+def _last_words(attempt: Attempt) -> str:
+    lines = [line for line in attempt.text("err").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("harness train: ")]
     return (said or lines or [""])[-1][:600]
 

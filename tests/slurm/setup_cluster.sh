@@ -131,7 +131,7 @@ stop() {
         [[ ! -s $pidfile ]] || pids+=("$(< "$pidfile")")
     done
     for pid in "${pids[@]}"; do kill "$pid" 2> /dev/null || true; done
-    wait_until 10 none_lives "${pids[@]}" || kill -KILL "${pids[@]}" 2> /dev/null || true
+    wait_until 10 none_attempts "${pids[@]}" || kill -KILL "${pids[@]}" 2> /dev/null || true
     rm -rf "$dir"
 }
 
@@ -139,7 +139,7 @@ no_jobs() {
     [[ -z $(squeue --noheader) ]]
 }
 
-none_lives() { # PIDS...
+none_attempts() { # PIDS...
     local pid
     for pid in "$@"; do if kill -0 "$pid" 2> /dev/null; then return 1; fi; done
 }

@@ -1,4 +1,4 @@
-"""A life of a training: its processes, where it is, and how to end it."""
+"""An attempt of a training: its processes, where it is, and how to end it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMITTED = re.compile(r"checkpoint-(\d+)")
 
 
 class HungError(Exception):
-    """A life did neither end nor get where it should."""
+    """An attempt did neither end nor get where it should."""
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -67,8 +67,8 @@ def committed_steps(output_dir: Path) -> list[int]:
 
 
 @dataclass
-class Life:
-    """A process that has been started in the folder of a case. `number` counts the lives of a case from 1."""
+class Attempt:
+    """A process that has been started in the folder of a case. `number` counts the attempts of a case from 1."""
 
     folder: Path
     output_dir: Path
@@ -79,7 +79,9 @@ class Life:
     ended_at: float = 0.0
 
     @classmethod
-    def start(cls, command: list[str], variables: dict[str, str], folder: Path, output_dir: Path, number: int) -> Life:
+    def start(
+        cls, command: list[str], variables: dict[str, str], folder: Path, output_dir: Path, number: int
+    ) -> Attempt:
         for name in ("built", "steps", "evaluations"):
             (folder / name).unlink(missing_ok=True)
         steps = committed_steps(output_dir)
@@ -97,7 +99,7 @@ class Life:
         return cls(folder, output_dir, process, number, steps[-1] if steps else 0, began_at)
 
     def lines(self, name: str) -> list[float]:
-        """The times that the task wrote into a file of its own in this life."""
+        """The times that the task wrote into a file of its own in this attempt."""
         try:
             return [float(line) for line in (self.folder / name).read_text().splitlines()]
         except (FileNotFoundError, ValueError):  # ValueError: a line that is being written
@@ -116,7 +118,7 @@ class Life:
         return (self.folder / f"{name}-{self.number}").read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = SILENCE_SECONDS) -> bool:
-        """Whether it came to that before the end of this life. Raises HungError."""
+        """Whether it came to that before the end of this attempt. Raises HungError."""
         end = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None:
