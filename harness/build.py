@@ -37,7 +37,7 @@ from harness.training.evaluation import Evaluator
 from harness.training.flags import ConsoleConfig
 from harness.training.loss import Loss, prepare_model
 from harness.training.metrics import Clock, Window, Work
-from harness.training.schedule import Plan, resolve_plan
+from harness.training.plan import Plan, resolve_plan
 from harness.training.state import TrainState
 from harness.training.stopping import Stop, TimeLimit
 from harness.training.throughput import Throughput

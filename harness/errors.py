@@ -5,6 +5,7 @@ HarnessError            1  base class; the message is one line that says what to
 ├── ConfigError         2  bad input or configuration, which the user can correct
 ├── CheckpointError     1  a checkpoint could not be written; the older ones are untouched
 ├── NonFiniteError      1  the output of a module contains NaN or infinity
+├── MemoryShortError    1  the device is out of memory
 ├── RankError           1  another rank has failed
 ├── StoppedError     85/0  the training saved its state and stopped before its planned end
 └── TrackingError       1  something is missing in W&B; a training goes on, a command ends
@@ -69,6 +70,10 @@ class CheckpointError(HarnessError):
 
 class NonFiniteError(HarnessError):
     """The output of a module contains NaN or infinity; the message names the first such module."""
+
+
+class MemoryShortError(HarnessError):
+    """The device has no memory left for the training."""
 
 
 class RankError(HarnessError, RuntimeError):

@@ -18,7 +18,7 @@ from harness.session import Run
 from harness.snapshot import save
 from harness.tracking import rewrite
 from harness.tracking.media.tables import is_due, last_evaluation
-from harness.training.schedule import Due
+from harness.training.plan import Due
 from harness.training.state import TrainState
 from harness.training.stopping import PREEMPTED_EXIT_CODE, StopReason
 from harness.training.throughput import as_text
@@ -106,7 +106,11 @@ def follow(run: Run, state: TrainState, due: Due, *, ends_epoch: bool = False) -
 
 
 def report(run: Run, state: TrainState) -> None:
-    """Collective: report the steps since the last report. Only here a step waits for the device."""
+    """
+    Collective: report the steps since the last report. Only here a step waits for the device.
+
+    A value of your own goes into `extras` as train/NAME for the trackers alone, or into `logs` for the history too.
+    """
     run.watchdog.at(REPORT, state.global_step)
     total, num_nonfinite, of_ranks = run.window.drain(run.throughput.of_this_rank())
     rates = run.throughput.report(of_ranks)

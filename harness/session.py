@@ -27,7 +27,7 @@ from harness.training.evaluation import EvalSet, Evaluator
 from harness.training.flags import ModelingConfig
 from harness.training.loss import Loss
 from harness.training.metrics import Clock, Window, Work
-from harness.training.schedule import Plan
+from harness.training.plan import Plan
 from harness.training.stopping import Stop
 from harness.training.throughput import Throughput
 from harness.training.watchdog import Watchdog

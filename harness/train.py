@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from harness.config import is_first_rank
-from harness.errors import HarnessError, exit_code_of
+from harness.errors import MemoryShortError, exit_code_of
 from harness.flags import Config, help_text, help_topic, read
 
 SECONDS_FOR_RANK_ZERO = 10.0
@@ -61,7 +61,7 @@ def _command(argv: Sequence[str]) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch may not be imported
             raise
         remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
-        raise HarnessError(f"Out of memory: {remedy}. ({str(error).splitlines()[0]})") from error
+        raise MemoryShortError(f"Out of memory: {remedy}. ({str(error).splitlines()[0]})") from error
     return 0
 
 

@@ -2,7 +2,8 @@
 `harness sync DIR... [--until-finished | --once] [--interval SECONDS]`: upload runs to W&B, each row exactly once.
 
 It uploads offline runs, also while they are written, and what online runs could not deliver. It may be killed and
-started again at any time. Exit codes: 0 all is in W&B, 1 something is left, 2 bad input or no W&B.
+started again at any time. Exit codes: 0 all is in W&B, 1 something is left, 2 bad input or no W&B. Here are the
+arguments alone: `commands/watch.py` looks for the runs, `tracking/sync.py` uploads one.
 """
 
 from __future__ import annotations

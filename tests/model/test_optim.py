@@ -124,7 +124,7 @@ def test_what_the_optimizer_lacks_is_said_with_its_name(values: dict[str, Any], 
 
 
 @pytest.mark.parametrize("kind", sorted({*SCHEDULERS} - {*BY_METRIC}))
-def test_schedule_is_the_trainers(kind: str, tmp_path: Path) -> None:
+def test_plan_is_the_trainers(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"warmup_steps": 3}
     if kind == "cosine_with_min_lr" or kind == "cosine_warmup_with_min_lr":
         options["lr_scheduler_kwargs"] = {"min_lr": 1e-5}

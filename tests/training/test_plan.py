@@ -15,7 +15,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerSt
 
 from harness.errors import ConfigError
 from harness.training.flags import PlanConfig
-from harness.training.schedule import Due, Plan, resolve_plan
+from harness.training.plan import Due, Plan, resolve_plan
 from harness.training.state import TrainState
 
 
