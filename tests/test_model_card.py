@@ -54,7 +54,7 @@ def test_a_resumed_history_keeps_each_value_in_its_column(tmp_path: Path) -> Non
     losses = [{"loss": 2.0, "epoch": 1.0, "step": 10}, {"loss": 1.0, "epoch": 2.0, "step": 20}]
     first = {"eval_loss": 0.75, "eval_accuracy": 0.25, "epoch": 1.0, "step": 10}
     second = {"eval_loss": 0.5, "eval_accuracy": 0.125, "epoch": 2.0, "step": 20}
-    # As trainer_state.json has it, and as the life after it goes on.
+    # As trainer_state.json has it, and as the attempt after it goes on.
     state.log_history = [losses[0], dict(sorted(first.items())), losses[1], second]
     state.log_history.append({"train_runtime": 1.0, "train_loss": 1.5, "epoch": 2.0, "step": 20})
     PartialState(cpu=True)

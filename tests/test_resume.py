@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:
 
 
 def begun(folder: Path, server: WandbServer, **more: Any) -> Training:
-    times = folder.parent / "times"  # the same in each life: it is an argument of the task
+    times = folder.parent / "times"  # the same in each attempt: it is an argument of the task
     times.unlink(missing_ok=True)
     training = Training(folder, server, pace=PACE, task={"times": str(times)}, **{**ARGUMENTS, **more})
     training.times = times

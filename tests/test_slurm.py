@@ -102,11 +102,11 @@ def test_a_job_that_dies_twice_at_the_same_step_is_not_started_a_third_time(tmp_
     record(tmp_path, 0, job="78").begin(from_step=40)
 
 
-def test_lives_that_were_preempted_are_no_deaths(tmp_path: Path) -> None:
-    for life in range(5):
-        record(tmp_path, life).begin(from_step=20)
-        record(tmp_path, life).end(PREEMPTED)
-    assert [life["ended"] for life in json.loads((tmp_path / JOB_FILE).read_text())] == [PREEMPTED] * 5
+def test_preempted_attempts_do_not_count_as_deaths(tmp_path: Path) -> None:
+    for attempt in range(5):
+        record(tmp_path, attempt).begin(from_step=20)
+        record(tmp_path, attempt).end(PREEMPTED)
+    assert [attempt["ended"] for attempt in json.loads((tmp_path / JOB_FILE).read_text())] == [PREEMPTED] * 5
 
 
 def test_only_the_job_that_finished_is_complete(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_only_the_job_that_finished_is_complete(tmp_path: Path) -> None:
     assert not record(tmp_path, 0, job="78").says_finished()
 
 
-def test_a_second_command_in_the_same_life_is_run(tmp_path: Path) -> None:
+def test_a_second_command_in_the_same_attempt_is_run(tmp_path: Path) -> None:
     for end in (FINISHED, FAILED, FAILED, FAILED):
         assert not record(tmp_path, 0).says_finished()
         record(tmp_path, 0).begin(from_step=0)
@@ -162,8 +162,9 @@ def test_a_training_in_a_job_records_it_and_is_not_run_again(
     flags = as_flags({**FLAGS, "report_to": "wandb"})
     assert main(flags) == 0
     folder = tmp_path / "runs" / "job-77"
-    (life,) = json.loads((folder / JOB_FILE).read_text())
-    assert (life["partition"], life["nodes"], life["from_step"], life["ended"]) == ("gpu", "a[1-4]", 0, "finished")
+    (attempt,) = json.loads((folder / JOB_FILE).read_text())
+    found = [attempt[key] for key in ("partition", "nodes", "from_step", "ended")]
+    assert found == ["gpu", "a[1-4]", 0, "finished"]
     (run,) = read_all(folder)
     assert (run.config["slurm/job_id"], run.config["slurm/restart_count"]) == ("77", 0)
     assert (run.config["slurm/partition"], run.config["slurm/nodes"]) == ("gpu", "a[1-4]")
@@ -174,7 +175,7 @@ def test_a_training_in_a_job_records_it_and_is_not_run_again(
     assert (folder / "trainer_state.json").stat().st_mtime_ns == before
 
 
-def test_a_training_stops_ahead_of_the_time_limit_and_goes_on_in_the_next_life(
+def test_a_training_stops_ahead_of_the_time_limit_and_goes_on_in_the_next_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -186,7 +187,7 @@ def test_a_training_stops_ahead_of_the_time_limit_and_goes_on_in_the_next_life(
     in_job(monkeypatch, SLURM_JOB_END_TIME=str(int(time.time()) + 5000), SLURM_RESTART_COUNT="1")
     assert main(as_flags(FLAGS)) == 0
     assert "Going on from runs/job-77/checkpoint-1, step 1 of 6" in capsys.readouterr().out
-    assert [life["ended"] for life in json.loads((folder / JOB_FILE).read_text())] == ["preempted", "finished"]
+    assert [attempt["ended"] for attempt in json.loads((folder / JOB_FILE).read_text())] == ["preempted", "finished"]
 
 
 def test_where_nothing_is_saved_the_time_limit_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

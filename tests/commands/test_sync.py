@@ -76,7 +76,7 @@ class Sync:
         self.process.wait()
 
 
-def parcels_of(server: WandbServer) -> int:
+def uploads_of(server: WandbServer) -> int:
     """How often a run was opened by `wandb sync`."""
     return sum(each["label"] == "graphql UpsertBucket" for each in server.requests())
 
@@ -93,7 +93,7 @@ def test_three_live_runs_arrive_whole_though_one_and_the_sync_itself_are_killed(
             training.reach(14)
             training.process.send_signal(signal.SIGSTOP)
         # Killed while `wandb sync` is at work, which outlives it; and while rows are sent.
-        sync.wait_for(lambda: parcels_of(server) > 0, "no run was begun")
+        sync.wait_for(lambda: uploads_of(server) > 0, "no run was begun")
         sync.kill()
         sync = Sync(*syncs)
         killed = identity(trainings[0])["run_id"]
@@ -223,7 +223,7 @@ def test_offline_runs_of_a_loop_of_ones_own_are_brought_too(tmp_path: Path) -> N
         assert server.unknown() == []
 
 
-LIVES = """
+ATTEMPTS = """
 import json, shutil, subprocess, sys
 from pathlib import Path
 import wandb
@@ -235,7 +235,7 @@ output_dir = Path("run")
 (output_dir / "wandb").mkdir(parents=True)
 number = 0
 
-def life(rows, **kwargs):
+def attempt(rows, **kwargs):
     global number
     run = wandb.init(project="p", id="abc", mode="offline", dir=output_dir, **kwargs)
     for _ in range(rows - 1):
@@ -250,14 +250,14 @@ def life(rows, **kwargs):
     return folder
 
 seen = []
-first = life(4)
+first = attempt(4)
 subprocess.run([sys.executable, "-m", "wandb", "sync", first], check=True)
-second = life(3, resume="allow", config={"lives": 2})
+second = attempt(3, resume="allow", config={"attempts": 2})
 assert main(["sync", "run", "--once"]) == 0
 for folder in (first, second):
     assert (folder / "run-abc.wandb.synced").exists()
     shutil.rmtree(folder)
-life(2, resume="allow", config={"lives": 3})
+attempt(2, resume="allow", config={"attempts": 3})
 assert main(["sync", "run", "--once"]) == 0
 """
 
@@ -267,7 +267,7 @@ def test_what_wandb_sync_has_brought_before_and_what_was_deleted_since_does_not_
     with WandbServer(tmp_path / "server") as server:
         variables = environment(tmp_path, server)
         done = subprocess.run(
-            [sys.executable, "-c", LIVES], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, "-c", ATTEMPTS], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         (run,) = server.runs()
@@ -276,7 +276,7 @@ def test_what_wandb_sync_has_brought_before_and_what_was_deleted_since_does_not_
         tables = [row["table"]["path"] for row in run.rows if "table" in row]
         assert len(tables) == 3
         assert set(tables) <= set(run.files)
-        assert (run.state, run.config["lives"], run.summary["number"]) == ("finished", 3, 8)
+        assert (run.state, run.config["attempts"], run.summary["number"]) == ("finished", 3, 8)
         assert server.unknown() == []
 
 
@@ -287,7 +287,7 @@ def record(**fields: Any) -> Any:
     return found
 
 
-def test_a_parcel_is_a_whole_file_whatever_the_sizes_of_its_records() -> None:
+def test_an_upload_is_a_whole_file_whatever_the_sizes_of_its_records() -> None:
     sizes = (0, 1, 32_754, 32_753, 32_760, 7, 100_000, 32_768, 5)
     records = [record(output_raw=wandb_internal_pb2.OutputRawRecord(line="x" * size)) for size in sizes]
     data = b":W&B\x00\x00\x00" + encode(each.SerializeToString() for each in records)
@@ -350,10 +350,10 @@ def test_what_can_not_work_is_said(
     [
         (0, False, False, "finished"),
         (1, False, False, "finished"),
-        (85, False, False, "preempted"),  # its marker has been taken away by the next life's script
+        (85, False, False, "preempted"),  # its marker has been taken away by the next attempt's script
         (None, True, False, "preempted"),
         (None, False, True, "running"),
-        (0, False, True, "running"),  # a life that has not opened the run yet
+        (0, False, True, "running"),  # an attempt that has not opened the run yet
     ],
 )
 def test_how_a_run_is(exit_code: int | None, has_marker: bool, is_held: bool, state: str, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def line(result: Result) -> str:
     killed = ", ".join(f"{kill['kind']}@{kill['moment']}:{kill['step']}" for kill in result.kills)
     verdict = "fine" if not result.verdicts else f"WRONG {result.verdicts}, kept in {result.kept}"
     more = "".join(f"\n    {detail}" for detail in result.details)
-    return f"{result.name}: {killed}; {result.lives} lives, {result.seconds:.0f} s; {verdict}{more}"
+    return f"{result.name}: {killed}; {result.attempts} attempts, {result.seconds:.0f} s; {verdict}{more}"
 
 
 def summary(results: list[Result]) -> int:

@@ -1,4 +1,4 @@
-"""How a life ends, what that leaves behind, and what is mended before the next one."""
+"""The ways in which attempts are killed, and the repairs before the next attempt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.faults.life import Life, committed_steps, end_processes_of, send
+from tests.faults.attempt import Attempt, committed_steps, end_processes_of, send
 from tests.faults.plan import Kill
 
 FILLER = "filler"
@@ -21,118 +21,118 @@ RANK_SILENCE_SECONDS = 45.0
 NOTICE_SECONDS = 10.0
 
 
-def strike(kill: Kill, life: Life) -> str:
-    """Do it, and wait for the end of the life; returns what was done. Raises HungError if it does not end."""
+def strike(kill: Kill, attempt: Attempt) -> str:
+    """Kill the attempt in that way and wait for its end; returns what was done. Raises HungError if it does not end."""
     rng = random.Random(kill.seed)
-    return DEATHS[kill.kind](rng, life)
+    return DEATHS[kill.kind](rng, attempt)
 
 
-def _kill_all(rng: random.Random, life: Life) -> str:
-    end_processes_of(life.folder)
+def _kill_all(rng: random.Random, attempt: Attempt) -> str:
+    end_processes_of(attempt.folder)
     return "SIGKILL to all"
 
 
-def _kill_rank(rng: random.Random, life: Life) -> str:
-    ranks = life.ranks()
+def _kill_rank(rng: random.Random, attempt: Attempt) -> str:
+    ranks = attempt.ranks()
     if not ranks:
-        return _kill_all(rng, life)
+        return _kill_all(rng, attempt)
     rank = rng.randrange(len(ranks))
     send([ranks[rank]], signal.SIGKILL)
     return f"SIGKILL to rank {rank}"
 
 
-def _term(rng: random.Random, life: Life) -> str:
-    send([life.process.pid], signal.SIGTERM)
+def _term(rng: random.Random, attempt: Attempt) -> str:
+    send([attempt.process.pid], signal.SIGTERM)
     return "SIGTERM"
 
 
-def _usr1(rng: random.Random, life: Life) -> str:
+def _usr1(rng: random.Random, attempt: Attempt) -> str:
     # A launcher has no handler: whoever sends the signal to it means to kill.
-    send(life.ranks() or [life.process.pid], signal.SIGUSR1)
+    send(attempt.ranks() or [attempt.process.pid], signal.SIGUSR1)
     return "SIGUSR1"
 
 
-def _stop(rng: random.Random, life: Life) -> str:
+def _stop(rng: random.Random, attempt: Attempt) -> str:
     seconds = rng.uniform(0.3, 3.0)
-    send(life.everybody(), signal.SIGSTOP)
+    send(attempt.everybody(), signal.SIGSTOP)
     time.sleep(seconds)
-    end_processes_of(life.folder)
+    end_processes_of(attempt.folder)
     return f"SIGSTOP, SIGKILL after {seconds:.1f} s"
 
 
-def _stop_rank(rng: random.Random, life: Life) -> str:
-    ranks = life.ranks()
+def _stop_rank(rng: random.Random, attempt: Attempt) -> str:
+    ranks = attempt.ranks()
     if len(ranks) < 2:
-        return _kill_all(rng, life)
+        return _kill_all(rng, attempt)
     rank = rng.randrange(len(ranks))
     send([ranks[rank]], signal.SIGSTOP)
     other = ranks[1 - rank]
     began = time.monotonic()
-    while time.monotonic() < began + RANK_SILENCE_SECONDS and other in life.ranks():
+    while time.monotonic() < began + RANK_SILENCE_SECONDS and other in attempt.ranks():
         time.sleep(0.1)
     took = time.monotonic() - began
-    gave_up = other not in life.ranks()
-    end_processes_of(life.folder)
+    gave_up = other not in attempt.ranks()
+    end_processes_of(attempt.folder)
     return f"SIGSTOP to rank {rank}, the other {'gave up' if gave_up else 'still waited'} after {took:.0f} s, SIGKILL"
 
 
-def _read_only(rng: random.Random, life: Life) -> str:
-    if not life.output_dir.is_dir():
-        return _kill_all(rng, life)
-    subprocess.run(["chattr", "+i", str(life.output_dir)], check=True)
-    return f"read-only folder, {_left_to_itself(rng, life)}"
+def _read_only(rng: random.Random, attempt: Attempt) -> str:
+    if not attempt.output_dir.is_dir():
+        return _kill_all(rng, attempt)
+    subprocess.run(["chattr", "+i", str(attempt.output_dir)], check=True)
+    return f"read-only folder, {_left_to_itself(rng, attempt)}"
 
 
-def _disk_full(rng: random.Random, life: Life) -> str:
+def _disk_full(rng: random.Random, attempt: Attempt) -> str:
     left = rng.choice([0, rng.randrange(600_000)])
-    fill(life.output_dir.parent, left_bytes=left)
-    return f"disk full but for {left} bytes, {_left_to_itself(rng, life)}"
+    fill(attempt.output_dir.parent, left_bytes=left)
+    return f"disk full but for {left} bytes, {_left_to_itself(rng, attempt)}"
 
 
-def _left_to_itself(rng: random.Random, life: Life) -> str:
+def _left_to_itself(rng: random.Random, attempt: Attempt) -> str:
     """To its end, or killed somewhat later."""
     if rng.random() < 0.5:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            life.process.wait(NOTICE_SECONDS)
+            attempt.process.wait(NOTICE_SECONDS)
     seconds = rng.uniform(0.0, 2.0)
-    if life.sleep(seconds):
-        end_processes_of(life.folder)
+    if attempt.sleep(seconds):
+        end_processes_of(attempt.folder)
         return "SIGKILL later"
     return "left to itself"
 
 
-def _power_cut(rng: random.Random, life: Life) -> str:
-    end_processes_of(life.folder)
-    return f"power cut: {lose_what_is_not_synced(life, rng)} files cut"
+def _power_cut(rng: random.Random, attempt: Attempt) -> str:
+    end_processes_of(attempt.folder)
+    return f"power cut: {lose_what_is_not_synced(attempt, rng)} files cut"
 
 
-def _torn_newest(rng: random.Random, life: Life) -> str:
-    end_processes_of(life.folder)
-    steps = committed_steps(life.output_dir)
+def _torn_newest(rng: random.Random, attempt: Attempt) -> str:
+    end_processes_of(attempt.folder)
+    steps = committed_steps(attempt.output_dir)
     if len(steps) < 2:  # nothing to fall back on
         return "SIGKILL to all"
-    files = sorted(path for path in (life.output_dir / f"checkpoint-{steps[-1]}").iterdir() if path.stat().st_size)
+    files = sorted(path for path in (attempt.output_dir / f"checkpoint-{steps[-1]}").iterdir() if path.stat().st_size)
     file = rng.choice(files)
     cut(file, rng, from_byte=0)
     return f"checkpoint-{steps[-1]}/{file.name} torn"
 
 
-def _core_alone(rng: random.Random, life: Life) -> str:
-    send(life.cores(), signal.SIGKILL)
+def _core_alone(rng: random.Random, attempt: Attempt) -> str:
+    send(attempt.cores(), signal.SIGKILL)
     return "SIGKILL to wandb-core"
 
 
-def _core_then_script(rng: random.Random, life: Life) -> str:
-    send(life.cores(), signal.SIGKILL)
-    life.sleep(rng.uniform(0.0, 1.0))
-    end_processes_of(life.folder)
+def _core_then_script(rng: random.Random, attempt: Attempt) -> str:
+    send(attempt.cores(), signal.SIGKILL)
+    attempt.sleep(rng.uniform(0.0, 1.0))
+    end_processes_of(attempt.folder)
     return "SIGKILL to wandb-core, then to all"
 
 
-def _script_then_core(rng: random.Random, life: Life) -> str:
-    send(life.ranks() or [life.process.pid], signal.SIGKILL)
+def _script_then_core(rng: random.Random, attempt: Attempt) -> str:
+    send(attempt.ranks() or [attempt.process.pid], signal.SIGKILL)
     time.sleep(rng.uniform(0.0, 1.0))
-    end_processes_of(life.folder)
+    end_processes_of(attempt.folder)
     return "SIGKILL to the script, then to wandb-core"
 
 
@@ -153,10 +153,10 @@ DEATHS = {
 }
 
 
-def mend(life: Life) -> None:
+def mend(attempt: Attempt) -> None:
     """Room on the disk, and folders that can be written."""
-    (life.output_dir.parent / FILLER).unlink(missing_ok=True)
-    mend_folder(life.output_dir)
+    (attempt.output_dir.parent / FILLER).unlink(missing_ok=True)
+    mend_folder(attempt.output_dir)
 
 
 def mend_folder(folder: Path) -> None:
@@ -178,15 +178,15 @@ def fill(folder: Path, *, left_bytes: int) -> None:
         os.close(descriptor)
 
 
-def lose_what_is_not_synced(life: Life, rng: random.Random) -> int:
+def lose_what_is_not_synced(attempt: Attempt, rng: random.Random) -> int:
     """
     Cut or zero files of the run that nobody has made durable, as a power cut may; returns how many.
 
     A file of rows that was synced keeps the rows it had then.
     """
-    synced = _synced(life.folder / "synced")
+    synced = _synced(attempt.folder / "synced")
     number = 0
-    for path in sorted(life.output_dir.rglob("*")):
+    for path in sorted(attempt.output_dir.rglob("*")):
         facts = path.lstat()
         if not path.is_file() or path.is_symlink() or facts.st_size == 0:
             continue

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import deaths, moments
+from tests.faults.attempt import Attempt, HungError, committed_steps, end_processes_of
 from tests.faults.compare import Verdict, compare_rows, compare_runs
-from tests.faults.life import HungError, Life, committed_steps, end_processes_of
 from tests.faults.plan import SMALL_DISK, Case, Configuration, Kill
 from tests.support.launching import DDP, SCRIPT, launcher
 from tests.support.parity import as_flags
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb_server import WandbServer
 
-MOST_LIVES = 15
+MOST_ATTEMPTS = 15
 # While it trains, it listens.
 LISTENS = ("step", "save", "commit", "evaluation", "upload")
 
@@ -36,7 +36,7 @@ class Result:
     case: int
     configuration: str
     kills: list[dict[str, Any]] = field(default_factory=list)
-    lives: int = 0
+    attempts: int = 0
     seconds: float = 0.0
     verdicts: dict[str, int] = field(default_factory=dict)
     details: list[str] = field(default_factory=list)
@@ -70,13 +70,13 @@ class Laboratory:
         if not measured.is_file():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
-            life = self._start(configuration, place, place / "run", number=1)
-            code = life.end()
+            attempt = self._start(configuration, place, place / "run", number=1)
+            code = attempt.end()
             if code != 0:
-                raise RuntimeError(f"the reference in {place} ended with {code}:\n{life.text('err')[-3000:]}")
+                raise RuntimeError(f"the reference in {place} ended with {code}:\n{attempt.text('err')[-3000:]}")
             if configuration.tracking == "offline":
                 self.sync(place, project=place.name)
-            measured.write_text(json.dumps(asdict(moments.measured(life))), encoding="utf-8")
+            measured.write_text(json.dumps(asdict(moments.measured(attempt))), encoding="utf-8")
         return place / "run", moments.Durations(**json.loads(measured.read_text(encoding="utf-8")))
 
     def run(self, case: Case) -> Result:
@@ -116,30 +116,30 @@ class Laboratory:
         result: Result,
         verdict: Verdict,
     ) -> bool:
-        """All lives of a case; whether the last one got to the end."""
+        """Run all attempts of a case; returns whether the last one got to the end."""
         kills = list(case.kills)
-        for number in range(1, MOST_LIVES + 1):
-            life = self._start(case.configuration, place, output_dir, number=number)
-            result.lives = number
+        for number in range(1, MOST_ATTEMPTS + 1):
+            attempt = self._start(case.configuration, place, output_dir, number=number)
+            result.attempts = number
             kill = kills.pop(0) if kills else None
             try:
-                struck, code = self._one_life(case, life, kill, durations, result, verdict)
+                struck, code = self._one_attempt(case, attempt, kill, durations, result, verdict)
             except HungError as error:
                 verdict.add("lost", str(error))
                 return False
             if code == 0:
                 return True
             if not struck:
-                verdict.add("lost", f"life {number} ended by itself with {code}: {_last_words(life)}")
+                verdict.add("lost", f"attempt {number} ended by itself with {code}: {_last_words(attempt)}")
                 return False
-            deaths.mend(life)
-        verdict.add("lost", f"no end after {MOST_LIVES} lives")
+            deaths.mend(attempt)
+        verdict.add("lost", f"no end after {MOST_ATTEMPTS} attempts")
         return False
 
-    def _one_life(
+    def _one_attempt(
         self,
         case: Case,
-        life: Life,
+        attempt: Attempt,
         kill: Kill | None,
         durations: moments.Durations,
         result: Result,
@@ -147,35 +147,35 @@ class Laboratory:
     ) -> tuple[bool, int]:
         """Whether it was killed, and its exit code."""
         if kill is None:
-            return False, life.end()
+            return False, attempt.end()
         requests = self.server.folder / "requests.jsonl" if case.configuration.uploads else None
-        if not moments.wait_for(kill, life, durations, requests):
-            return False, life.end()
-        record = {"kind": kill.kind, "moment": kill.moment, "life": life.number, "step": life.step}
+        if not moments.wait_for(kill, attempt, durations, requests):
+            return False, attempt.end()
+        record = {"kind": kill.kind, "moment": kill.moment, "attempt": attempt.number, "step": attempt.step}
         record |= {
-            "committed": committed_steps(life.output_dir),
-            "after_seconds": round(time.time() - life.began_at, 3),
+            "committed": committed_steps(attempt.output_dir),
+            "after_seconds": round(time.time() - attempt.began_at, 3),
         }
         result.kills.append(record)
-        record["done"] = deaths.strike(kill, life)
-        code = life.end()
+        record["done"] = deaths.strike(kill, attempt)
+        code = attempt.end()
         record["code"] = code
         if kill.kind == "term" and kill.moment in LISTENS and case.configuration.who == "ours" and code != 0:
-            marked = (life.output_dir / "preempted").is_file()
+            marked = (attempt.output_dir / "preempted").is_file()
             if not marked or (case.configuration.processes == 1 and code != 85):
-                verdict.add("unheeded", f"SIGTERM in life {life.number}: exit code {code}, marker: {marked}")
+                verdict.add("unheeded", f"SIGTERM in attempt {attempt.number}: exit code {code}, marker: {marked}")
         return True, code
 
-    def _start(self, configuration: Configuration, place: Path, output_dir: Path, *, number: int) -> Life:
+    def _start(self, configuration: Configuration, place: Path, output_dir: Path, *, number: int) -> Attempt:
         arguments = {**configuration.arguments, "output_dir": str(output_dir)}
         if configuration.who == "ours":
             command = [SCRIPT, *as_flags({**arguments, **self._flags(configuration)}), "--resume_from_checkpoint=auto"]
             command = [*command, "--use_cpu"] if configuration.processes == 1 else command
         else:
             arguments |= {"report_to": "none" if configuration.tracking == "none" else "wandb"}
-            command = ["-m", "tests.faults.trainer_life", json.dumps(arguments)]
+            command = ["-m", "tests.faults.trainer_attempt", json.dumps(arguments)]
         started = launcher(DDP.with_stem(configuration.launch)) if configuration.processes == 2 else [sys.executable]
-        return Life.start([*started, *command], self._variables(configuration, place), place, output_dir, number)
+        return Attempt.start([*started, *command], self._variables(configuration, place), place, output_dir, number)
 
     def _flags(self, configuration: Configuration) -> dict[str, Any]:
         flags: dict[str, Any] = {
@@ -220,23 +220,23 @@ class Laboratory:
 
     def sync(self, place: Path, *, project: str) -> str | None:
         """
-        `wandb sync` of all that was written offline, in order of start; why it failed, or None.
+        Run `wandb sync` on all offline run folders, in order of start; returns why it failed, or None.
 
-        It gives all up for a fragment that it can't read: then the others are synced one by one.
+        wandb gives up at the first folder that it can't read: then the folders are synced one by one.
         """
-        fragments = sorted((path for path in place.rglob("offline-run-*") if path.is_dir()), key=_order)
-        if not fragments:
+        folders = sorted((path for path in place.rglob("offline-run-*") if path.is_dir()), key=_order)
+        if not folders:
             return "nothing was written offline"
-        said = self._sync(place, project, fragments)
+        said = self._sync(place, project, folders)
         if "ERROR" not in said:
             return None
-        for fragment in fragments:
-            self._sync(place, project, [fragment])
+        for folder in folders:
+            self._sync(place, project, [folder])
         return next(line for line in said.splitlines() if "ERROR" in line)
 
-    def _sync(self, place: Path, project: str, fragments: list[Path]) -> str:
+    def _sync(self, place: Path, project: str, folders: list[Path]) -> str:
         ended = subprocess.run(
-            [sys.executable, "-m", "wandb", "sync", "--project", project, *map(str, fragments)],
+            [sys.executable, "-m", "wandb", "sync", "--project", project, *map(str, folders)],
             env={**environment(place, self.server), "WANDB_SILENT": "false"},
             cwd=place,
             capture_output=True,
@@ -250,13 +250,13 @@ class Laboratory:
         return ended.stdout + ended.stderr
 
 
-def _order(fragment: Path) -> tuple[str, float]:
+def _order(folder: Path) -> tuple[str, float]:
     # Their names hold the second of the start; of two in a second the file's age decides.
-    return fragment.name.split("-")[2], fragment.stat().st_mtime
+    return folder.name.split("-")[2], folder.stat().st_mtime
 
 
-def _last_words(life: Life) -> str:
-    lines = [line for line in life.text("err").splitlines() if line.strip()]
+def _last_words(attempt: Attempt) -> str:
+    lines = [line for line in attempt.text("err").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("harness train: ")]
     return (said or lines or [""])[-1][:600]
 

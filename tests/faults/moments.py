@@ -1,4 +1,4 @@
-"""When a life ends: waiting, by what it does to the file system, for the moment that was drawn."""
+"""Wait for the drawn moment at which to kill an attempt, by watching what it writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.life import Life, committed_steps
+from tests.faults.attempt import Attempt, committed_steps
 from tests.faults.plan import EVALUATION_SECONDS, STEP_SECONDS, STEPS, Kill
 
 SAVE_SECONDS = 0.08
@@ -17,51 +17,53 @@ UPLOAD_SECONDS = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Durations:
-    """What of a life lasts how many seconds, measured at one that was left alone."""
+    """Seconds that the phases of an attempt take, measured at one that was left alone."""
 
     startup: float
     opening: float
     closing: float
 
 
-def measured(life: Life) -> Durations:
-    """Of a life that has ended."""
-    built, steps = life.lines("built")[0], life.lines("steps")
-    return Durations(startup=built - life.began_at, opening=steps[0] - built, closing=life.ended_at - steps[-1])
+def measured(attempt: Attempt) -> Durations:
+    """Return the durations of an attempt that has ended."""
+    built, steps = attempt.lines("built")[0], attempt.lines("steps")
+    return Durations(startup=built - attempt.began_at, opening=steps[0] - built, closing=attempt.ended_at - steps[-1])
 
 
-def wait_for(kill: Kill, life: Life, durations: Durations, requests: Path | None) -> bool:
-    """Whether the moment came before the life ended. `requests` is the log of the W&B server. Raises HungError."""
+def wait_for(kill: Kill, attempt: Attempt, durations: Durations, requests: Path | None) -> bool:
+    """Whether the moment came before the attempt ended. `requests` is the log of the W&B server. Raises HungError."""
     if kill.moment == "startup":
-        return life.sleep(life.began_at + kill.part * durations.startup - time.time())
+        return attempt.sleep(attempt.began_at + kill.part * durations.startup - time.time())
     if kill.moment == "opening":
-        return life.wait_for(lambda: life.is_built) and life.sleep(kill.part * durations.opening)
+        return attempt.wait_for(lambda: attempt.is_built) and attempt.sleep(kill.part * durations.opening)
     step = STEPS if kill.moment == "closing" else kill.step
-    if not life.wait_for(lambda: life.is_built and len(life.lines("steps")) > 0 and life.step >= step):
+    if not attempt.wait_for(lambda: attempt.is_built and len(attempt.lines("steps")) > 0 and attempt.step >= step):
         return False
-    condition, seconds = _event(kill.moment, life, requests, durations)
-    return life.wait_for(condition) and life.sleep(kill.part * seconds)
+    condition, seconds = _event(kill.moment, attempt, requests, durations)
+    return attempt.wait_for(condition) and attempt.sleep(kill.part * seconds)
 
 
-def _event(moment: str, life: Life, requests: Path | None, durations: Durations) -> tuple[Callable[[], bool], float]:
+def _event(
+    moment: str, attempt: Attempt, requests: Path | None, durations: Durations
+) -> tuple[Callable[[], bool], float]:
     """What has to happen from now on, and how long it lasts."""
     if moment == "step":
         return (lambda: True), 2 * STEP_SECONDS
     if moment == "closing":
         return (lambda: True), durations.closing
     if moment == "evaluation":
-        evaluations = len(life.lines("evaluations"))
-        return (lambda: len(life.lines("evaluations")) > evaluations), EVALUATION_SECONDS
+        evaluations = len(attempt.lines("evaluations"))
+        return (lambda: len(attempt.lines("evaluations")) > evaluations), EVALUATION_SECONDS
     if moment == "upload":
         uploads = _uploads(requests)
         return (lambda: _uploads(requests) > uploads), UPLOAD_SECONDS
-    committed = set(committed_steps(life.output_dir))
+    committed = set(committed_steps(attempt.output_dir))
     if moment == "commit":
-        return (lambda: not committed.issuperset(committed_steps(life.output_dir))), COMMIT_SECONDS
+        return (lambda: not committed.issuperset(committed_steps(attempt.output_dir))), COMMIT_SECONDS
 
     def is_saving() -> bool:  # a Trainer writes into the folder itself
-        is_partial = any(life.output_dir.glob("checkpoint-*.partial"))
-        return is_partial or not committed.issuperset(committed_steps(life.output_dir))
+        is_partial = any(attempt.output_dir.glob("checkpoint-*.partial"))
+        return is_partial or not committed.issuperset(committed_steps(attempt.output_dir))
 
     return is_saving, SAVE_SECONDS
 

@@ -1,4 +1,4 @@
-"""What is drawn from the seed: configurations, cases, and how and when each of their lives ends."""
+"""Draw cases from the seed: their configurations, and how and when each of their attempts is killed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Configuration:
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """How and when a life ends: in the first `moment` from `step` on, after `part` of it; `seed` is for the details."""
+    """How and when an attempt is killed: in the first `moment` from `step` on, after `part` of it; `seed`: details."""
 
     kind: str
     moment: str
@@ -139,7 +139,7 @@ def draw_case(seed: int, index: int, among: list[Configuration]) -> Case:
     if configuration.tracking != "none":
         kinds |= WITH_TRACKING
     number = rng.randint(*KILLS_PER_CASE)
-    # Later lives die at later steps, so that each one gets there; the first steps are left to start-ups.
+    # Later attempts die at later steps, so that each one gets there; the first steps are left to start-ups.
     steps = sorted(rng.randint(1, STEPS - SAVE_STEPS) for _ in range(number))
     return Case(
         seed=seed,
@@ -159,7 +159,7 @@ def _draw_kill(
     moments = {**MOMENTS, **(WITH_UPLOADS if configuration.uploads else {})}
     if kind in NOT_AT_THE_START:
         moments = {name: weight for name, weight in moments.items() if name not in ("startup", "opening")}
-    if not is_last:  # a life that gets there leaves nothing to the next ones
+    if not is_last:  # an attempt that gets there leaves nothing to the next ones
         del moments["closing"]
     return Kill(kind=kind, moment=_weighted(rng, moments), step=step, part=rng.random(), seed=rng.randrange(2**32))
 

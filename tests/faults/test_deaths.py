@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import deaths
-from tests.faults.life import Life, end_processes_of, processes_of
+from tests.faults.attempt import Attempt, end_processes_of, processes_of
 from tests.faults.plan import configurations, draw_case
 from tests.faults.task import tell_what_is_synced
 
@@ -24,26 +24,26 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_ne
 """
 
 
-def started(folder: Path, code: str) -> Life:
-    return Life.start([sys.executable, "-c", code], dict(os.environ), folder, folder / "run", 1)
+def started(folder: Path, code: str) -> Attempt:
+    return Attempt.start([sys.executable, "-c", code], dict(os.environ), folder, folder / "run", 1)
 
 
 def test_a_process_whose_parent_is_gone_is_ended_too(tmp_path: Path) -> None:
-    life = started(tmp_path, CHILD)
-    assert life.end() == 0
+    attempt = started(tmp_path, CHILD)
+    assert attempt.end() == 0
     (child,) = processes_of(tmp_path)
-    assert child != life.process.pid
+    assert child != attempt.process.pid
     assert processes_of(tmp_path.parent) == [child], "below a folder of cases"
     assert processes_of(tmp_path / "other") == []
     end_processes_of(tmp_path)
     assert not [number for number in processes_of(tmp_path) if number == child]
 
 
-def test_a_life_is_awaited_until_it_ends(tmp_path: Path) -> None:
-    life = started(tmp_path, "import time; time.sleep(0.3); raise SystemExit(7)")
-    assert not life.wait_for(lambda: False)
-    assert life.end() == 7
-    assert not life.sleep(5.0)
+def test_an_attempt_is_awaited_until_it_ends(tmp_path: Path) -> None:
+    attempt = started(tmp_path, "import time; time.sleep(0.3); raise SystemExit(7)")
+    assert not attempt.wait_for(lambda: False)
+    assert attempt.end() == 7
+    assert not attempt.sleep(5.0)
 
 
 def test_a_power_cut_spares_what_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,9 +67,9 @@ def test_a_power_cut_spares_what_was_synced(tmp_path: Path, monkeypatch: pytest.
         path.rename(path.with_suffix(".renamed"))
     for path in run.glob("later-*"):
         path.write_bytes(b"2" * 1000)
-    life = Life(tmp_path, run, None, 1, 0, 0.0)  # type: ignore[arg-type]
+    attempt = Attempt(tmp_path, run, None, 1, 0, 0.0)  # type: ignore[arg-type]
     for seed in range(10):  # the rows are cut in some of them
-        deaths.lose_what_is_not_synced(life, random.Random(seed))
+        deaths.lose_what_is_not_synced(attempt, random.Random(seed))
     assert all(path.read_bytes() == b"1" * 1000 for path in run.glob("*.renamed"))
     for kind, digit in (("later", b"2"), ("never", b"1")):
         files = [path.read_bytes() for path in run.glob(f"{kind}-*")]
@@ -90,13 +90,13 @@ def test_a_disk_is_full_and_has_room_again(tmp_path: Path) -> None:
         deaths.fill(disk, left_bytes=0)
         with pytest.raises(OSError, match="No space left"):
             (run / "file").write_bytes(bytes(1000))
-        life = Life(tmp_path, run, None, 1, 0, 0.0)  # type: ignore[arg-type]
-        deaths.mend(life)
+        attempt = Attempt(tmp_path, run, None, 1, 0, 0.0)  # type: ignore[arg-type]
+        deaths.mend(attempt)
         (run / "file").write_bytes(bytes(1000))
         subprocess.run(["chattr", "+i", str(run)], check=True)
         with pytest.raises(PermissionError):
             (run / "another").write_bytes(b"")
-        deaths.mend(life)
+        deaths.mend(attempt)
         (run / "another").write_bytes(b"")
     assert not any(disk.iterdir())
 
@@ -104,11 +104,11 @@ def test_a_disk_is_full_and_has_room_again(tmp_path: Path) -> None:
 def test_what_was_left_mounted_and_running_is_swept_away(tmp_path: Path) -> None:
     case = tmp_path / "case"
     case.mkdir()
-    life = started(case, "import time; time.sleep(60)")
+    attempt = started(case, "import time; time.sleep(60)")
     if os.geteuid() == 0:
         deaths.small_disk(case / "disk", "1m").__enter__()
     deaths.sweep(tmp_path)
-    assert life.process.wait(5) == -9
+    assert attempt.process.wait(5) == -9
     assert not (case / "disk").is_mount()
 
 

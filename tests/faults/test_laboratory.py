@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.faults.__main__ import summary
+from tests.faults.attempt import processes_of
 from tests.faults.laboratory import Laboratory, Result, append, results_in
-from tests.faults.life import processes_of
 from tests.faults.plan import Case, Configuration, Kill
 
 pytestmark = [
@@ -43,7 +43,7 @@ ALONE = Configuration(who="ours", processes=1, tracking="none")
 def test_one_process(laboratory: Laboratory) -> None:
     result = laboratory.run(case(ALONE, ("kill_all", "save", 18), ("torn_newest", "commit", 30)))
     assert killed(result) == [("kill_all", "save"), ("torn_newest", "commit")]
-    assert result.lives == 3
+    assert result.attempts == 3
     assert (result.verdicts, result.details) == ({}, [])
     assert "torn" in result.kills[1]["done"]
 

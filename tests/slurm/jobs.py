@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.life import processes_of, send
+from tests.faults.attempt import processes_of, send
 from tests.faults.plan import FOLDER_VARIABLE
 from tests.support.parity import as_flags
 
@@ -93,25 +93,25 @@ class Job:
     def restarts(self) -> int:
         return int(self.field("Restarts"))
 
-    def steps(self, life: int = 0) -> int:
-        """How many batches rank zero has drawn in a life."""
+    def steps(self, attempt: int = 0) -> int:
+        """How many batches rank zero has drawn in an attempt."""
         with contextlib.suppress(FileNotFoundError):
-            return (self.folder / "steps").read_text(encoding="utf-8").split().count(str(life))
+            return (self.folder / "steps").read_text(encoding="utf-8").split().count(str(attempt))
         return 0
 
-    def reach(self, steps: int, life: int = 0) -> None:
+    def reach(self, steps: int, attempt: int = 0) -> None:
         def is_there_or_ended() -> bool:
-            return self.steps(life) >= steps or self.field("JobState") in ENDED
+            return self.steps(attempt) >= steps or self.field("JobState") in ENDED
 
         wait_for(is_there_or_ended, f"step {steps} of job {self.id}")
-        assert self.steps(life) >= steps, self.output[-4000:]
+        assert self.steps(attempt) >= steps, self.output[-4000:]
 
     def requeued(self, times: int = 1) -> None:
         wait_for(lambda: self.restarts >= times or self.field("JobState") in ENDED, f"a requeue of job {self.id}")
         assert self.restarts == times, self.output[-4000:]
 
     def give_time(self) -> None:
-        """The next life has as long as it needs."""
+        """The next attempt has as long as it needs."""
         slurm("scontrol", "update", f"job={self.id}", "TimeLimit=10")
 
     def ended(self, state: str) -> None:

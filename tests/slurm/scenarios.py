@@ -149,8 +149,8 @@ class Scenarios:
         slurm("scancel", "--signal=TERM", job.id)
         job.requeued()
         job.ended("COMPLETED")
-        lives = sorted(str(path) for path in (job.output_dir / "wandb").glob("offline-run-*"))
-        command = [sys.executable, "-m", "wandb", "sync", *lives]
+        folders = sorted(str(path) for path in (job.output_dir / "wandb").glob("offline-run-*"))
+        command = [sys.executable, "-m", "wandb", "sync", *folders]
         variables = environment(job.folder, **self._online(name))
         done = subprocess.run(command, cwd=job.folder, env=variables, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -167,7 +167,7 @@ class Scenarios:
         return job
 
     def surviving_rank(self) -> tuple[Job, int]:
-        """The node of a job is out of reach: its process makes so many steps beside the job's next life."""
+        """The node of a job is out of reach: its process makes so many steps beside the job's next attempt."""
         self.result(self.failed_node)  # it needs those nodes
         options = (*ONE_CPU, "--partition=failing")
         job = self.submit("surviving_rank", "single_node", options, variables=PACED)
@@ -175,9 +175,9 @@ class Scenarios:
         node = job.field("NodeList")
         silence_node(node)
         job.requeued()
-        before = job.steps(life=0)
-        job.reach(1, life=1)
-        steps_beside = job.steps(life=0) - before
+        before = job.steps(attempt=0)
+        job.reach(1, attempt=1)
+        steps_beside = job.steps(attempt=0) - before
         job.ended("COMPLETED")
         wait_for(lambda: not job.processes(SLURMD_NODENAME=node), "the end of the survivor")
         start_node(node)

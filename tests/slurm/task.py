@@ -1,4 +1,4 @@
-"""The parity task at a pace in a job's first life, at full speed in the others and outside SLURM; it can also raise."""
+"""The parity task, slowed in a job's first attempt, at full speed otherwise; it can also raise."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PACE_VARIABLE = "HARNESS_TEST_PACE"
 
 
 class Paced(Dataset):  # type: ignore[type-arg]
-    """Samples of which each batch takes its time, and is told by rank zero: a line with the life's number."""
+    """Samples of which each batch takes its time, and is told by rank zero: a line with the attempt's number."""
 
-    def __init__(self, samples: Any, *, seconds: float, told: Path | None, life: str, fails_at: int | None) -> None:
-        self.samples, self.seconds, self.told, self.life, self.fails_at = samples, seconds, told, life, fails_at
+    def __init__(self, samples: Any, *, seconds: float, told: Path | None, attempt: str, fails_at: int | None) -> None:
+        self.samples, self.seconds, self.told, self.attempt, self.fails_at = samples, seconds, told, attempt, fails_at
         self.count = 0
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ class Paced(Dataset):  # type: ignore[type-arg]
             raise ZeroDivisionError("as the test wants it")
         if self.told is not None:
             with self.told.open("a", encoding="utf-8") as file:
-                file.write(f"{self.life}\n")
+                file.write(f"{self.attempt}\n")
         time.sleep(self.seconds)
         return [self.samples[index] for index in indices]
 
@@ -47,14 +47,14 @@ def build(config: TaskConfig) -> Task:
     options = dict(config.task_args or {})
     fails_at = options.pop("fails_at", None)
     task = parity_task.build(replace(config, task_args=options))
-    life = os.environ.get("SLURM_RESTART_COUNT") or "0"
+    attempt = os.environ.get("SLURM_RESTART_COUNT") or "0"
     folder = os.environ.get(FOLDER_VARIABLE)
     is_first = os.environ.get("RANK", "0") == "0"
     data = Paced(
         task.train_dataset,
-        seconds=float(os.environ.get(PACE_VARIABLE, "0")) if life == "0" else 0.0,
+        seconds=float(os.environ.get(PACE_VARIABLE, "0")) if attempt == "0" else 0.0,
         told=Path(folder) / "steps" if folder and is_first else None,
-        life=life,
+        attempt=attempt,
         fails_at=fails_at,
     )
     return replace(task, train_dataset=data)

@@ -49,12 +49,12 @@ def assert_same_run(scenarios: Scenarios, reference: Path, job: Job, *, restarts
     assert not (job.output_dir / "preempted").exists()
 
 
-def lives(job: Job) -> list[dict[str, object]]:
+def attempts(job: Job) -> list[dict[str, object]]:
     return list(json.loads((job.output_dir / "slurm.json").read_text(encoding="utf-8")))
 
 
 def ends(job: Job) -> list[object]:
-    return [life["ended"] for life in lives(job)]
+    return [attempt["ended"] for attempt in attempts(job)]
 
 
 def resumed_from(job: Job) -> int:
@@ -67,7 +67,7 @@ def test_a_requeued_job_goes_on_and_a_finished_one_is_not_run_again(scenarios: S
     assert_same_run(scenarios, scenarios.result(scenarios.reference_of_two), job, restarts=2)
     assert "2 processes on n[1-2]" in job.output
     assert job.output.count("The training of this job is complete, there is nothing left to do") == 1
-    assert [life["restart_count"] for life in lives(job)] == [0, 1]
+    assert [attempt["restart_count"] for attempt in attempts(job)] == [0, 1]
     assert ends(job)[-1] == "finished"
     assert resumed_from(job) >= 20
     run = the_run(scenarios, "requeued_and_finished")

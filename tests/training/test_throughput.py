@@ -245,7 +245,7 @@ def test_a_resumed_run_has_the_same_names_in_each_row(tmp_path: Path, caplog: py
         again = journal(folder)
         assert [row.keys() for row in again] == [row.keys() for row in whole]
         if step == 15:
-            assert math.isnan(again[0][f"{SPEED}/mfu"]), "no step of this life was in that window"
+            assert math.isnan(again[0][f"{SPEED}/mfu"]), "no step of this attempt was in that window"
         assert again[1][f"{SPEED}/mfu"] > 0
     # The disk has all rows: they are made again and compared. That another machine knows no peak makes no other row.
     shutil.rmtree(tmp_path / "run" / "checkpoint-30")

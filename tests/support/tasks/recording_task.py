@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from harness.tasks import Task, TaskConfig
 from tests.support.tasks import parity_task
 
-# A folder; it is no argument of the run, since arguments may not change between its lives.
+# A folder; it is no argument of the run, since arguments may not change between its attempts.
 VARIABLE = "RECORD_SAMPLES_IN"
 
 
