@@ -190,7 +190,7 @@ def test_checkpoints_are_ordered_by_number_and_leftovers_are_none(tmp_path: Path
 def test_a_leftover_of_a_save_is_ignored_and_replaced(two: Path) -> None:
     partial = two / "checkpoint-15.partial"
     shutil.copytree(two / "checkpoint-10", partial)
-    (partial / "stray").write_text("of another life", encoding="utf-8")
+    (partial / "stray").write_text("of another attempt", encoding="utf-8")
     assert resumed(two)[0] == two / "checkpoint-10"
     save(writer(two), content(15))
     assert not partial.exists()

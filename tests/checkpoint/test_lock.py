@@ -84,7 +84,7 @@ def test_a_writer_that_was_killed_is_no_obstacle(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_requeued_job_shuts_its_earlier_life_out_and_no_other(
+def test_a_requeued_job_fences_its_earlier_attempt_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with holder(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1") as earlier:
@@ -101,7 +101,7 @@ def test_a_requeued_job_shuts_its_earlier_life_out_and_no_other(
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
 
 
-def test_a_life_stays_shut_out_when_the_later_one_is_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_stays_fenced_after_the_later_one_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with holder(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0") as earlier:
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -1,4 +1,4 @@
-"""An attempt of a training: its processes, where it is, and how to end it."""
+"""An attempt of a training: its processes, its progress, and how to end it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMITTED = re.compile(r"checkpoint-(\d+)")
 
 
 class HungError(Exception):
-    """An attempt did neither end nor get where it should."""
+    """An attempt neither ended nor reached the awaited point."""
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -38,7 +38,7 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def end_processes_of(folder: Path) -> None:
-    """SIGKILL to all, until there are none: one of them may be starting another."""
+    """Send SIGKILL to all until none is left: one of them may be starting another."""
     while found := [number for number in processes_of(folder) if not _is_dead(number)]:
         send(found, signal.SIGKILL)
         time.sleep(0.01)
@@ -107,7 +107,7 @@ class Attempt:
 
     @property
     def step(self) -> int:
-        """About the step that it is in."""
+        """The step that it is in, approximately."""
         return self.first_step + len(self.lines("steps"))
 
     @property
@@ -118,18 +118,18 @@ class Attempt:
         return (self.folder / f"{name}-{self.number}").read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = SILENCE_SECONDS) -> bool:
-        """Whether it came to that before the end of this attempt. Raises HungError."""
+        """Whether the condition held before the end of this attempt. Raises HungError."""
         end = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None:
                 return False
             if time.monotonic() > end:
-                raise HungError(f"life {self.number} hung at step {self.step}")
+                raise HungError(f"attempt {self.number} hung at step {self.step}")
             time.sleep(POLL_SECONDS)
         return True
 
     def sleep(self, seconds: float) -> bool:
-        """Whether it is still alive after that."""
+        """Sleep, at most to the end of the attempt; returns whether it is still running."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(seconds, 0.0))
         return self.process.poll() is None
@@ -139,7 +139,7 @@ class Attempt:
         try:
             code = self.process.wait(SILENCE_SECONDS)
         except subprocess.TimeoutExpired:
-            raise HungError(f"life {self.number} did not end") from None
+            raise HungError(f"attempt {self.number} did not end") from None
         self.ended_at = time.time()
         return code
 

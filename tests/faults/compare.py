@@ -27,7 +27,7 @@ VERDICTS = (
     "checkpoints",  # the last checkpoint is missing, damaged or another
     "leftovers",  # folders of saves that did not end
     "unheeded",  # SIGTERM while it trained, and no end with a checkpoint
-    "sync",  # `wandb sync` of all fragments at once failed
+    "sync",  # `wandb sync` of all offline run folders at once failed
     "rows_missing",
     "rows_double",
     "rows_differing",

@@ -1,4 +1,4 @@
-"""How an attempt ends, what that leaves behind, and what is mended before the next one."""
+"""The ways in which attempts are killed, and the repairs before the next attempt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTICE_SECONDS = 10.0
 
 
 def strike(kill: Kill, attempt: Attempt) -> str:
-    """Do it, and wait for the end of the attempt; returns what was done. Raises HungError if it does not end."""
+    """Kill the attempt in that way and wait for its end; returns what was done. Raises HungError if it does not end."""
     rng = random.Random(kill.seed)
     return DEATHS[kill.kind](rng, attempt)
 

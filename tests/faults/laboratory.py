@@ -22,7 +22,7 @@ from tests.support.parity import as_flags
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb_server import WandbServer
 
-MOST_LIVES = 15
+MOST_ATTEMPTS = 15
 # While it trains, it listens.
 LISTENS = ("step", "save", "commit", "evaluation", "upload")
 
@@ -116,9 +116,9 @@ class Laboratory:
         result: Result,
         verdict: Verdict,
     ) -> bool:
-        """All attempts of a case; whether the last one got to the end."""
+        """Run all attempts of a case; returns whether the last one got to the end."""
         kills = list(case.kills)
-        for number in range(1, MOST_LIVES + 1):
+        for number in range(1, MOST_ATTEMPTS + 1):
             attempt = self._start(case.configuration, place, output_dir, number=number)
             result.attempts = number
             kill = kills.pop(0) if kills else None
@@ -130,10 +130,10 @@ class Laboratory:
             if code == 0:
                 return True
             if not struck:
-                verdict.add("lost", f"life {number} ended by itself with {code}: {_last_words(attempt)}")
+                verdict.add("lost", f"attempt {number} ended by itself with {code}: {_last_words(attempt)}")
                 return False
             deaths.mend(attempt)
-        verdict.add("lost", f"no end after {MOST_LIVES} lives")
+        verdict.add("lost", f"no end after {MOST_ATTEMPTS} attempts")
         return False
 
     def _one_attempt(
@@ -151,7 +151,7 @@ class Laboratory:
         requests = self.server.folder / "requests.jsonl" if case.configuration.uploads else None
         if not moments.wait_for(kill, attempt, durations, requests):
             return False, attempt.end()
-        record = {"kind": kill.kind, "moment": kill.moment, "life": attempt.number, "step": attempt.step}
+        record = {"kind": kill.kind, "moment": kill.moment, "attempt": attempt.number, "step": attempt.step}
         record |= {
             "committed": committed_steps(attempt.output_dir),
             "after_seconds": round(time.time() - attempt.began_at, 3),
@@ -220,23 +220,23 @@ class Laboratory:
 
     def sync(self, place: Path, *, project: str) -> str | None:
         """
-        `wandb sync` of all that was written offline, in order of start; why it failed, or None.
+        Run `wandb sync` on all offline run folders, in order of start; returns why it failed, or None.
 
-        It gives all up for a fragment that it can't read: then the others are synced one by one.
+        wandb gives up at the first folder that it can't read: then the folders are synced one by one.
         """
-        fragments = sorted((path for path in place.rglob("offline-run-*") if path.is_dir()), key=_order)
-        if not fragments:
+        folders = sorted((path for path in place.rglob("offline-run-*") if path.is_dir()), key=_order)
+        if not folders:
             return "nothing was written offline"
-        said = self._sync(place, project, fragments)
+        said = self._sync(place, project, folders)
         if "ERROR" not in said:
             return None
-        for fragment in fragments:
-            self._sync(place, project, [fragment])
+        for folder in folders:
+            self._sync(place, project, [folder])
         return next(line for line in said.splitlines() if "ERROR" in line)
 
-    def _sync(self, place: Path, project: str, fragments: list[Path]) -> str:
+    def _sync(self, place: Path, project: str, folders: list[Path]) -> str:
         ended = subprocess.run(
-            [sys.executable, "-m", "wandb", "sync", "--project", project, *map(str, fragments)],
+            [sys.executable, "-m", "wandb", "sync", "--project", project, *map(str, folders)],
             env={**environment(place, self.server), "WANDB_SILENT": "false"},
             cwd=place,
             capture_output=True,
@@ -250,9 +250,9 @@ class Laboratory:
         return ended.stdout + ended.stderr
 
 
-def _order(fragment: Path) -> tuple[str, float]:
+def _order(folder: Path) -> tuple[str, float]:
     # Their names hold the second of the start; of two in a second the file's age decides.
-    return fragment.name.split("-")[2], fragment.stat().st_mtime
+    return folder.name.split("-")[2], folder.stat().st_mtime
 
 
 def _last_words(attempt: Attempt) -> str:

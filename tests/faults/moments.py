@@ -1,4 +1,4 @@
-"""When an attempt ends: waiting, by what it does to the file system, for the moment that was drawn."""
+"""Wait for the drawn moment at which to kill an attempt, by watching what it writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UPLOAD_SECONDS = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Durations:
-    """What of an attempt lasts how many seconds, measured at one that was left alone."""
+    """Seconds that the phases of an attempt take, measured at one that was left alone."""
 
     startup: float
     opening: float
@@ -25,7 +25,7 @@ class Durations:
 
 
 def measured(attempt: Attempt) -> Durations:
-    """Of an attempt that has ended."""
+    """Return the durations of an attempt that has ended."""
     built, steps = attempt.lines("built")[0], attempt.lines("steps")
     return Durations(startup=built - attempt.began_at, opening=steps[0] - built, closing=attempt.ended_at - steps[-1])
 

@@ -1,4 +1,4 @@
-"""What is drawn from the seed: configurations, cases, and how and when each of their attempts ends."""
+"""Draw cases from the seed: their configurations, and how and when each of their attempts is killed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Configuration:
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """How and when an attempt ends: in the first `moment` from `step` on, after `part` of it; `seed` draws details."""
+    """How and when an attempt is killed: in the first `moment` from `step` on, after `part` of it; `seed`: details."""
 
     kind: str
     moment: str

@@ -39,7 +39,7 @@ def test_a_process_whose_parent_is_gone_is_ended_too(tmp_path: Path) -> None:
     assert not [number for number in processes_of(tmp_path) if number == child]
 
 
-def test_a_life_is_awaited_until_it_ends(tmp_path: Path) -> None:
+def test_an_attempt_is_awaited_until_it_ends(tmp_path: Path) -> None:
     attempt = started(tmp_path, "import time; time.sleep(0.3); raise SystemExit(7)")
     assert not attempt.wait_for(lambda: False)
     assert attempt.end() == 7

@@ -168,7 +168,7 @@ def test_unknown_count_is_refused() -> None:
         MetricsConfig(include_num_input_tokens_seen="some")
 
 
-def test_rates_count_this_life_only() -> None:
+def test_rates_count_this_attempt_only() -> None:
     state = TrainState(global_step=10, num_input_tokens_seen=1000)
     clock = Clock(state)
     clock.started_at -= 10
