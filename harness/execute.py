@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from harness.build import assemble, build_run
-from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, remove_leftovers
+from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, in_job, remove_leftovers
 from harness.checkpoint.lock import Lock
 from harness.config import together
 from harness.distributed.accelerator import build_accelerator, check_compile_backend, choose_backend
@@ -57,7 +57,7 @@ def run_command(config: Config) -> None:
     check_names(config)
     job = slurm_job()
     if job is not None and config.run.trains:
-        config = replace(config, checkpoint=config.checkpoint.in_job(job))
+        config = replace(config, checkpoint=in_job(config.checkpoint, job))
     checkpoints_activations = config.modeling.checkpoints_activations
     accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
     try:

@@ -125,6 +125,18 @@ def test_imports_point_down(path: Path) -> None:
         assert same_package or LEVEL[other] < LEVEL[own], f"{own} imports {module}"
 
 
+def test_no_files_import_each_other() -> None:
+    """In a circle, functions' imports counted too."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    left = {name: {other for other in imported(TREES[path]) if other in names} for name, path in names.items()}
+    for name, others in left.items():
+        others -= {name, *(name.rsplit(".", i)[0] for i in range(1, 4))}  # a package stands for what it holds
+    while ends := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ends:
+            del left[name]
+    assert not left
+
+
 def test_tests_are_not_imported() -> None:
     assert not [path for path in FILES if any(m.split(".")[0] == "tests" for m in imported(TREES[path]))]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.checkpoint.find import in_job as with_job
 from harness.checkpoint.flags import CheckpointConfig
 from harness.errors import ConfigError
 from harness.slurm import FAILED, FINISHED, JOB_FILE, PREEMPTED, JobRecord, SlurmJob, slurm_job, time_limit_at
@@ -59,25 +60,25 @@ def test_a_job_has_a_folder_and_a_requeued_one_goes_on_there(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     first, second = (SlurmJob(id="77", restart_count=count, is_batch=True) for count in (0, 1))
     bare, given = CheckpointConfig(), CheckpointConfig(output_dir="here")
-    of = [(c.output_dir, c.resume_from_checkpoint) for c in (bare.in_job(first), bare.in_job(second))]
+    of = [(c.output_dir, c.resume_from_checkpoint) for c in (with_job(bare, first), with_job(bare, second))]
     assert of == [("runs/job-77", None), ("runs/job-77", "auto")]
-    assert given.in_job(first) == given
-    assert given.in_job(second).resume_from_checkpoint == "auto"
+    assert with_job(given, first) == given
+    assert with_job(given, second).resume_from_checkpoint == "auto"
     refused = CheckpointConfig(output_dir="here", resume_from_checkpoint="false")
-    assert refused.in_job(second) == refused
+    assert with_job(refused, second) == refused
 
 
 def test_a_requeued_job_that_began_with_a_checkpoint_of_another_run_goes_on_with_its_own(tmp_path: Path) -> None:
     job = SlurmJob(id="77", restart_count=1, is_batch=True)
     given = CheckpointConfig(output_dir=str(tmp_path), resume_from_checkpoint="elsewhere/checkpoint-9")
-    assert given.in_job(job) == given
+    assert with_job(given, job) == given
     (tmp_path / "checkpoint-12").mkdir()
-    assert given.in_job(job).resume_from_checkpoint == "auto"
+    assert with_job(given, job).resume_from_checkpoint == "auto"
 
 
 def test_commands_typed_one_after_the_other_in_an_allocation_have_folders_of_their_own() -> None:
     config = CheckpointConfig()
-    assert config.in_job(SlurmJob(id="77", restart_count=0, is_batch=False)) == config
+    assert with_job(config, SlurmJob(id="77", restart_count=0, is_batch=False)) == config
 
 
 def test_auto_needs_no_folder_in_a_batch_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_auto_needs_no_folder_in_a_batch_job(monkeypatch: pytest.MonkeyPatch) ->
     in_job(monkeypatch)
     job = slurm_job()
     assert job is not None
-    assert CheckpointConfig(resume_from_checkpoint="auto").in_job(job).output_dir == "runs/job-77"
+    assert with_job(CheckpointConfig(resume_from_checkpoint="auto"), job).output_dir == "runs/job-77"
 
 
 def record(folder: Path, restart_count: int, job: str = "77") -> JobRecord:

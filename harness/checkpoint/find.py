@@ -6,7 +6,7 @@ import itertools
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.layout import step_of, why_invalid
 from harness.errors import ConfigError
 from harness.files import CHUNK_BYTES
+from harness.slurm import SlurmJob
 from harness.training.state import TRAINER_STATE_FILE
 
 MOST_LETTERS_OF_NAME = 50  # each takes up to 4 of the 255 bytes that a file system gives a name
@@ -56,6 +57,19 @@ def remove_leftovers(output_dir: Path) -> list[str]:
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in left if not path.exists())
+
+
+def in_job(config: CheckpointConfig, job: SlurmJob) -> CheckpointConfig:
+    """Return what holds in a SLURM job: a folder of its own and, once it was requeued, its newest checkpoint."""
+    if config.output_dir is None and job.is_batch:
+        config = replace(config, output_dir=str(job.output_dir))
+    resume = config.resume_from_checkpoint
+    if job.restart_count == 0 or config.output_dir is None or resume in ("true", "auto", "false"):
+        return config
+    # A checkpoint of another run is where the first attempt began, not where the next one goes on.
+    if resume is not None and not list_checkpoints(Path(config.output_dir).expanduser()):
+        return config
+    return replace(config, resume_from_checkpoint="auto")
 
 
 def find(config: CheckpointConfig, output_dir: Path | None) -> Found:

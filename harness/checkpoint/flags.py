@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from harness.config import arg, section
 from harness.errors import ConfigError
@@ -53,20 +52,6 @@ class CheckpointConfig:
     def resumes(self) -> bool:
         """Whether there is something to go on from, or may be."""
         return self.resume_from_checkpoint not in (None, "false")
-
-    def in_job(self, job: SlurmJob) -> CheckpointConfig:
-        """What holds in a SLURM job: a folder of its own and, once it was requeued, its newest checkpoint."""
-        if self.output_dir is None and _has_a_folder(job):
-            return replace(self, output_dir=str(job.output_dir)).in_job(job)
-        resume = self.resume_from_checkpoint
-        if job.restart_count == 0 or self.output_dir is None or resume in ("true", "auto", "false"):
-            return self
-        from harness.checkpoint.find import list_checkpoints
-
-        # A checkpoint of another run is where the first attempt began, not where the next one goes on.
-        if resume is not None and not list_checkpoints(Path(self.output_dir).expanduser()):
-            return self
-        return replace(self, resume_from_checkpoint="auto")
 
 
 def _has_a_folder(job: SlurmJob | None) -> bool:
