@@ -159,7 +159,7 @@ def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: 
         if session.config.run.trains:  # an evaluation alone keeps the file of the training
             lock.take(session.output_dir)
             if left := remove_leftovers(session.output_dir):
-                logger.info("Removed what saves that did not end have left: %s.", ", ".join(left))
+                logger.info("Removed the leftovers of unfinished saves: %s.", ", ".join(left))
             (session.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
             record.begin(from_step=from_step)
             (session.output_dir / "harness_config.yaml").write_text(session.config.as_yaml(), encoding="utf-8")

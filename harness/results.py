@@ -33,7 +33,7 @@ def save_final(session: Session, run: Run, state: TrainState, weights: Mapping[s
     model, output_dir, best = session.task.model, session.output_dir, run.best
     if run.checkpoints.is_shut_out:
         raise CheckpointError(
-            f"Another process has taken over {output_dir}: this one ends, its model is not put there."
+            f"Another process has taken over {output_dir}: this one ends and does not write its model."
         )
     files = save_model(model, session.task.processing_class, output_dir, as_published=True, weights=weights)
     write_json(output_dir / TRAINER_STATE_FILE, state.trainer_state(early_stopping=best.early_stopping))

@@ -57,7 +57,7 @@ def bring_checkpoint(config: Config, artifact: Any, output_dir: Path, *, token: 
     """
     path = str(config.checkpoint.resume_from_checkpoint).removeprefix(PREFIX)
     if path.partition(":")[2] in ("", "latest") and (newer := _newer_here(config, artifact, output_dir)) is not None:
-        logger.info("%s is of the same run as %s, and newer.", newer.path, artifact.qualified_name)
+        logger.info("Taking %s: it is of the same run as %s, and newer.", newer.path, artifact.qualified_name)
         return newer
     folder = _bring(artifact, output_dir, token)
     best = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8")).get("best_global_step")

@@ -298,7 +298,7 @@ class Checkpoints:
             if isinstance(self._error, OSError):
                 logger.error(
                     "%s could not be written, the training goes on: %s. The older checkpoints are untouched; "
-                    "the next save tries anew.",
+                    "the next save tries again.",
                     *(final.name, self._error),
                 )
             return
@@ -350,7 +350,7 @@ class Checkpoints:
         sync(partial)
         if self.is_shut_out:
             raise CheckpointError(
-                f"Another process has taken over {self.output_dir}: this one ends, {final.name} is not put there."
+                f"Another process has taken over {self.output_dir}: this one ends and does not write {final.name}."
             )
         put_in_place(partial, final)
 

@@ -39,7 +39,7 @@ def _shard(value: Any) -> Any:
     if not is_cut(value):
         return value
     if tuple(value.placements) != (Shard(0),):
-        raise ConfigError(f"This optimizer keeps a tensor placed as {value.placements}; use another --optim with FSDP.")
+        raise ConfigError(f"This optimizer shards its state as {value.placements}; use another --optim with FSDP.")
     return {"rows": value.to_local(), "start": rows_of(value)[0], "shape": list(value.shape)}
 
 

@@ -222,7 +222,7 @@ def merged(model: torch.nn.Module) -> torch.nn.Module:
     """Merge the adapter into the weights, in place, and return the model without it. Raises ConfigError."""
     adapted: Any = model
     if (kind := adapted.peft_config[ADAPTER]).is_prompt_learning:
-        raise ConfigError(f"--save_merged_model: {kind.peft_type.value} adds tokens, which no weights can take up.")
+        raise ConfigError(f"--save_merged_model: {kind.peft_type.value} adds tokens, which can't be merged.")
     with _peft_problems("--save_merged_model: the adapter can't be merged"):
         whole: torch.nn.Module = adapted.merge_and_unload()
     return whole

@@ -223,7 +223,7 @@ def test_offline_runs_of_a_loop_of_ones_own_are_brought_too(tmp_path: Path) -> N
         assert server.unknown() == []
 
 
-LIVES = """
+ATTEMPTS = """
 import json, shutil, subprocess, sys
 from pathlib import Path
 import wandb
@@ -252,12 +252,12 @@ def attempt(rows, **kwargs):
 seen = []
 first = attempt(4)
 subprocess.run([sys.executable, "-m", "wandb", "sync", first], check=True)
-second = attempt(3, resume="allow", config={"lives": 2})
+second = attempt(3, resume="allow", config={"attempts": 2})
 assert main(["sync", "run", "--once"]) == 0
 for folder in (first, second):
     assert (folder / "run-abc.wandb.synced").exists()
     shutil.rmtree(folder)
-attempt(2, resume="allow", config={"lives": 3})
+attempt(2, resume="allow", config={"attempts": 3})
 assert main(["sync", "run", "--once"]) == 0
 """
 
@@ -267,7 +267,7 @@ def test_what_wandb_sync_has_brought_before_and_what_was_deleted_since_does_not_
     with WandbServer(tmp_path / "server") as server:
         variables = environment(tmp_path, server)
         done = subprocess.run(
-            [sys.executable, "-c", LIVES], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, "-c", ATTEMPTS], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         (run,) = server.runs()
@@ -276,7 +276,7 @@ def test_what_wandb_sync_has_brought_before_and_what_was_deleted_since_does_not_
         tables = [row["table"]["path"] for row in run.rows if "table" in row]
         assert len(tables) == 3
         assert set(tables) <= set(run.files)
-        assert (run.state, run.config["lives"], run.summary["number"]) == ("finished", 3, 8)
+        assert (run.state, run.config["attempts"], run.summary["number"]) == ("finished", 3, 8)
         assert server.unknown() == []
 
 
