@@ -205,7 +205,7 @@ def test_an_online_run_whose_server_is_gone_keeps_its_rows_and_a_command_deliver
     training = begun(folder, server, variables=away).ended()
     assert "the run is online and stays so; its rows wait on this disk" in training.err
     (line,) = training.report
-    assert line.startswith(f"{ROWS} rows are in {training.output_dir}/metrics.jsonl; deliver them: python -m ")
+    assert line.startswith(f"{ROWS} rows are in {training.output_dir}/metrics.jsonl; deliver them: harness sync ")
     assert len(journal(training)) == ROWS
     training.variables.pop("WANDB_BASE_URL")
     done = training.type_in(line.partition(": ")[2])
@@ -214,7 +214,7 @@ def test_an_online_run_whose_server_is_gone_keeps_its_rows_and_a_command_deliver
     wanted = [{name: value for name, value in row.items() if name != "_runtime"} for row in rows(whole[1])]
     assert [{name: value for name, value in row.items() if name != "_runtime"} for row in rows(run)] == wanted
     assert run.state == "finished"
-    assert "W&B has all rows" in training.type_in(line.partition(": ")[2]).stdout
+    assert f"finished, {ROWS} rows in W&B" in training.type_in(line.partition(": ")[2]).stdout
 
 
 def test_a_fork_is_a_run_of_its_own_beside_the_old(server: WandbServer, tmp_path: Path) -> None:
