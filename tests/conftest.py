@@ -39,6 +39,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["cpu", "cuda"], help="where tests/gpu trains; else on CUDA if there is a card"
+    )
+
+
 def left_threads(before: set[threading.Thread]) -> list[threading.Thread]:
     return [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
 

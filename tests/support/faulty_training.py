@@ -41,6 +41,8 @@ class Training:
     With a `command` it is a start like a user's; without one the libraries are loaded already.
     """
 
+    device = "cpu"
+
     def __init__(
         self,
         folder: Path,
@@ -52,11 +54,12 @@ class Training:
         builder: str = TASK,
         variables: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        device: str = "cpu",
         **arguments: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.server, self.output_dir, self.run_id = folder, server, folder / "out", folder.name
-        self.times, self.pace = folder / "times", pace
+        self.times, self.pace, self.device = folder / "times", pace, device
         wandb = {"wandb_run_id": self.run_id, "wandb_log_model": "checkpoint"}
         flags = self._flags(task or {}, {"task": builder, **wandb, **arguments})
         self.variables = environment(folder, server, **(variables or {}))
@@ -85,7 +88,8 @@ class Training:
         checkpoints = {"save_strategy": "steps", "save_steps": SAVES, "output_dir": self.output_dir}
         args = {"times": str(self.times), "seconds": self.pace, **task}
         flags = {**TRAINING, **checkpoints, "task": TASK, "task_args": args, **arguments}
-        return [*as_flags({name: value for name, value in flags.items() if value is not None}), "--use_cpu"]
+        flags["use_cpu"] = self.device == "cpu"
+        return [*as_flags({name: value for name, value in flags.items() if value is not None})]
 
     @property
     def out(self) -> str:

@@ -121,6 +121,7 @@ def _start_server() -> Path:
     python.chmod(0o755)
     # transformers prints a line when it is imported with WANDB_MODE=offline.
     clean = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "PYTHONPATH")}
+    clean["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA can't be used after a fork by who has asked it anything before
     process = subprocess.Popen(
         [sys.executable, __file__, "--serve", str(address)],
         env=clean,

@@ -113,11 +113,12 @@ def run_trainer(
     task_config: Mapping[str, Any] | None = None,
     early_stopping: Mapping[str, Any] | None = None,
     resume: str | None = None,
+    device: str = "cpu",
 ) -> Trainer:
     """The reference: seed, build, and let the Trainer do it; as Transformers' example scripts."""
     reset()
     arguments = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **arguments
+        output_dir=str(folder), use_cpu=device == "cpu", report_to="none", disable_tqdm=True, **arguments
     )
     set_seed(arguments.seed)
     built = resolve(task)(TaskConfig(task=task, **(task_config or {})))
@@ -155,11 +156,12 @@ def run_harness(
     task: str = TASK,
     task_config: Mapping[str, Any] | None = None,
     extra: tuple[str, ...] = (),
+    device: str = "cpu",
 ) -> None:
     """The same by our command, in this process."""
     reset()
     flags = as_flags({"task": task, **(task_config or {}), "output_dir": folder, "report_to": "none", **arguments})
-    assert main([*flags, "--use_cpu", *extra]) == 0
+    assert main([*flags, f"--use_cpu={device == 'cpu'}", *extra]) == 0
 
 
 def history(folder: Path) -> list[dict[str, float]]:

@@ -1,0 +1,65 @@
+"""
+What the tests of this folder share: each trains on CUDA where there is a card, and on the CPU where there is none.
+
+`pytest -m gpu tests/gpu` runs them, `--device cpu` on a machine with a card too. All are marked `gpu` by being here.
+A test takes the fixture `device` ("cuda" or "cpu") and has small sizes on the CPU, so that no line of it is untried.
+What a CPU can't compute calls `needs_card("fp16's scaler")` right before its first device call: on the CPU the test
+ends there, and its outcome is `not tried`. A figure for the table goes into `record_property("name", value)`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.outcomes import NOT_TRIED
+
+NeedsCard = Callable[[str], None]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.gpu)
+        if device_of(config) == "cuda":  # what only a card makes libraries say is read in the log, and fails nothing
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def device_of(config: pytest.Config) -> str:
+    asked = config.getoption("--device")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """The type of the device to train on."""
+    return device_of(pytestconfig)
+
+
+@pytest.fixture
+def needs_card(device: str) -> NeedsCard:
+    """Ends a test on the CPU where it comes to what only a card can do, which it names."""
+
+    def end(what: str) -> None:
+        if device == "cpu":
+            pytest.skip(f"{NOT_TRIED}: {what} needs a card")
+
+    return end
+
+
+@pytest.fixture(autouse=True)
+def card_left_free(device: str) -> Iterator[None]:
+    """Give back the memory of a test on the card, and its choices of precision."""
+    matmul = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul
+    torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
