@@ -77,7 +77,7 @@ def restore(run: Run, state: TrainState, path: Path) -> None:
     """
     failure: ConfigError | None = None
     try:
-        saved = read(path, ranks=ranks_of(run.accelerator), device=run.accelerator.device)
+        saved = read(path, ranks=ranks_of(run.accelerator))
         for part in parts(run, state):
             part.load(saved)
     except ConfigError as error:
