@@ -250,4 +250,5 @@ def _sample_tables(session: Session, tracker: WandbTracker) -> SampleTables | No
     takes_part = session.accelerator.is_main_process or session.backend.is_sharded
     if predict is None or count is None or not (takes_part and tracker.config.uses_wandb):
         return None
-    return SampleTables(predict, session.task.eval_dataset, num_samples=count)
+    device = session.accelerator.device
+    return SampleTables(predict, session.task.eval_dataset, num_samples=count, device=device)

@@ -92,13 +92,19 @@ def load_safely(path: str | Path, map_location: Any, allowed: Sequence[Any], *, 
     """
     Local: load tensors, plain values and objects of the `allowed` classes; with `mmap` tensors are read on use.
 
-    Raises ConfigError if the file holds anything else or can't be read.
+    A file that can't be mapped (torch's older format, some file systems) is read. Raises ConfigError if the file holds
+    anything else or can't be read.
     """
     import torch
 
     try:
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            try:
+                return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            except RuntimeError:
+                if not mmap:
+                    raise
+                return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises several types for a file that is cut, damaged or crafted
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{path} can't be loaded safely: {reason}") from error

@@ -77,7 +77,7 @@ def restore(run: Run, state: TrainState, path: Path) -> None:
     """
     failure: ConfigError | None = None
     try:
-        saved = read(path, ranks=ranks_of(run.accelerator), device=run.accelerator.device)
+        saved = read(path, ranks=ranks_of(run.accelerator))
         for part in parts(run, state):
             part.load(saved)
     except ConfigError as error:
@@ -280,8 +280,12 @@ class Data:
     def save(self, content: Content) -> None:
         """Save into harness_state.json; the generators into the Trainer's file of each rank, beside our own values."""
         content.shared["data"] = self.run.loader.state_dict()
-        content.rank_state |= rng.capture(world_size=self.run.accelerator.num_processes)
-        content.rank_state.setdefault("harness", {})["data"] = self.run.loader.rng_state_dict()
+        accelerator = self.run.accelerator
+        content.rank_state |= rng.capture(accelerator.device, world_size=accelerator.num_processes)
+        ours = content.rank_state.setdefault("harness", {})
+        ours["data"] = self.run.loader.rng_state_dict()
+        if own := rng.capture_own(accelerator.device):
+            ours["own"] = own
 
     def load(self, saved: Saved) -> None:
         """Go on at the same batches if their size and number are equal, else at the same samples."""
@@ -291,7 +295,8 @@ class Data:
             run.loader.load_position(position)
         else:
             # With another layout the batch that was drawn ahead is a different one.
-            run.loader.load_state_dict(position, saved.ours.get("data", {}) if is_exact else {}, saved.rank_state)
+            ahead = saved.ours.get("data", {}) if is_exact else {}
+            run.loader.load_state_dict(position, ahead, {**saved.rank_state, "own": saved.ours.get("own", {})})
         if reason := run.loader.why_read_again:
             count = run.loader.batches_drawn
             run.console.line(f"The stream is read again up to its position, {count} batches of a rank: {reason}.")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from harness.distributed.backend import OPTIMIZER_FILE
@@ -80,6 +79,7 @@ class Saved:
     """
     A checkpoint that has been read: torch states by file name, this rank's state, and our JSON (or {}).
 
+    Tensors are on the CPU; those of the optimizer are memory-mapped, so who keeps one has to copy it.
     If another number of ranks saved it, `other_ranks` holds the states of all of them, and `rank_state` is the one that
     this rank takes: rank `i` takes that of rank `i` modulo their number.
     """
@@ -97,16 +97,15 @@ class Saved:
         return found
 
 
-def read(path: Path, *, ranks: tuple[int, int], device: torch.device) -> Saved:
+def read(path: Path, *, ranks: tuple[int, int]) -> Saved:
     """
     Local: read a checkpoint, ours or a Trainer's; only tensors and plain values are unpickled.
 
     Raises ConfigError if a file holds anything else or can't be read.
     """
-    # As the Trainer: a single device loads through the CPU, so that it never holds two copies of the optimizer.
-    where = device if ranks[1] > 1 and device.type != "cpu" else torch.device("cpu")
+    # On the device it would be there twice, and the step counts would stay there that AdamW reads on the host.
     files = {
-        name: _load(path / name, where)
+        name: _load(path / name, mmap=name == OPTIMIZER_FILE)
         for name in (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE)
         if (path / name).is_file()
     }
@@ -114,7 +113,7 @@ def read(path: Path, *, ranks: tuple[int, int], device: torch.device) -> Saved:
     shared = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     own = path / rng_file(*ranks)
     is_same_number = shared.get("world_size", ranks[1]) == ranks[1] and own.is_file()
-    states = tuple(_load(file, torch.device("cpu")) for file in ([own] if is_same_number else _rng_files(path)))
+    states = tuple(_load(file) for file in ([own] if is_same_number else _rng_files(path)))
     return Saved(
         path=path,
         files=files,
@@ -130,7 +129,7 @@ def _rng_files(path: Path) -> list[Path]:
     return [alone] if alone.is_file() else sorted(path.glob("rng_state_*.pth"), key=lambda file: (len(file.name), file))
 
 
-def _load(path: Path, device: torch.device) -> Any:
+def _load(path: Path, *, mmap: bool = False) -> Any:
     # The Trainer's rng_state.pth holds numpy's state as an array.
     arrays = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
-    return load_safely(path, device, arrays)
+    return load_safely(path, "cpu", arrays, mmap=mmap)

@@ -143,19 +143,33 @@ class Checkpoints:
         partial: Path | None = self._partial(content.step)
         if content.is_shared and (partial := self._begin_together(content)) is None:
             return
+        copied: tuple[Content, list[Any]] | None = None
         if self.is_writer or content.rank_files:
-            if self.config.async_save:
-                own = {} if content.are_copies else dict(content.weights)
-                own, *copies = self._copies.copy((own, content.files, dict(content.rank_files), rank_states))
-                files, rank_files, rank_states = copies
-                content = replace(content, weights=own or content.weights, files=files, rank_files=rank_files)
-            arguments = (content, rank_states, partial, best, then)
+            copied = self._copied(content, rank_states) if self.config.async_save else None
+            arguments = (*(copied or (content, rank_states)), partial, best, then)
             self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint-writer")
             self._thread.start()
         self.num_saves += 1
         self.held_seconds += time.monotonic() - began
         if not self.config.async_save:
             self.settle()
+        elif copied is None:
+            self.wait()
+
+    def _copied(self, content: Content, rank_states: list[Any]) -> tuple[Content, list[Any]] | None:
+        """Local: return copies apart from the training; None, with a warning, if there is no memory for them."""
+        own = {} if content.are_copies else dict(content.weights)
+        try:
+            own, *copies = self._copies.copy((own, content.files, dict(content.rank_files), rank_states))
+        except MemoryError as error:
+            logger.warning(
+                "There is no memory for a copy of checkpoint-%d (%s): the training waits until it is written; "
+                "--async_save false does not try.",
+                *(content.step, str(error).partition("\n")[0]),
+            )
+            return None
+        files, rank_files, states = copies
+        return replace(content, weights=own or content.weights, files=files, rank_files=rank_files), states
 
     def _begin_together(self, content: Content) -> Path | None:
         """Collective: make the folder and write the shards; returns None if a rank could not, which is logged."""

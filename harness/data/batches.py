@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import get_worker_info
 
 from harness.data.samples import Collator
@@ -24,8 +25,8 @@ class BatchMaker:
     were.
     """
 
-    def __init__(self, collate: Collator, *, seed: int | None) -> None:
-        self.collate, self.seed = collate, seed
+    def __init__(self, collate: Collator, *, seed: int | None, device: torch.device) -> None:
+        self.collate, self.seed, self.device = collate, seed, device
         self.before: rng.RngState | None = None
         self._replay: tuple[rng.RngState, rng.RngState] | None = None
         self._skip = 0
@@ -49,9 +50,9 @@ class BatchMaker:
             self.before = rng.capture_host()
             return self._make(fetch, number)
         (self.before, after), self._replay = self._replay, None
-        rng.restore(self.before)
+        rng.restore_host(self.before)
         batch = self._make(fetch, number)
-        rng.restore(after)
+        rng.restore(after, self.device)
         return batch
 
     def _make(self, fetch: Callable[[], list[Any]], number: tuple[int, ...]) -> Mapping[str, Any] | None:

@@ -92,7 +92,9 @@ class TrainLoader:
         self._exhausted = False
         self._resume: dict[str, Any] | None = None
         self._epoch_start: rng.RngState | None = None
-        self.make = BatchMaker(samples.collate, seed=seed if config.dataloader_seed_batches else None)
+        self.make = BatchMaker(
+            samples.collate, seed=seed if config.dataloader_seed_batches else None, device=accelerator.device
+        )
         self.dataset, self.lengths = samples.dataset, samples.lengths
         self.num_samples: int | None = None
         self.num_batches: int | None = None
@@ -135,7 +137,8 @@ class TrainLoader:
         start = self.batches_drawn if resume is not None else 0
         if resume is not None:
             # At an epoch's beginning no batch was drawn yet, so the saved state is that of the beginning.
-            rng.restore(resume["epoch_start"] if start > 0 and resume["epoch_start"] else resume["saved"])
+            at_start = resume["epoch_start"] if start > 0 and resume["epoch_start"] else resume["saved"]
+            rng.restore(at_start, self.accelerator.device)
         self.epoch_index, self.batches_drawn, self._exhausted = epoch, start, False
         self._epoch_start = rng.capture_host()
         place = resume["stream"] if resume is not None and start > 0 else None
@@ -163,7 +166,7 @@ class TrainLoader:
         if skip > 0:
             self.make.cancel_replay()  # if the stream has ended before
         if skip > 0 or not replays:
-            rng.restore(resume["saved"])
+            rng.restore(resume["saved"], self.accelerator.device)
 
     def _consume(self, mark: Any) -> None:
         if self.stream is not None:
@@ -277,7 +280,7 @@ class TrainLoader:
         else:
             indices = self._order(0)[: self.config.per_device_train_batch_size].tolist()
             batch = IndexedBatches(self.dataset, self.make)[0, 0, indices][0]
-        rng.restore(before)
+        rng.restore_host(before)
         return dict(send_to_device(batch, self.accelerator.device))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch.distributed.tensor import DTensor, Shard
 
 from harness.distributed.sharding import is_cut, rows_of
@@ -76,6 +77,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parts: Sequence[Mapping[str
     optimizer.load_state_dict({**parts[0], "state": state})
 
 
+def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """
+    Local: load a state dict whose tensors may be memory-mapped; none of them is kept.
+
+    A tensor that is wanted on the device goes there from the file, one after the other. Raises ValueError or KeyError
+    if it belongs to another optimizer.
+    """
+    optimizer.load_state_dict(dict(state))
+    for parameter, values in optimizer.state.items():
+        optimizer.state[parameter] = recursively_apply(_unmapped, values)
+
+
+def _unmapped(tensor: torch.Tensor) -> torch.Tensor:
+    # A mapped file that is deleted, as old checkpoints are, would keep its place on the disk until the training ends.
+    return tensor.clone() if type(tensor) is torch.Tensor and tensor.device.type == "cpu" else tensor
+
+
 def _placed(saved: Sequence[Any], parameter: torch.Tensor) -> Any:
     """Return a value of the optimizer's state as this rank holds it, from the parts of ranks or from the whole."""
     first = saved[0]
@@ -88,7 +106,7 @@ def _placed(saved: Sequence[Any], parameter: torch.Tensor) -> Any:
     else:
         return first.clone() if isinstance(first, torch.Tensor) else first  # the mapped file may be deleted
     if not is_cut(parameter):
-        return _rows(parts, 0, shape[0])
+        return _rows(parts, 0, shape[0]).to(parameter.device)  # now, or all would be in host memory at once
     local = _rows(parts, *rows_of(parameter, shape[0])).to(parameter.to_local().device)
     stride = torch.empty(shape, device="meta").stride()
     placement = (parameter.device_mesh, parameter.placements)

@@ -13,7 +13,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.distributed.backend import OPTIMIZER_FILE, OptimizerFiles, Stepper, StepSize, check_wrapped, no_agreement
-from harness.distributed.optimizer_shards import has_optimizer_shards, load_optimizer, read_optimizer
+from harness.distributed.optimizer_shards import (
+    has_optimizer_shards,
+    load_optimizer,
+    load_whole_optimizer,
+    read_optimizer,
+)
 from harness.distributed.ranks import ranks_of
 from harness.distributed.sharding import joined
 
@@ -144,7 +149,7 @@ class Replicated:
         if has_optimizer_shards(folder):
             load_optimizer(optimizer, read_optimizer(folder, ranks=ranks_of(self.accelerator), is_sharded=False))
         else:
-            optimizer.load_state_dict(files[OPTIMIZER_FILE])
+            load_whole_optimizer(optimizer, files[OPTIMIZER_FILE])
 
     def gradient_function(self) -> None:
         """Return None: the gradient is the parameter's `grad`."""

@@ -27,6 +27,10 @@ SCHEDULERS = tuple(name.value for name in SchedulerType)
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
+# How a step is computed, not what it computes.
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+
+
 def check_names(config: OptimConfig) -> None:
     """Raise ConfigError for an optimizer or a schedule that Transformers does not know."""
     names = (("optim", OPTIMIZERS), ("lr_scheduler_type", SCHEDULERS))
@@ -42,9 +46,32 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     """
     Return the optimizer over two groups in the model's order: with and without weight decay.
 
-    The classes and their arguments come from the Trainer's own table. Raises ConfigError for a package that is not
-    installed or arguments that the optimizer does not take.
+    The classes and their arguments come from the Trainer's own table. A state that is loaded into it keeps its numbers
+    and takes this optimizer's implementation. Raises ConfigError for a package that is not installed or arguments that
+    the optimizer does not take.
     """
+    optimizer = _optimizer(model, config)
+    optimizer.register_load_state_dict_pre_hook(_with_own_implementation)
+    return optimizer
+
+
+def _with_own_implementation(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return a state to load with this optimizer's own implementation in place of the one it was saved with.
+
+    Torch places each `step` by it, on the device or on the CPU, and a fused optimizer has told the loss scaler so.
+    """
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if len(own) != len(saved):
+        return state  # refused by load_state_dict
+    groups = [
+        {**group, **{name: mine[name] for name in IMPLEMENTATION if name in mine}}
+        for mine, group in zip(own, saved, strict=True)
+    ]
+    return {**state, "param_groups": groups}
+
+
+def _optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     decay = decay_parameter_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: Any = [

@@ -22,39 +22,54 @@ def seed_everything(seed: int, *, full_determinism: bool) -> None:
         set_seed(seed)
 
 
-def capture(*, world_size: int = 1) -> RngState:
+def capture(device: torch.device, *, world_size: int = 1) -> RngState:
     """
     Return the state of all generators, in the keys and types of the Trainer's `rng_state.pth`.
 
-    With more than one process "cuda" holds the states of all visible devices, as the Trainer's does.
+    `device` is the one that this rank trains on: a GPU that it does not use is left alone. With more than one process
+    "cuda" holds the states of all visible devices, as the Trainer's does.
     """
-    state: RngState = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cpu": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
+    state = capture_host()
+    if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state_all() if world_size > 1 else torch.cuda.get_rng_state()
     return state
 
 
-def restore(state: RngState) -> None:
-    """Restore what `capture` returned, or what a Trainer saved."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        if isinstance(state["cuda"], list):
-            # This machine may show fewer devices than the one that saved.
-            for i, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(device_state, i)
-        else:
-            torch.cuda.set_rng_state(state["cuda"])
+def capture_own(device: torch.device) -> RngState:
+    """Return the state of this rank's device alone, by the device's type; {} for the CPU."""
+    if device.type == "cpu":
+        return {}
+    return {device.type: torch.get_device_module(device).get_rng_state()}  # of the current one, which is the rank's
+
+
+def restore(state: RngState, device: torch.device) -> None:
+    """
+    Restore what `capture` returned, or what a Trainer saved, into a rank that trains on `device`.
+
+    Under "own" there may be what `capture_own` returned. It comes before "cuda", where states go by the index that a
+    device has on its node: the rank may have another one now.
+    """
+    restore_host(state)
+    own, theirs = state.get("own", {}), state.get("cuda")
+    if device.type in own:
+        torch.get_device_module(device).set_rng_state(own[device.type])
+    elif device.type == "cuda" and isinstance(theirs, list):
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.set_rng_state(theirs[i % len(theirs)], i)
+    elif device.type == "cuda" and theirs is not None:
+        torch.cuda.set_rng_state(theirs)
 
 
 def capture_host() -> RngState:
     """Return the state of the generators that a collator or a sampler may use. Takes microseconds, no device sync."""
     return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+
+
+def restore_host(state: RngState) -> None:
+    """Restore what `capture_host` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
 
 
 @contextmanager
@@ -68,4 +83,4 @@ def seeded(*numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        restore(before)
+        restore_host(before)

@@ -320,7 +320,7 @@ def test_a_crafted_file_is_refused_and_not_executed(
 
 
 def test_what_was_saved_is_what_is_read(two: Path) -> None:
-    saved = read(two / "checkpoint-10", ranks=(0, 1), device=torch.device("cpu"))
+    saved = read(two / "checkpoint-10", ranks=(0, 1))
     assert torch.equal(saved.files["optimizer.pt"]["state"], torch.arange(9))
     assert saved.files["scheduler.pt"] == {"last_epoch": 10}
     assert saved.rank_state is not None
@@ -339,20 +339,20 @@ def test_another_number_of_ranks_reads_the_states_of_all(tmp_path: Path) -> None
     (folder / STATE_FILE).write_text(json.dumps({**manifest, "world_size": 11}), encoding="utf-8")
     for world_size in (1, 2, 13):
         for rank in range(world_size):
-            saved = read(folder, ranks=(rank, world_size), device=torch.device("cpu"))
+            saved = read(folder, ranks=(rank, world_size))
             assert saved.rank_state == {"rank": rank % 11}
             assert [state["rank"] for state in saved.other_ranks] == list(range(11))
-    same = read(folder, ranks=(10, 11), device=torch.device("cpu"))
+    same = read(folder, ranks=(10, 11))
     assert (same.rank_state, same.other_ranks) == ({"rank": 10}, ())
 
 
 def test_a_rank_that_a_trainers_checkpoint_lacks_goes_on_from_rank_zeros(tmp_path: Path) -> None:
     torch.save({"rank": 0}, tmp_path / "rng_state_0.pth")
     for rank in (0, 1):
-        saved = read(tmp_path, ranks=(rank, 2), device=torch.device("cpu"))
+        saved = read(tmp_path, ranks=(rank, 2))
         assert saved.rank_state == {"rank": 0}
     (tmp_path / "rng_state_0.pth").unlink()
-    assert read(tmp_path, ranks=(0, 2), device=torch.device("cpu")).rank_state is None
+    assert read(tmp_path, ranks=(0, 2)).rank_state is None
 
 
 def test_each_rank_has_the_trainers_file() -> None:

@@ -99,6 +99,30 @@ def test_without_async_save_it_is_on_disk_when_save_returns(tmp_path: Path) -> N
     assert checkpoints.saved_step == 1
 
 
+def test_a_save_that_has_no_memory_for_a_copy_is_written_before_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*size: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is torch.uint8 and size != (0,):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return empty(*size, **options)
+
+    empty, weight, checkpoints = torch.empty, torch.zeros(4), writer(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", no_memory)
+        checkpoints.save(content(1, weight=weight))
+    weight.fill_(9)
+    assert "There is no memory for a copy of checkpoint-1 (DefaultCPUAllocator: can't allocate memory)" in caplog.text
+    checkpoints.save(content(2, weight=weight))
+    checkpoints.check_last()
+    assert [why_invalid(path) for path in list_checkpoints(tmp_path)] == [None, None]
+    for step, value in ((1, 0.0), (2, 9.0)):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert load_file(folder / "model.safetensors")["weight"].tolist() == [value] * 4
+        assert torch.load(folder / "optimizer.pt", weights_only=True)["state"].tolist() == [value] * 4
+    assert len(caplog.records) == 1
+
+
 def test_a_save_waits_for_the_one_under_way_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def slow(folder: Path, weights: Any) -> None:
         time.sleep(1.3)

@@ -63,7 +63,7 @@ def resumed_after(accelerator: Accelerator, stop: int, **config: Any) -> tuple[l
     drawn(first.epoch(0))
     first.finish_epoch()
     head = drawn(itertools.islice(first.epoch(1), stop))
-    saved = (first.state_dict(), first.rng_state_dict(), rng.capture())
+    saved = (first.state_dict(), first.rng_state_dict(), rng.capture_host())
     rng.seed_everything(7, full_determinism=False)
     resumed = loader_of(accelerator, **config)
     resumed.load_state_dict(*saved)

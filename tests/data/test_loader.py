@@ -152,7 +152,7 @@ def test_resume_in_mid_epoch_goes_on_with_the_same_samples(drawn: int, accelerat
     first.finish_epoch()
     assert ids(itertools.islice(first.epoch(1), drawn)) == expected[1][:drawn]
     resumed = loader_of(accelerator, Counted(47), **config)
-    resumed.load_state_dict(first.state_dict(), first.rng_state_dict(), rng.capture())
+    resumed.load_state_dict(first.state_dict(), first.rng_state_dict(), rng.capture_host())
     assert resumed.remaining == 12 - drawn
     assert ids(resumed.epoch(1)) == expected[1][drawn:]
     resumed.finish_epoch()
@@ -165,7 +165,7 @@ def test_resume_at_90_percent_of_a_million_samples_reads_none_of_the_skipped(acc
     loader = loader_of(accelerator, dataset, per_device_train_batch_size=batch_size)
     position = {**loader.state_dict(), "epoch": 0, "batches": 90_000}
     dataset.read.clear()  # a few, for the digest
-    loader.load_state_dict(position, {}, rng.capture())
+    loader.load_state_dict(position, {}, rng.capture_host())
     started_at = time.monotonic()
     first = next(loader.epoch(0))
     assert time.monotonic() - started_at < 1
@@ -192,7 +192,7 @@ def test_a_random_collator_resumes_to_the_bit(accelerator: Accelerator) -> None:
         batches = draw(first, 0)
         head = list(itertools.islice(batches, stop))
         # A save happens here, with the generators as they are.
-        saved = (first.state_dict(), first.rng_state_dict(), rng.capture())
+        saved = (first.state_dict(), first.rng_state_dict(), rng.capture_host())
         rng.seed_everything(7, full_determinism=False)
         resumed = loader_of(accelerator, Counted(21), noisy, **config)
         resumed.load_state_dict(*saved)
@@ -264,7 +264,7 @@ def test_length_groups_are_the_trainers_and_resume(accelerator: Accelerator) -> 
     torch.manual_seed(3)
     first = grouped(accelerator)
     head = ids(itertools.islice(first.epoch(0), 4))
-    saved = (first.state_dict(), first.rng_state_dict(), rng.capture())
+    saved = (first.state_dict(), first.rng_state_dict(), rng.capture_host())
     torch.manual_seed(99)
     resumed = grouped(accelerator)
     resumed.load_state_dict(*saved)
@@ -313,7 +313,7 @@ def test_a_stream_comes_in_its_order_and_resumes(accelerator: Accelerator) -> No
     first = make()
     next(first.epoch(0))
     resumed = make()
-    resumed.load_state_dict(first.state_dict(), first.rng_state_dict(), rng.capture())
+    resumed.load_state_dict(first.state_dict(), first.rng_state_dict(), rng.capture_host())
     assert ids(resumed.epoch(0)) == [[4, 5, 6, 7], [8, 9]]
     assert resumed.state_dict()["batches"] == 3
 

@@ -129,7 +129,7 @@ def test_a_stream_goes_on_with_the_very_batches(kind: str, accelerator: Accelera
         drawn(first.epoch(0))
         first.finish_epoch()
         head = drawn(itertools.islice(first.epoch(1), stop))
-        saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
+        saved = written((first.state_dict(), first.rng_state_dict(), rng.capture_host()))
         rng.seed_everything(7, full_determinism=False)
         resumed = loader_of(accelerator, STREAMS[kind]())
         resumed.load_state_dict(*saved)
@@ -169,7 +169,7 @@ def test_workers_go_on_where_each_of_them_was(kind: str, persistent: bool, accel
         drawn(first.epoch(0))
         first.finish_epoch()
         head = drawn(itertools.islice(first.epoch(1), stop))
-        saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
+        saved = written((first.state_dict(), first.rng_state_dict(), rng.capture_host()))
         rng.seed_everything(7, full_determinism=False)
         resumed = make()
         resumed.load_state_dict(*saved)
@@ -182,7 +182,7 @@ def test_workers_go_on_where_each_of_them_was(kind: str, persistent: bool, accel
 def test_no_sample_is_read_again(accelerator: Accelerator) -> None:
     first = loader_of(accelerator, Numbers(1000))
     drawn(itertools.islice(first.epoch(0), 200))
-    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
+    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture_host()))
     stream = Numbers(1000)
     resumed = loader_of(accelerator, stream)
     resumed.load_state_dict(*saved)
@@ -199,7 +199,7 @@ def test_no_sample_of_datasets_is_mapped_again(accelerator: Accelerator) -> None
 
     first = make()
     drawn(itertools.islice(first.epoch(0), 200))
-    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
+    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture_host()))
     seen.clear()
     resumed = make()
     resumed.load_state_dict(*saved)
@@ -214,7 +214,7 @@ def test_a_state_without_plain_values_is_not_kept(accelerator: Accelerator) -> N
 
     first = loader_of(accelerator, Odd())
     head = drawn(itertools.islice(first.epoch(0), 4))
-    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
+    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture_host()))
     assert saved[1]["stream"] is None
     resumed = loader_of(accelerator, Odd())
     resumed.load_state_dict(*saved)
@@ -225,7 +225,7 @@ def test_a_state_without_plain_values_is_not_kept(accelerator: Accelerator) -> N
 def test_a_state_of_another_stream_is_refused(accelerator: Accelerator) -> None:
     first = loader_of(accelerator, rows().to_iterable_dataset())
     drawn(itertools.islice(first.epoch(0), 4))
-    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture()))
+    saved = written((first.state_dict(), first.rng_state_dict(), rng.capture_host()))
     changed = loader_of(accelerator, rows().to_iterable_dataset().filter(lambda row: row["ids"] > 3))
     changed.load_state_dict(*saved)
     with pytest.raises(ConfigError, match=r"can't go on from its saved state .*--ignore_data_skip"):

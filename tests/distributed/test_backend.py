@@ -99,6 +99,18 @@ def test_a_resume_keeps_the_count_and_the_state_of_the_scaler(ours: Path, tmp_pa
     assert skipped(tmp_path / "run")[-11:] == skipped(ours)[-11:]
 
 
+def test_a_resume_steps_by_the_optimizer_of_this_run(ours: Path, tmp_path: Path) -> None:
+    other = {"adamw_torch": "adamw_torch_fused", "adamw_torch_fused": "adamw_torch"}[ours.name]
+    shutil.copytree(ours / "checkpoint-9", tmp_path / "run" / "checkpoint-9")
+    train(tmp_path / "run", optim=other, resume_from_checkpoint="true", allow_changed_arguments=True)
+    groups = torch.load(tmp_path / "run" / "checkpoint-18" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert [bool(group["fused"]) for group in groups] == [other == "adamw_torch_fused"] * 2
+    # An optimizer that skips by itself hides the step from the schedule: the others must still be those of this run.
+    rates = [event["learning_rate"] for event in history(tmp_path / "run")[9:] if "loss" in event]
+    stood = sum(rates[i] == rates[i - 1] for i in range(1, len(rates)))
+    assert (stood == 0) == (other == "adamw_torch_fused")
+
+
 def test_no_count_is_shown_where_no_loss_is_scaled(tmp_path: Path) -> None:
     reset()
     config = parse(

@@ -84,7 +84,7 @@ def _compare_checkpoints(expected: Path, found: Path, *, processes: int, verdict
     if (expected / last / "model.safetensors").read_bytes() != (found / last / "model.safetensors").read_bytes():
         verdict.add("checkpoints", f"{last}: other weights")
     for rank in range(processes):
-        a, b = (read(each / last, ranks=(rank, processes), device=torch.device("cpu")) for each in (expected, found))
+        a, b = (read(each / last, ranks=(rank, processes)) for each in (expected, found))
         if plain((a.files, a.rank_state)) != plain((b.files, b.rank_state)):
             verdict.add("checkpoints", f"{last}: another optimizer, schedule or generator of rank {rank}")
     a, b = (plain(_shards(each / last)) for each in (expected, found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,55 @@ def test_arguments_that_the_schedule_lacks_are_refused() -> None:
 def test_impossible_values_are_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         check_names(OptimConfig(**values))
+
+
+def stepped(name: str, **args: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer, after two steps in fp16's way."""
+    torch.manual_seed(0)
+    model = WithNorms()
+    optimizer = build_optimizer(model, OptimConfig(optim=name, **args))
+    step(model, optimizer, count=2)
+    return model, optimizer
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, count: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for _ in range(count):
+        optimizer.zero_grad()
+        scaler.scale(sum(parameter.square().sum() for parameter in model.parameters())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@pytest.mark.parametrize("was", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("now", ["adamw_torch", "adamw_torch_fused"])
+def test_a_loaded_state_is_stepped_by_the_implementation_of_this_run(was: str, now: str) -> None:
+    trained, saved = stepped(was)
+    model, optimizer = stepped(now)
+    model.load_state_dict(trained.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert {group["fused"] for group in optimizer.param_groups} == {True if now == "adamw_torch_fused" else None}
+    step(trained, saved, count=3)
+    step(model, optimizer, count=3)
+    for a, b in zip(trained.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0 if was == now else 1e-6, atol=0 if was == now else 1e-7)
+
+
+def test_the_numbers_of_a_loaded_state_are_the_checkpoints() -> None:
+    model = WithNorms()
+    saved = build_optimizer(model, OptimConfig(weight_decay=0.1)).state_dict()
+    for group in saved["param_groups"]:
+        group |= {"lr": 0.5, "betas": (0.1, 0.2), "maximize": True, "differentiable": True}
+    optimizer = build_optimizer(model, OptimConfig())
+    optimizer.load_state_dict(saved)
+    kept = [(group["lr"], group["betas"], group["maximize"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert kept == [(0.5, (0.1, 0.2), True, 0.1), (0.5, (0.1, 0.2), True, 0.0)]
+    assert not any(group["differentiable"] for group in optimizer.param_groups)
+
+
+def test_groups_that_do_not_match_are_still_an_error() -> None:
+    _, optimizer = stepped("adamw_torch")
+    saved = optimizer.state_dict()
+    saved["param_groups"] = [*saved["param_groups"], saved["param_groups"][0]]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(saved)

@@ -48,10 +48,11 @@ class SampleTables:
     charts likewise. The samples are read once, at the first table, by iterators of their own.
     """
 
-    def __init__(self, predict: PredictSamples, eval_dataset: Any, *, num_samples: int) -> None:
+    def __init__(self, predict: PredictSamples, eval_dataset: Any, *, num_samples: int, device: torch.device) -> None:
         several = isinstance(eval_dataset, Mapping)
         sets = {f"_{name}": part for name, part in eval_dataset.items()} if several else {"": eval_dataset}
         self._predict, self._sets, self._num_samples = predict, sets, num_samples
+        self._device = device
         self._samples: dict[str, list[Any]] = {}
         self._has_warned = False
 
@@ -63,7 +64,7 @@ class SampleTables:
         warning, once, and its table is missing.
         """
         values: dict[str, Any] = {}
-        with _undisturbed(model), torch.no_grad():
+        with _undisturbed(model, self._device), torch.no_grad():
             for suffix, dataset in self._sets.items():
                 model.eval()
                 try:
@@ -90,9 +91,9 @@ def _first(dataset: Any, count: int) -> list[Any]:
 
 
 @contextmanager
-def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
+def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Put back all generators, the modes of the modules, and how the model generates."""
-    generators = rng.capture(world_size=2)  # of all devices: the model may be spread over them
+    generators = rng.capture(device, world_size=2)  # of all devices: the model may be spread over them
     owned = [(module, name) for module in model.modules() for name in MODES if name in vars(module)]
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     owned += [(config, "use_cache") for config in configs if hasattr(config, "use_cache")]
@@ -107,7 +108,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
         if kept is not None:
             vars(generation).update(vars(kept))
             model.generation_config = generation
-        rng.restore(generators)
+        rng.restore(generators, device)
 
 
 def _media(predictions: SamplePredictions, epoch: float) -> dict[str, Any]:

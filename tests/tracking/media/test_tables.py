@@ -40,6 +40,7 @@ from tests.support.parity import as_flags, assert_equal_runs, run_harness
 from tests.support.wandb.file import WandbFile, read_all
 
 ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
 TINY_DISTILBERT = "dim=16,n_layers=1,n_heads=2,hidden_dim=32,max_position_embeddings=64"
 
 
@@ -419,11 +420,11 @@ class TestUndisturbed:
         assert True in {on for _, on in modes}
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         settings, given = model.generation_config, dict(vars(model.generation_config))
-        generators, hook = rng.capture(), Rude(error=error)
-        values = SampleTables(hook, gpt.eval_dataset, num_samples=3).make(model, epoch=2.0)
+        generators, hook = rng.capture_host(), Rude(error=error)
+        values = SampleTables(hook, gpt.eval_dataset, num_samples=3, device=CPU).make(model, epoch=2.0)
         assert set(values) == (set() if error else {"sample_predictions"})
         assert hook.modes == {False}
-        assert same(rng.capture(), generators)
+        assert same(rng.capture_host(), generators)
         after = [(module.training, getattr(module, "gradient_checkpointing", None)) for module in modules]
         assert after == modes
         assert model.config.use_cache is False
@@ -452,7 +453,7 @@ class TestUndisturbed:
                 optimizer.zero_grad()
             return [value.detach().clone() for value in model.parameters()]
 
-        with_tables = trained(SampleTables(task.predict_samples, task.eval_dataset, num_samples=5))
+        with_tables = trained(SampleTables(task.predict_samples, task.eval_dataset, num_samples=5, device=CPU))
         assert all(map(torch.equal, with_tables, trained(None)))
 
     def test_stream_is_read_once_and_the_training_goes_on_in_it(self, gpt: Task) -> None:
@@ -466,7 +467,7 @@ class TestUndisturbed:
         training = iter(stream)
         assert [next(training)["x"] for _ in range(3)] == [0, 1, 2]
         read.clear()
-        tables = SampleTables(nothing, stream, num_samples=4)
+        tables = SampleTables(nothing, stream, num_samples=4, device=CPU)
         made = [tables.make(gpt.model, epoch=epoch)["sample_predictions"].data for epoch in (2.0, 4.0)]
         assert made == [[[str({"x": i}), epoch] for i in range(4)] for epoch in (2.0, 4.0)]
         assert read[:4] == [0, 1, 2, 3]
@@ -474,11 +475,13 @@ class TestUndisturbed:
         assert [row["x"] for row in training] == list(range(3, 20))
 
     def test_set_smaller_than_the_table_is_shown_whole(self, gpt: Task) -> None:
-        values = SampleTables(nothing, ["a", "b"], num_samples=100).make(gpt.model, epoch=2.0)
+        values = SampleTables(nothing, ["a", "b"], num_samples=100, device=CPU).make(gpt.model, epoch=2.0)
         assert values["sample_predictions"].data == [["a", 2.0], ["b", 2.0]]
 
     def test_each_of_several_sets_has_its_table(self, gpt: Task) -> None:
-        values = SampleTables(nothing, {"mnli": ["a"], "mnli-mm": ["b", "c"]}, num_samples=2).make(gpt.model, epoch=2)
+        values = SampleTables(nothing, {"mnli": ["a"], "mnli-mm": ["b", "c"]}, num_samples=2, device=CPU).make(
+            gpt.model, epoch=2
+        )
         assert {name: len(table.data) for name, table in values.items()} == {
             "sample_predictions_mnli": 1,
             "sample_predictions_mnli-mm": 2,
@@ -500,7 +503,7 @@ class TestFailures:
     def test_is_one_warning_that_names_hook_and_error(
         self, hook: Callable[..., Any], reason: str, gpt: Task, caplog: pytest.LogCaptureFixture
     ) -> None:
-        tables = SampleTables(hook, ["a"], num_samples=2)
+        tables = SampleTables(hook, ["a"], num_samples=2, device=CPU)
         with caplog.at_level(logging.WARNING):
             assert [tables.make(gpt.model, epoch=epoch) for epoch in (2.0, 4.0)] == [{}, {}]
         (record,) = caplog.records
@@ -514,7 +517,7 @@ class TestFailures:
                 raise ValueError("no")
             return nothing(model, samples)
 
-        tables = SampleTables(picky, {"one": ["bad"], "two": ["good"]}, num_samples=2)
+        tables = SampleTables(picky, {"one": ["bad"], "two": ["good"]}, num_samples=2, device=CPU)
         assert set(tables.make(gpt.model, epoch=2.0)) == {"sample_predictions_two"}
         assert len(caplog.records) == 1
 
@@ -523,7 +526,7 @@ class TestFailures:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            SampleTables(interrupted, ["a"], num_samples=2).make(gpt.model, epoch=2.0)
+            SampleTables(interrupted, ["a"], num_samples=2, device=CPU).make(gpt.model, epoch=2.0)
 
 
 def charts_of(gpt: Task, names: Sequence[str], labels: list[int], probabilities: list[list[float]]) -> dict[str, Any]:
@@ -534,7 +537,7 @@ def charts_of(gpt: Task, names: Sequence[str], labels: list[int], probabilities:
         labels=labels,
         probabilities=probabilities,
     )
-    return SampleTables(lambda *_: found, [0], num_samples=1).make(gpt.model, epoch=2.0)
+    return SampleTables(lambda *_: found, [0], num_samples=1, device=CPU).make(gpt.model, epoch=2.0)
 
 
 def one_hot(ids: Sequence[int], size: int) -> list[list[float]]:
@@ -590,19 +593,19 @@ from harness.tasks import TaskConfig
 from harness.tasks.text import causal_lm, sequence_classification
 from harness.tracking.media.tables import SampleTables
 
-folder = Path(sys.argv[1])
+folder, cpu = Path(sys.argv[1]), torch.device("cpu")
 given = dict(model_type="bert", config_overrides={TINY_BERT!r}, tokenizer_name=str(folder / "bert"))
 run = wandb.init(project="tables", dir=sys.argv[2])
 for step, name in enumerate(("two", "three"), 1):
     path = str(folder / (name + ".csv"))
     task = sequence_classification.build(TaskConfig(task="sequence-classification", train_file=path,
         validation_file=path, **given))
-    tables = SampleTables(task.predict_samples, {{name: task.eval_dataset}}, num_samples=6)
+    tables = SampleTables(task.predict_samples, {{name: task.eval_dataset}}, num_samples=6, device=cpu)
     run.log({{**tables.make(task.model, epoch=2.0 * step), "train/global_step": step}})
 text = str(folder / "text.txt")
 task = causal_lm.build(TaskConfig(model_type="gpt2", config_overrides={TINY_GPT!r}, block_size=8, train_file=text,
     validation_file=text, tokenizer_name=str(folder / "gpt")))
-tables = SampleTables(task.predict_samples, task.eval_dataset, num_samples=100)
+tables = SampleTables(task.predict_samples, task.eval_dataset, num_samples=100, device=cpu)
 for epoch in (2.0, 4.5):
     run.log({{**tables.make(task.model, epoch=epoch), "train/global_step": 3}})
 run.finish()
