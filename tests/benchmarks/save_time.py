@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,16 @@ from harness.flags import parse
 from harness.loop import train_step
 from harness.session import Run
 from harness.snapshot import save
+from harness.tasks import Task
 from harness.tracking.lifecycle import wandb_tracker
 from harness.training.state import TrainState
-from tests.benchmarks.log_model_time import build, collate
 
 STEPS_BESIDE, KEPT = 5, 2
+CPU = {"use_cpu": True}
 
 
-def with_trainer(folder: Path) -> Callable[[], None]:
+def with_trainer(folder: Path, task: Task, where: Mapping[str, Any] = CPU) -> Callable[[], None]:
     set_seed(42)
-    task = build()
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -45,10 +45,10 @@ def with_trainer(folder: Path) -> Callable[[], None]:
         save_strategy="no",
         save_total_limit=KEPT,
         report_to="none",
-        use_cpu=True,
         disable_tqdm=True,
+        **where,
     )
-    trainer = Trainer(task.model, arguments, data_collator=collate, train_dataset=task.train_dataset)
+    trainer = Trainer(task.model, arguments, data_collator=task.data_collator, train_dataset=task.train_dataset)
     trainer.train()
 
     def saves() -> None:
@@ -58,18 +58,22 @@ def with_trainer(folder: Path) -> Callable[[], None]:
     return saves
 
 
-def with_accelerate(folder: Path) -> Callable[[], Any]:
+def with_accelerate(folder: Path, task: Task) -> Callable[[], Any]:
     project = ProjectConfiguration(project_dir=str(folder), automatic_checkpoint_naming=True, total_limit=KEPT)
-    accelerator, task = Accelerator(cpu=True, project_config=project), build()
+    accelerator = Accelerator(cpu=True, project_config=project)
     model, optimizer = accelerator.prepare(task.model, torch.optim.AdamW(task.model.parameters(), fused=True))
-    accelerator.backward(model(**collate([task.train_dataset[0]])).loss)
+    accelerator.backward(model(**task.data_collator([task.train_dataset[0]])).loss)
     optimizer.step()
     return accelerator.save_state
 
 
-def with_harness(folder: Path) -> tuple[Run, Callable[[], None], Callable[[], None]]:
-    flags = ["--task=tests.benchmarks.log_model_time:build", "--per_device_train_batch_size=1", "--max_steps=1000"]
-    config = parse([*flags, f"--output_dir={folder}", "--report_to=none", "--use_cpu", f"--save_total_limit={KEPT}"])
+def with_harness(
+    folder: Path, task: str, where: Mapping[str, Any] = CPU
+) -> tuple[Run, Callable[[], None], Callable[[], None]]:
+    """The run of the task of that name, what saves it and what makes a step of it."""
+    flags = [f"--task={task}", "--per_device_train_batch_size=1", "--max_steps=1000", "--report_to=none"]
+    flags += [f"--output_dir={folder}", f"--save_total_limit={KEPT}", *(f"--{k}={v}" for k, v in where.items())]
+    config = parse(flags)
     accelerator = build_accelerator(config.topology, activation_checkpointing=False)
     session, state = assemble(config, choose_backend(accelerator), folder, weights=None), TrainState()
     run = build_run(session, state, wandb_tracker([]))
@@ -96,12 +100,14 @@ def timed(action: Callable[[], Any]) -> float:
 
 
 def main(rounds: int) -> None:
+    from tests.benchmarks.log_model_time import build  # it brings a server of W&B's, which other users do without
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        run, saves, steps = with_harness(folder / "harness")
+        run, saves, steps = with_harness(folder / "harness", "tests.benchmarks.log_model_time:build")
         ways: dict[str, Callable[[], Any]] = {
-            "Trainer": with_trainer(folder / "trainer"),
-            "accelerate.save_state": with_accelerate(folder / "accelerate"),
+            "Trainer": with_trainer(folder / "trainer", build()),
+            "accelerate.save_state": with_accelerate(folder / "accelerate", build()),
             "harness": saves,
         }
         held: dict[str, list[float]] = {name: [] for name in ways}

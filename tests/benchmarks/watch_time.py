@@ -12,8 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-
-os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true", HF_HUB_OFFLINE="1")
+from collections.abc import Mapping
 
 import torch
 import wandb
@@ -24,46 +23,59 @@ from harness.tracking.media.histograms import Watch
 SHAPE = {"n_layer": 5, "n_head": 4, "n_embd": 256, "vocab_size": 9600, "n_positions": 128}
 # wandb.watch counts for itself: it observes every third step.
 TURN = ("plain", "ours", "wandb.watch")
+ALONE = "observe() alone"
 
 
-def main(rounds: int, folder: str) -> None:
+def clock(device: str) -> float:
+    """The time when the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(
+    rounds: int, folder: str, *, shape: Mapping[str, int] = SHAPE, device: str = "cpu", pause: float = 0.3
+) -> dict[str, list[float]]:
+    """Milliseconds of each step, by what observed it, and of our observation alone; a round more warms up."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**SHAPE, bos_token_id=0, eos_token_id=0))
+    with torch.device(device):
+        model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+        batch = torch.randint(0, shape["vocab_size"], (2, 64))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batch = torch.randint(0, SHAPE["vocab_size"], (2, 64))
-    run = wandb.init(dir=folder, settings=wandb.Settings(x_disable_stats=True))
+    run = wandb.init(mode="offline", dir=folder, settings=wandb.Settings(x_disable_stats=True, silent=True))
     run.watch(model, log="all", log_freq=len(TURN))
     watch = Watch(model, log="all", log_freq=1, is_main=True)
-    times: dict[str, list[float]] = {kind: [] for kind in (*TURN, "observe() alone")}
-    for turn in range(rounds + 1):  # the first warms up
+    times: dict[str, list[float]] = {kind: [] for kind in (*TURN, ALONE)}
+    for turn in range(rounds + 1):
         for kind in TURN:
-            begin = time.perf_counter()
+            begin = clock(device)
             model(input_ids=batch, labels=batch).loss.backward()
             if kind == "ours":
-                start = time.perf_counter()
+                start = clock(device)
                 found = watch.observe()
-                alone = time.perf_counter() - start
+                alone = clock(device) - start
                 rows = {key: wandb.Histogram(np_histogram=(h.values, h.bins)) for key, h in found.items()}
                 run.log(rows, commit=False)
             optimizer.step()
             optimizer.zero_grad()
-            taken = time.perf_counter() - begin
+            taken = clock(device) - begin
             run.log({"loss": 0.0})
-            time.sleep(0.3)  # wandb's service works on the row in the background
+            time.sleep(pause)  # wandb's service works on the row in the background
             if turn:
                 times[kind].append(1000 * taken)
                 if kind == "ours":
-                    times["observe() alone"].append(1000 * alone)
+                    times[ALONE].append(1000 * alone)
     run.finish()
+    return times
+
+
+def main(rounds: int, folder: str) -> None:
+    times = measure(rounds, folder)
     plain = statistics.median(times["plain"])
-    parameters = list(model.parameters())
-    size = sum(parameter.numel() for parameter in parameters)
-    print(
-        f"{len(parameters)} tensors, {size / 1e6:.1f} M parameters, {torch.get_num_threads()} threads, {rounds} rounds"
-    )
+    print(f"{torch.get_num_threads()} threads, {rounds} rounds")
     for kind, taken in times.items():
         median = statistics.median(taken)
-        more = median if kind == "observe() alone" else median - plain
+        more = median if kind == ALONE else median - plain
         print(f"{kind:16} {median:7.1f} ms ({min(taken):.1f}-{max(taken):.1f})  adds {more:6.1f} ms")
     added = {kind: statistics.median(times[kind]) - plain for kind in TURN}
     print(f"wandb.watch adds {added['wandb.watch'] / added['ours']:.1f} times what ours adds")
