@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate.utils.memory import clear_device_cache
 
 from harness.data.loader import Batch, step_groups
+from harness.distributed.transfer import gather_numbers
 from harness.errors import CheckpointError, StoppedError
 from harness.model.flags import BY_METRIC
 from harness.model.optim import current_learning_rate
@@ -107,20 +108,22 @@ def follow(run: Run, state: TrainState, due: Due, *, ends_epoch: bool = False) -
 
 def report(run: Run, state: TrainState) -> None:
     """
-    Collective: report the steps since the last report. Only here a step waits for the device.
+    Collective: report the steps since the last report. Only here a step waits for the device, and only once.
 
     A value of your own goes into `extras` as train/NAME for the trackers alone, or into `logs` for the history too.
     """
     run.watchdog.at(REPORT, state.global_step)
-    total, num_nonfinite, of_ranks = run.window.drain(run.throughput.of_this_rank())
+    values = {**run.window.values(), **run.work.values(), **run.throughput.values()}
+    of_ranks = gather_numbers(run.accelerator, {**values, "skipped": run.stepper.take_skipped()})
+    total, num_nonfinite = run.window.drain(of_ranks)
     rates = run.throughput.report(of_ranks)
     logs = {"loss": total / (state.global_step - state.last_logged_step), **run.window.last_step()}
     state.total_loss += total
     state.last_logged_step = state.global_step
-    run.work.settle_flos(state)
+    run.work.add_to(state, of_ranks)
     extras = ({"train/num_nonfinite_losses": num_nonfinite} if num_nonfinite else {}) | rates
     if run.stepper.scales_loss:
-        state.num_skipped_steps += run.stepper.take_skipped()
+        state.num_skipped_steps += int(of_ranks[run.accelerator.process_index]["skipped"])
         extras["train/num_skipped_steps"] = state.num_skipped_steps
     logs = emit(run, state, logs, extras, timed=True)
     run.console.report(logs, step=state.global_step, rate=as_text(rates))
@@ -137,7 +140,6 @@ def emit(
     """Collective: complete a row for the history and, with `extras` of ours, for the trackers; returns the row."""
     row = {**logs, "epoch": state.epoch}
     if run.work.counts != "no":
-        run.work.settle_tokens(state)
         row["num_input_tokens_seen"] = state.num_input_tokens_seen
         if timed:
             row |= run.clock.rates(num_tokens=state.num_input_tokens_seen - run.clock.first_tokens)
@@ -149,6 +151,7 @@ def emit(
 def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     """Collective: evaluate on all sets; returns whether this was the best evaluation so far."""
     run.watchdog.at(EVALUATION, state.global_step)
+    run.work.settle_tokens(state)
     run.optimizer.eval()  # schedule-free optimizers evaluate and save other weights than they train
     metrics: dict[str, float] = {}
     previous = last_evaluation(state.log_history)
@@ -209,7 +212,7 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
     steps = state.global_step - run.clock.first_step
     samples = run.plan.num_samples * steps / max(run.plan.max_steps, 1)
     metrics = run.clock.rates(num_samples=samples, num_steps=steps)
-    run.work.settle_flos(state)
+    run.work.settle(state)
     metrics["total_flos"] = state.total_flos
     metrics["train_loss"] = state.total_loss / max(state.global_step - state.loss_from_step, 0.001)
     emit(run, state, metrics, {})

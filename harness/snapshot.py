@@ -34,10 +34,8 @@ def save(run: Run, state: TrainState) -> None:
     """Collective: copy the state for checkpoint-N; it is written while the training goes on."""
     run.watchdog.at(SAVE, state.global_step)
     run.checkpoints.settle()
-    run.work.settle_flos(state)
-    state.num_skipped_steps += run.stepper.take_skipped()
-    if run.work.counts != "no":
-        run.work.settle_tokens(state)
+    run.work.settle(state)
+    state.num_skipped_steps += int(run.stepper.take_skipped())
     best, known = run.checkpoints.path_of(state.best_global_step or 0), state.best_model_checkpoint
     if state.best_global_step == state.global_step or best.is_dir():
         state.best_model_checkpoint = str(best)

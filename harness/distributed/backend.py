@@ -58,8 +58,8 @@ class Stepper(Protocol):
         """Whether the last step does not count for the schedule, because gradients overflowed."""
         ...
 
-    def take_skipped(self) -> int:
-        """Return how many steps were skipped since the last call; reads the device if the loss is scaled."""
+    def take_skipped(self) -> torch.Tensor | int:
+        """Return how many steps were skipped since the last call, the same on all ranks; it may be on the device."""
         ...
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:

@@ -59,9 +59,9 @@ class AcceleratedStepper:
         """
         return bool(self.accelerator.optimizer_step_was_skipped)
 
-    def take_skipped(self) -> int:
-        """Return the number since the last call, with those that a fused optimizer skipped."""
-        taken, self.num_skipped = int(self.num_skipped), 0
+    def take_skipped(self) -> torch.Tensor | int:
+        """Return the number since the last call, with those that a fused optimizer skipped; on the device."""
+        taken, self.num_skipped = self.num_skipped, 0
         return taken
 
     @contextmanager

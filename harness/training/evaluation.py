@@ -17,6 +17,9 @@ from transformers.trainer_utils import speed_metrics
 from harness.tasks import Generate, Metrics
 from harness.training.loss import Batch, Loss
 
+# What a model may return beside its logits; the second is its name from transformers 5.24 on.
+CACHES = ["past_key_values", "cache"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
@@ -142,7 +145,7 @@ class Evaluator:
         if self.generate is not None:
             return self.generate(self.accelerator.unwrap_model(model, keep_torch_compile=False), batch)
         config = getattr(self.accelerator.unwrap_model(model), "config", None)
-        return _logits(outputs, getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))
+        return _logits(outputs, getattr(config, "keys_to_ignore_at_inference", CACHES))
 
     def _update(self, metrics: Metrics, logits: Any, labels: Any) -> torch.Tensor:
         gather, pad = self.accelerator.gather_for_metrics, self.accelerator.pad_across_processes

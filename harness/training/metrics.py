@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
 from harness.distributed.sharding import num_parameters
+from harness.distributed.transfer import gather_numbers
 from harness.errors import ConfigError
 from harness.training.flags import MetricsConfig
 from harness.training.state import TrainState
@@ -39,21 +40,20 @@ class Window:
             loss = torch.where(finite, loss, self.sums[0] / (1 + steps_since_report))
         self.sums += torch.stack([loss.float(), (~finite).float()])
 
-    def drain(self, riders: Sequence[float] = ()) -> tuple[float, int, list[list[float]]]:
-        """
-        Collective: return the sum's mean over the ranks, and how many losses of all ranks were not finite.
+    def values(self) -> dict[str, torch.Tensor | float]:
+        """Return this rank's numbers, for a report to gather: no host sync."""
+        return {"loss": self.sums[0], "nonfinite_losses": self.sums[1], "grad_norm": self.grad_norm}
 
-        `riders` are numbers of this rank, as many on each: the third result has those of all ranks, in float32. They
-        travel in the same tensor, so that a report needs one reduce and one host sync.
+    def drain(self, of_ranks: Sequence[Mapping[str, float]]) -> tuple[float, int]:
         """
-        # No need to wait: the copy is queued on the device before its use.
-        along = torch.tensor(riders, dtype=torch.float32).to(self.sums.device, non_blocking=True)
-        gathered = self.accelerator.gather(torch.cat([self.sums, along]).unsqueeze(0))
-        sums = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum()])
-        loss, num_nonfinite, *flat = torch.cat([sums, gathered[:, 2:].flatten()]).tolist()
+        Return the mean over the ranks of the summed losses, in float32, and how many losses were not finite.
+
+        `of_ranks` are the `values` of all ranks. The next window begins.
+        """
+        loss = torch.tensor([values["loss"] for values in of_ranks], dtype=torch.float32, device="cpu").mean()
+        self.grad_norm = of_ranks[self.accelerator.process_index]["grad_norm"]
         self.sums.zero_()
-        count = len(riders)
-        return loss, int(num_nonfinite), [flat[i : i + count] for i in range(0, len(flat), max(count, 1))]
+        return loss.item(), int(sum(values["nonfinite_losses"] for values in of_ranks))
 
     def undrained(self) -> float:
         """Return what this rank alone has summed up since the last report."""
@@ -126,19 +126,32 @@ class Work:
         else:
             self.tokens += main_input.numel()
 
-    def settle_flos(self, state: TrainState) -> None:
-        """Collective: add the operations of all ranks to the state."""
-        done = self.flos
-        if self.accelerator.num_processes > 1:
-            # float32 among ranks, as the Trainer has it
-            done = self.accelerator.gather(torch.tensor([done], device=self.accelerator.device)).sum().item()
-        state.total_flos += done
+    def values(self) -> dict[str, torch.Tensor | float]:
+        """Return this rank's counts, for a report to gather: no host sync."""
+        return {"flos": self.flos} | ({} if self.counts == "no" else {"tokens_seen": self.tokens})
+
+    def add_to(self, state: TrainState, of_ranks: Sequence[Mapping[str, float]]) -> None:
+        """Add the counts of all ranks, the `values` of each, to the state; they begin anew."""
+        done = [values["flos"] for values in of_ranks]
+        if len(done) > 1:  # float32 among ranks, as the Trainer has it
+            done = [torch.tensor(done, dtype=torch.float32, device="cpu").sum().item()]
+        state.total_flos += done[0]
         self.flos = 0.0
+        if self.counts != "no":
+            self._add_tokens(state, of_ranks)
+
+    def _add_tokens(self, state: TrainState, of_ranks: Sequence[Mapping[str, float]]) -> None:
+        state.num_input_tokens_seen += int(sum(values["tokens_seen"] for values in of_ranks))
+        self.tokens.zero_()
+
+    def settle(self, state: TrainState) -> None:
+        """Collective: add the counts of all ranks to the state; a host sync."""
+        self.add_to(state, gather_numbers(self.accelerator, self.values()))
 
     def settle_tokens(self, state: TrainState) -> None:
-        """Collective: add the tokens of all ranks to the state."""
-        state.num_input_tokens_seen += int(self.accelerator.gather(self.tokens).sum().item())
-        self.tokens.zero_()
+        """Collective: add the tokens of all ranks to the state; a host sync, if they are counted."""
+        if self.counts != "no":
+            self._add_tokens(state, gather_numbers(self.accelerator, {"tokens_seen": self.tokens}))
 
 
 class Clock:

@@ -155,35 +155,36 @@ class Throughput:
         yield
         self._paused_seconds += time.perf_counter() - started
 
-    def of_this_rank(self) -> tuple[float, float, float, float]:
+    def values(self) -> dict[str, float]:
         """Return samples, tokens, seconds without data and peak memory in GiB of this rank, for a report to gather."""
         self._fold_waits()
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.on_cuda else 0.0
-        return float(self._samples), float(self._tokens), self._wait_seconds, peak
+        work = {"samples": self._samples, "tokens": self._tokens}
+        return {**work, "wait_seconds": self._wait_seconds, "peak_gib": peak}
 
-    def report(self, of_ranks: Sequence[Sequence[float]]) -> dict[str, float]:
+    def report(self, of_ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """
         Return the window's values by name, and begin the next window; call it when the device is done.
 
-        `of_ranks` are the values of `of_this_rank` on all ranks. Each step waits for the rank that waits longest for
-        data, so that rank's share is shown; of the memory the largest peak since the process began, evaluations
-        included.
+        `of_ranks` are the `values` of all ranks. Each step waits for the rank that waits longest for data, so that
+        rank's share is shown; of the memory the largest peak since the process began, evaluations included.
         """
         seconds = time.perf_counter() - self._began_at - self._paused_seconds
         self.begin()
-        samples, tokens, waits, peaks = zip(*of_ranks, strict=True)
-        worked = sum(samples) > 0 and seconds > 0
+        samples, tokens = (sum(values[name] for values in of_ranks) for name in ("samples", "tokens"))
+        waited, peak = (max(values[name] for values in of_ranks) for name in ("wait_seconds", "peak_gib"))
+        worked = samples > 0 and seconds > 0
         rate = 1 / seconds if worked else math.nan
-        found = {f"{SPEED}/samples_per_second": sum(samples) * rate}
-        if self.counts_tokens and (sum(tokens) > 0 or not worked):
-            found[f"{SPEED}/tokens_per_second"] = sum(tokens) * rate
+        found = {f"{SPEED}/samples_per_second": samples * rate}
+        if self.counts_tokens and (tokens > 0 or not worked):
+            found[f"{SPEED}/tokens_per_second"] = tokens * rate
         found |= {f"{name}_per_device": value / self.num_devices for name, value in found.items()}
-        found[f"{SPEED}/data_wait_share"] = min(max(waits) * rate, 1.0) if worked else math.nan
+        found[f"{SPEED}/data_wait_share"] = min(waited * rate, 1.0) if worked else math.nan
         a_device = found.get(f"{SPEED}/tokens_per_second_per_device")
         if a_device is not None and self.peak is not None and self.flops_per_token > 0:
             found[f"{SPEED}/mfu"] = a_device * self.flops_per_token / self.peak
         if self.on_cuda:
-            found[f"{MEMORY}/peak_gib"] = max(peaks)
+            found[f"{MEMORY}/peak_gib"] = peak
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from harness.training.evaluation import _joined
 from tests.benchmarks.evaluation_memory import LENGTH, WORDS, measured
+from tests.support.parity import TRAINING, history, run_harness
 
 
 def test_predictions_of_unequal_length_are_padded_to_the_longest() -> None:
@@ -26,6 +28,13 @@ def test_logits_of_unequal_length_are_padded_in_their_second_dimension() -> None
 
 def test_predictions_of_one_value_a_sample_stay_as_they_are() -> None:
     assert np.array_equal(_joined([torch.tensor([1, 2]), torch.tensor([3])]), [1, 2, 3])
+
+
+def test_the_keys_and_values_that_a_model_keeps_are_no_predictions(tmp_path: Path) -> None:
+    short = {**TRAINING, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    for name in ("with", "without"):
+        run_harness(tmp_path / name, {**short, "use_cache": name == "with"})
+    assert history(tmp_path / "with") == history(tmp_path / "without")
 
 
 @pytest.mark.slow

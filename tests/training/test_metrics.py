@@ -11,10 +11,13 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
+from harness.distributed.transfer import gather_numbers
 from harness.errors import ConfigError
 from harness.training.flags import MetricsConfig
 from harness.training.metrics import Clock, Window, Work
 from harness.training.state import TrainState
+from tests.support.launching import DDP, flags, launcher, run
+from tests.support.parity import TRAINING, history
 
 FINITE, BAD = [1.5, 0.7, 2.25, 1.1], [1.5, math.nan, 0.7, math.inf, 2.0, -math.inf]
 
@@ -32,6 +35,10 @@ def window(accelerator: Accelerator, losses: list[float], filters: bool) -> Wind
     return found
 
 
+def drained(found: Window) -> tuple[float, int]:
+    return found.drain(gather_numbers(found.accelerator, found.values()))
+
+
 def trainers(losses: list[float], filters: bool) -> float:
     """The lines of Trainer._run_epoch about `_tr_loss`."""
     total = torch.tensor(0.0)
@@ -46,40 +53,44 @@ def trainers(losses: list[float], filters: bool) -> float:
 
 @pytest.mark.parametrize("losses", [FINITE, BAD, [math.nan], [math.nan, 1.0]], ids=str)
 def test_filtered_loss_is_the_trainers(losses: list[float], accelerator: Accelerator) -> None:
-    total, num_nonfinite, _ = window(accelerator, losses, filters=True).drain()
+    total, num_nonfinite = drained(window(accelerator, losses, filters=True))
     assert total == trainers(losses, filters=True)
     assert math.isfinite(total)
     assert num_nonfinite == sum(not math.isfinite(loss) for loss in losses)
 
 
 def test_unfiltered_loss_shows_nan_and_counts_it(accelerator: Accelerator) -> None:
-    total, num_nonfinite, _ = window(accelerator, BAD, filters=False).drain()
+    total, num_nonfinite = drained(window(accelerator, BAD, filters=False))
     assert math.isnan(total)
     assert num_nonfinite == 3
-    total, _, _ = window(accelerator, FINITE, filters=False).drain()
+    total, _ = drained(window(accelerator, FINITE, filters=False))
     assert total == trainers(FINITE, filters=False)
 
 
 @pytest.mark.parametrize("filters", [True, False])
 def test_a_nan_does_not_reach_the_next_report(filters: bool, accelerator: Accelerator) -> None:
     found = window(accelerator, BAD, filters)
-    found.drain()
+    drained(found)
     assert found.undrained() == 0.0
     found.add(torch.tensor(1.25), steps_since_report=0)
-    assert found.drain() == (1.25, 0, [])
+    assert drained(found) == (1.25, 0)
 
 
-def test_what_rides_along_comes_back_and_leaves_the_losses_as_they_are(accelerator: Accelerator) -> None:
-    alone, with_riders = (window(accelerator, BAD, True) for _ in range(2))
-    assert with_riders.drain((3.0, math.nan, 0.5))[:2] == alone.drain()[:2]
-    assert with_riders.drain((3.0, 0.5)) == (0.0, 0, [[3.0, 0.5]])
+def test_a_report_shows_this_ranks_norm_and_the_mean_of_all_ranks_losses(accelerator: Accelerator) -> None:
+    found = Window(accelerator, MetricsConfig())
+    others = {"loss": 0.5, "nonfinite_losses": 2.0, "grad_norm": 7.0}
+    found.grad_norm = torch.tensor(0.1, dtype=torch.bfloat16)
+    of_ranks = [*gather_numbers(accelerator, found.values()), others]
+    found.add(torch.tensor(9.0), steps_since_report=0)
+    assert found.drain(of_ranks) == (0.25, 2)
+    assert found.last_step()["grad_norm"] == torch.tensor(0.1, dtype=torch.bfloat16).item()
 
 
 def test_half_precision_losses_are_summed_in_float32(accelerator: Accelerator) -> None:
     found = Window(accelerator, MetricsConfig())
     for step in range(300):
         found.add(torch.tensor(1.0, dtype=torch.bfloat16), steps_since_report=step)
-    assert found.drain()[0] == 300.0
+    assert drained(found)[0] == 300.0
 
 
 def test_window_goes_on_where_it_was_saved(accelerator: Accelerator) -> None:
@@ -90,7 +101,7 @@ def test_window_goes_on_where_it_was_saved(accelerator: Accelerator) -> None:
     assert second.last_step() == {"grad_norm": 0.5, "learning_rate": 1e-3}
     for step, loss in enumerate(FINITE[2:], start=2):
         second.add(torch.tensor(loss), steps_since_report=step)
-    assert second.drain() == whole.drain()
+    assert drained(second) == drained(whole)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -144,6 +155,7 @@ def test_tokens_are_counted(
         found.add({**BATCH, **mask})
     found.settle_tokens(state)
     found.settle_tokens(state)
+    found.settle(state)
     assert state.num_input_tokens_seen == 2 * expected
 
 
@@ -151,10 +163,18 @@ def test_operations_are_the_trainers_count(accelerator: Accelerator, tmp_path: P
     found, model = work(accelerator, "no")
     state = TrainState()
     found.add(BATCH)
-    found.settle_flos(state)
-    found.settle_flos(state)
+    found.settle(state)
+    found.settle(state)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     assert state.total_flos == Trainer(model=model, args=args).floating_point_ops(BATCH) > 0
+
+
+def test_operations_of_several_ranks_are_added_in_float32_and_tokens_are_not(accelerator: Accelerator) -> None:
+    found, _ = work(accelerator, "all")
+    state = TrainState()
+    found.add_to(state, [{"flos": 2.0**24 + 1, "tokens_seen": 2**24 + 1}, {"flos": 0.0, "tokens_seen": 2**53 + 1}])
+    assert state.total_flos == 2.0**24
+    assert state.num_input_tokens_seen == 2**24 + 2**53 + 2
 
 
 def test_tokens_without_a_main_input_are_refused(accelerator: Accelerator) -> None:
@@ -176,3 +196,14 @@ def test_rates_count_this_attempt_only() -> None:
     rates = clock.rates(num_tokens=state.num_input_tokens_seen - clock.first_tokens)
     assert list(rates) == ["train_runtime", "train_tokens_per_second"]
     assert rates["train_tokens_per_second"] == pytest.approx(50, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_report_of_two_processes_is_one_collective(tmp_path: Path) -> None:
+    short = {**TRAINING, "max_steps": 4, "logging_steps": 2, "include_num_input_tokens_seen": "non_padding"}
+    command = ["-m", "tests.support.measuring.syncs", str(tmp_path / "count"), *flags(tmp_path / "run", short)]
+    done = run([*launcher(DDP), *command, "--expect_num_processes", "2"], cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert (tmp_path / "count").read_text() == "2"
+    (tokens,) = {event["num_input_tokens_seen"] for event in history(tmp_path / "run") if event["step"] == 4}
+    assert 4 * 2 * 8 * 6 < tokens <= 4 * 2 * 8 * 32

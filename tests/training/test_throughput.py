@@ -54,7 +54,7 @@ def throughput(model: torch.nn.Module | None = None, *, cpu: bool = True, **flag
 def reported(found: Throughput, *, seconds: float) -> dict[str, float]:
     """The report of this rank alone, of a window that began so long ago."""
     found._began_at = time.perf_counter() - seconds
-    return found.report([found.of_this_rank()])
+    return found.report([found.values()])
 
 
 def test_samples_and_tokens_are_those_of_the_batches_padding_included() -> None:
@@ -74,7 +74,12 @@ def test_the_work_of_all_ranks_is_added_up_and_the_longest_wait_is_shown() -> No
     found = throughput()
     found.num_devices = 2
     found._began_at = time.perf_counter() - 100.0
-    rates = found.report([(500.0, 5000.0, 20.0, 0.0), (1000.0, 15000.0, 50.0, 0.0)])
+    rates = found.report(
+        [
+            {"samples": 500, "tokens": 5000, "wait_seconds": 20.0, "peak_gib": 0.0},
+            {"samples": 1000, "tokens": 15000, "wait_seconds": 50.0, "peak_gib": 0.0},
+        ]
+    )
     assert rates[f"{SPEED}/samples_per_second"] == pytest.approx(15, rel=0.01)
     assert rates[f"{SPEED}/samples_per_second_per_device"] == pytest.approx(7.5, rel=0.01)
     assert rates[f"{SPEED}/tokens_per_second"] == pytest.approx(200, rel=0.01)
@@ -118,7 +123,7 @@ def test_waiting_for_data_is_told_from_working() -> None:
     for _ in found.drawn(slow(0.03, 4)):
         found.add(BATCH)
         time.sleep(0.01)
-    share = found.report([found.of_this_rank()])[f"{SPEED}/data_wait_share"]
+    share = found.report([found.values()])[f"{SPEED}/data_wait_share"]
     assert 0.5 < share < 0.95, "three quarters"
 
 
@@ -133,7 +138,7 @@ def test_a_pause_does_not_count() -> None:
     found.add(BATCH)
     with found.paused():
         time.sleep(0.5)
-    assert found.report([found.of_this_rank()])[f"{SPEED}/samples_per_second"] > 2 / 0.25
+    assert found.report([found.values()])[f"{SPEED}/samples_per_second"] > 2 / 0.25
 
 
 @pytest.mark.parametrize(
@@ -289,6 +294,6 @@ def test_a_gpu_that_has_work_left_does_not_wait_for_data() -> None:
             found.add(BATCH)
             matrix = torch.nn.functional.normalize(matrix @ matrix)
         torch.cuda.synchronize()
-        rates = found.report([found.of_this_rank()])
+        rates = found.report([found.values()])
         assert least <= rates[f"{SPEED}/data_wait_share"] <= most
         assert rates["train/memory/peak_gib"] > 0.05

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.config import at_least, choice
 from harness.distributed.sharding import gathered, is_cut, local_part
+from harness.distributed.transfer import to_device
 from harness.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def _table(batch: Sequence[_Source]) -> tuple[torch.Tensor, torch.Tensor]:
         all_reduce(high, ReduceOp.MAX, group)
     if any(source.num_zeros for source in batch):
         has_zeros = torch.tensor([source.num_zeros > 0 for source in batch], device="cpu")
-        has_zeros = has_zeros.to(low.device, non_blocking=True) & (low <= high)
+        has_zeros = to_device(has_zeros, low.device) & (low <= high)
         low, high = torch.where(has_zeros, low.clamp(max=0), low), torch.where(has_zeros, high.clamp(min=0), high)
     counts = (_host_counts if on_host else _device_counts)(values, low, high)
     for group in shards:
@@ -286,7 +287,7 @@ def _packed(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[tup
     owners: list[int] = []
 
     def pack() -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat(pieces).view(-1, ROW), torch.tensor(owners, device="cpu").to(nan.device, non_blocking=True)
+        return torch.cat(pieces).view(-1, ROW), to_device(torch.tensor(owners, device="cpu"), nan.device)
 
     for i, tensor in enumerate(tensors):
         for piece in torch.split(tensor, DEVICE_CHUNK):
