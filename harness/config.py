@@ -14,6 +14,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -151,6 +152,12 @@ def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) is not types.UnionType:
         return hint
     return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+
+
+def release(package: str) -> tuple[int, int]:
+    """Return (2, 13) for an installed package of version 2.13.0+cpu, without importing it."""
+    major, minor = version(package).split(".")[:2]
+    return int(major), int(minor)
 
 
 def choice(flag: str, value: object, allowed: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # pytest names the running test; torch and wandb leave these when they are used.
-SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_")
+SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_NVML_")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

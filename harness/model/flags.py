@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import Json, arg, at_least, section
+from harness.config import Json, arg, at_least, release, section
 from harness.errors import ConfigError
 
 # Names of `--optim` that need another loop than ours, with what to use.
@@ -23,6 +23,9 @@ UNSUPPORTED_OPTIMIZERS = {
     "apollo_adamw_layerwise": "it updates weights inside the backward pass; use apollo_adamw",
 }
 
+# The Trainer's default, which hangs on torch's version: in older ones the fused optimizer is not on all devices.
+DEFAULT_OPTIM = "adamw_torch_fused" if release("torch") >= (2, 8) else "adamw_torch"
+
 # These are stepped with a metric after an evaluation, not after each update.
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -33,7 +36,7 @@ class OptimConfig:
     """Optimizer and schedule."""
 
     optim: str = arg(
-        "adamw_torch_fused",
+        DEFAULT_OPTIM,
         "As transformers calls it, e.g. adamw_torch, adafactor, sgd; a wrong name lists all.",
         common=True,
     )

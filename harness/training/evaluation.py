@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.trainer_utils import speed_metrics
 
 from harness.tasks import Generate, Metrics
 from harness.training.loss import Batch, Loss
 
-# What a model may return beside its logits; the second is its name from transformers 5.24 on.
-CACHES = ["past_key_values", "cache"]
+# What transformers' outputs call the keys and values of a decoder; the Trainer ignores them by default.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ class Evaluator:
         if self.generate is not None:
             return self.generate(self.accelerator.unwrap_model(model, keep_torch_compile=False), batch)
         config = getattr(self.accelerator.unwrap_model(model), "config", None)
-        return _logits(outputs, getattr(config, "keys_to_ignore_at_inference", CACHES))
+        return _logits(outputs, getattr(config, "keys_to_ignore_at_inference", [CACHE]))
 
     def _update(self, metrics: Metrics, logits: Any, labels: Any) -> torch.Tensor:
         gather, pad = self.accelerator.gather_for_metrics, self.accelerator.pad_across_processes

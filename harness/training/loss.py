@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,13 +53,24 @@ def _checkpoint_activations(model: torch.nn.Module, kwargs: dict[str, Any], acce
             "--activation_checkpointing_kwargs: offload moves activations from an accelerator to host memory, and on "
             "the CPU they are there; leave it out."
         )
+    every_n_layers = kwargs.pop("every_n_layers", 1)
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    older: Any = getattr(model, "gradient_checkpointing_enable", None)  # its only name before transformers 5.23
+    if enable is not None:
+        layers = {"every_n_layers": every_n_layers, "offload": offload}
+        enable = partial(enable, activation_checkpointing_kwargs=kwargs or None, **layers)
+    elif older is not None:
+        if offload or every_n_layers != 1:
+            raise ConfigError(
+                "--activation_checkpointing_kwargs: every_n_layers and offload need transformers 5.23 or newer: "
+                "update it, or leave them out."
+            )
+        enable = partial(older, gradient_checkpointing_kwargs=kwargs or None)
     refusal = f"--activation_checkpointing: {type(unwrap_peft_model(model)).__name__} does not offer it; leave it out."
     if enable is None:
         raise ConfigError(refusal)
-    every_n_layers = kwargs.pop("every_n_layers", 1)
     try:
-        enable(every_n_layers=every_n_layers, offload=offload, activation_checkpointing_kwargs=kwargs or None)
+        enable()
     except ValueError as error:
         raise ConfigError(refusal) from error
 

@@ -235,9 +235,9 @@ def _own_store() -> PrefixStore | None:
     # Torch has no public way to the group's store. A clone has a connection of its own: the one of the group is
     # locked while the main thread waits on it.
     groups = torch.distributed.distributed_c10d._get_default_store()
-    if groups is None:  # mpi's has none
+    if groups is None or not hasattr(groups, "clone"):  # mpi's group has none, an old torch does not clone it
         return None
-    store = groups.clone()  # type: ignore[attr-defined]
+    store = groups.clone()
     store.set_timeout(STORE_TIMEOUT)
     return PrefixStore("harness/watchdog", store)
 
