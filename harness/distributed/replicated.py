@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DynamoBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.distributed.backend import OPTIMIZER_FILE, OptimizerFiles, Stepper, StepSize, check_wrapped, no_agreement
@@ -24,13 +25,32 @@ from harness.distributed.sharding import joined
 
 # The kinds of launch for which `prepare` has to wrap a model in DDP.
 DDP_TYPES = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# Modes of torch.compile's own backend, inductor.
+CUDAGRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
+def uses_cudagraphs(accelerator: Accelerator) -> bool:
+    """
+    Whether torch.compile replays CUDA graphs, by the flags or by the launch config.
+
+    A replay overwrites what the one before has returned, and so the first gradients of a step, which autograd takes
+    over without a copy. Torch's advice, zeros as gradients beforehand, would let weights that have none decay. Its
+    `cudagraph_mark_step_begin` is not needed where each forward pass has a backward pass, and once called it is needed
+    before every forward pass, of evaluations too.
+    """
+    if accelerator.device.type != "cuda":
+        return False
+    plugin = accelerator.state.dynamo_plugin
+    replays = plugin.backend == DynamoBackend.INDUCTOR and plugin.mode in CUDAGRAPH_MODES
+    return bool(replays or plugin.backend == DynamoBackend.CUDAGRAPHS)
 
 
 class AcceleratedStepper:
     """
     A Stepper by Accelerate's backward and step, in the Trainer's order.
 
-    With `reduces_each` every micro-batch reduces its gradients over the ranks, not only the last one of a step.
+    With `reduces_each` every micro-batch reduces its gradients over the ranks, not only the last one of a step. With
+    `copies_gradients` they are kept apart from the memory in which the next micro-batch's backward is computed.
     """
 
     def __init__(
@@ -40,9 +60,11 @@ class AcceleratedStepper:
         optimizer: AcceleratedOptimizer,
         *,
         reduces_each: bool = False,
+        copies_gradients: bool = False,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.reduces_each = reduces_each
+        self.reduces_each, self.copies_gradients = reduces_each, copies_gradients
+        self._copies: dict[torch.nn.Parameter, torch.Tensor] = {}
         self.num_skipped: torch.Tensor | int = 0
 
     @property
@@ -70,6 +92,14 @@ class AcceleratedStepper:
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         with nullcontext() if is_last or self.reduces_each else self.accelerator.no_sync(self.model):
             yield
+        if self.copies_gradients and not is_last:
+            self._copy_gradients()
+
+    def _copy_gradients(self) -> None:
+        # Once a step: what follows is added to the copies in place.
+        for parameter in self.model.parameters():
+            if parameter.grad is not None and parameter.grad is not self._copies.get(parameter):
+                parameter.grad = self._copies[parameter] = parameter.grad.clone()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Call Accelerate's backward, which applies its loss scaler."""
@@ -91,6 +121,7 @@ class AcceleratedStepper:
 
     def zero_grad(self) -> None:
         """Reset the gradients of the model, and so not those of frozen parameters."""
+        self._copies.clear()
         self.model.zero_grad()
 
 
@@ -113,7 +144,10 @@ class Replicated:
         wrapped, prepared = self.accelerator.prepare(model, optimizer)
         if (kind := self.accelerator.distributed_type) in DDP_TYPES:
             check_wrapped(wrapped, DistributedDataParallel, kind)
-        return wrapped, prepared, AcceleratedStepper(self.accelerator, wrapped, prepared)
+        stepper = AcceleratedStepper(
+            self.accelerator, wrapped, prepared, copies_gradients=uses_cudagraphs(self.accelerator)
+        )
+        return wrapped, prepared, stepper
 
     def prepare_for_evaluation(
         self,

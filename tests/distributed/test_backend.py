@@ -9,15 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import TorchDynamoPlugin
 from transformers import Trainer, TrainingArguments, set_seed
 
 from harness.checkpoint.lock import Lock
 from harness.distributed.accelerator import build_accelerator
 from harness.distributed.backend import StepSize
-from harness.distributed.replicated import Replicated
+from harness.distributed.replicated import AcceleratedStepper, Replicated, uses_cudagraphs
 from harness.errors import ConfigError
 from harness.execute import run_on
 from harness.flags import parse
@@ -135,7 +138,9 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 def prepare(model: Any, kind: DistributedType) -> None:
     """Prepare under an accelerate that wraps nothing."""
-    accelerator: Any = SimpleNamespace(distributed_type=kind, prepare=lambda *objects: objects)
+    accelerator: Any = SimpleNamespace(
+        distributed_type=kind, device=torch.device("cpu"), prepare=lambda *objects: objects
+    )
     optimizer = torch.optim.SGD(model.parameters())
     Replicated(accelerator).prepare(model, optimizer, StepSize(batch_size=1, accumulation=1, max_grad_norm=1.0))
 
@@ -152,3 +157,54 @@ def test_a_model_that_is_not_wrapped_as_the_launch_says_is_refused() -> None:
         with pytest.raises(ConfigError, match="bare Linear"):
             prepare(torch.compile(bare, backend="eager"), kind)
     prepare(bare, DistributedType.NO)
+
+
+class Replayed(torch.autograd.Function):
+    """A product whose gradient lies in memory that the next backward pass overwrites, as a replay of a CUDA graph."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, memory: npt.NDArray[np.float32]) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.memory = memory
+        return (weight * x).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.memory[:] = (gradients[0] * ctx.saved_tensors[0]).numpy()
+        return torch.from_numpy(ctx.memory), None, None
+
+
+@pytest.mark.parametrize(("copies", "added_up"), [(True, True), (False, False)])
+def test_gradients_of_several_micro_batches_add_up_where_each_overwrites_the_one_before(
+    copies: bool, added_up: bool
+) -> None:
+    accelerator, model = Accelerator(cpu=True), torch.nn.Linear(3, 1, bias=False)
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters()))
+    stepper = AcceleratedStepper(accelerator, model, optimizer, copies_gradients=copies)
+    memory = np.zeros((1, 3), dtype=np.float32)
+    for step in range(2):
+        batches = torch.arange(9.0).view(3, 1, 3) + step
+        for i, batch in enumerate(batches):
+            with stepper.micro_batch(is_last=i == 2):
+                stepper.backward(Replayed.apply(model.weight, batch, memory))
+        assert (model.weight.grad is not None and torch.equal(model.weight.grad, batches.sum(0))) == added_up
+        stepper.zero_grad()
+        assert model.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "device", "uses"),
+    [
+        ("inductor", "reduce-overhead", "cuda", True),
+        ("inductor", "max-autotune", "cuda", True),
+        ("inductor", "max-autotune", "cpu", False),
+        ("inductor", "max-autotune-no-cudagraphs", "cuda", False),
+        ("inductor", None, "cuda", False),
+        ("cudagraphs", None, "cuda", True),
+        (None, "max-autotune", "cuda", False),
+    ],
+)
+def test_cudagraphs_are_seen(backend: str | None, mode: str | None, device: str, uses: bool) -> None:
+    accelerator = Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend=backend, mode=mode))
+    accelerator.state.device = torch.device(device)
+    assert uses_cudagraphs(accelerator) == uses
