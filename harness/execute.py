@@ -18,7 +18,9 @@ from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, 
 from harness.checkpoint.lock import Lock
 from harness.config import together
 from harness.distributed.accelerator import build_accelerator, check_compile_backend, choose_backend
-from harness.distributed.ranks import idle_accelerators, settle, tell_all
+from harness.distributed.devices import check_cublas, describe_idle
+from harness.distributed.precision import tf32_kept
+from harness.distributed.ranks import close_group, settle, tell_all
 from harness.errors import ConfigError, StoppedError
 from harness.flags import Config
 from harness.loop import fit
@@ -58,16 +60,27 @@ def run_command(config: Config) -> None:
     job = slurm_job()
     if job is not None and config.run.trains:
         config = replace(config, checkpoint=in_job(config.checkpoint, job))
-    checkpoints_activations = config.modeling.checkpoints_activations
-    accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
+    if config.topology.full_determinism and not config.topology.use_cpu:
+        check_cublas()
+    with tf32_kept():
+        _run(config)
+
+
+def _run(config: Config) -> None:
     try:
-        with Lock() as lock:
-            run_on(accelerator, config, lock)
-    except StoppedError:
-        accelerator.wait_for_everyone()  # a launcher kills all ranks when one exits, and rank zero is still closing
+        checkpoints_activations = config.modeling.checkpoints_activations
+        accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
+        try:
+            with Lock() as lock:
+                run_on(accelerator, config, lock)
+        except StoppedError:
+            accelerator.wait_for_everyone()  # a launcher kills all ranks when one exits, and rank zero is still closing
+            close_group(together=True)
+            raise
+    except BaseException:
+        close_group(together=False)
         raise
-    finally:
-        settle()
+    settle()
     accelerator.end_training()
 
 
@@ -75,8 +88,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     """Collective: find the checkpoint, build the run, train, evaluate, show the results."""
     backend = choose_backend(accelerator)
     set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
-    if (idle := idle_accelerators(accelerator)) > 0:
-        logger.warning("%d more accelerators are idle; to use them: accelerate launch --multi_gpu ...", idle)
+    if (idle := describe_idle(accelerator)) is not None:
+        logger.warning("%s", idle)
     found, output_dir = tell_all(accelerator, lambda: locate(config, lock))
     record = JobRecord(output_dir, slurm_job() if config.run.trains and accelerator.is_main_process else None)
     stop_if_finished(accelerator, record)
@@ -178,7 +191,10 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
     with run.stop.listening():
         try:
-            with watch_training(config.debug, session.task.model, console.line), run.watchdog.watching():
+            with (
+                watch_training(config.debug, session.task.model, session.accelerator.device, console.line),
+                run.watchdog.watching(),
+            ):
                 results = fit(run, state)
         finally:
             run.checkpoints.wait()  # however the training ends, the save under way is completed

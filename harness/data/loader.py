@@ -18,7 +18,7 @@ from transformers.trainer_utils import seed_worker
 from harness.data.batches import BatchMaker, IndexedBatches, as_it_is
 from harness.data.digest import digest_of_samples
 from harness.data.flags import DataConfig
-from harness.data.samples import Samples, class_if_loaded, worker_options
+from harness.data.samples import Samples, class_if_loaded, pins_memory, worker_options
 from harness.data.streams import StreamBatches
 from harness.distributed.ranks import ranks_of
 from harness.training import rng
@@ -104,7 +104,7 @@ class TrainLoader:
         options: dict[str, Any] = {
             "batch_size": None,  # the data set's items are batches already
             "collate_fn": as_it_is,
-            **worker_options(config),
+            **worker_options(config, accelerator.device),
             "worker_init_fn": partial(
                 seed_worker, num_workers=config.dataloader_num_workers, rank=accelerator.process_index
             ),
@@ -176,8 +176,9 @@ class TrainLoader:
         batches = (pair for pair in made if pair[0] is not None)
         current = next(batches, None)
         while current is not None:
-            # Without waiting, which pinned memory allows: a wait would be a host sync at every step.
-            pinned = self.config.dataloader_pin_memory
+            # Without waiting, which pinned memory allows: a wait would be a host sync at every step. From other memory
+            # MPS would copy what has been overwritten since.
+            pinned = pins_memory(self.config, self.accelerator.device)
             batch = send_to_device(current[0], self.accelerator.device, non_blocking=pinned)
             following = next(batches, None)
             yield batch, current[1]

@@ -76,7 +76,7 @@ def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Acceler
         samples.dataset,
         batch_size=config.per_device_eval_batch_size,
         collate_fn=samples.collate,
-        **worker_options(config),
+        **worker_options(config, accelerator.device),
         **options,
     )
     return accelerator.prepare_data_loader(loader)
@@ -96,7 +96,7 @@ class StreamRounds:
         self.end_of_dataloader, self.remainder = False, -1
         self.a_round = config.per_device_eval_batch_size * accelerator.num_processes
         self.rounds: DataLoader[Any] = DataLoader(
-            samples.dataset, batch_size=self.a_round, collate_fn=list, **worker_options(config)
+            samples.dataset, batch_size=self.a_round, collate_fn=list, **worker_options(config, accelerator.device)
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -114,12 +114,20 @@ class StreamRounds:
         self.accelerator.gradient_state._remove_dataloader(self)
 
 
-def worker_options(config: DataConfig) -> dict[str, Any]:
-    """Return the DataLoader's arguments that concern its workers."""
+def pins_memory(config: DataConfig, device: torch.device) -> bool:
+    """
+    Whether batches on their way to `device` lie in pinned memory, from which a copy need not be waited for.
+
+    On the CPU there is nothing to copy, though the machine may have an accelerator; torch does not pin for MPS.
+    """
+    return config.dataloader_pin_memory and device.type not in ("cpu", "mps")
+
+
+def worker_options(config: DataConfig, device: torch.device) -> dict[str, Any]:
+    """Return the DataLoader's arguments that concern its workers and the way to `device`."""
     return {
         "num_workers": config.dataloader_num_workers,
-        # Without an accelerator torch would warn about pinned memory.
-        "pin_memory": config.dataloader_pin_memory and torch.accelerator.is_available(),
+        "pin_memory": pins_memory(config, device),
         "persistent_workers": config.dataloader_persistent_workers,
         "prefetch_factor": config.dataloader_prefetch_factor,
         "multiprocessing_context": config.dataloader_multiprocessing_context,

@@ -20,6 +20,7 @@ import harness
 from harness.config import choice
 from harness.distributed.backend import Backend
 from harness.distributed.compiled_ops import remove_stale_lock
+from harness.distributed.devices import check_shared_devices
 from harness.distributed.flags import TopologyConfig
 from harness.distributed.fsdp2 import FSDP2, set_up_fsdp
 from harness.distributed.launch import Launch, find_launch, where
@@ -58,6 +59,8 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
     _check_launch_config(config, launch)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     check_precision(precision, config.mixed_precision, on_cpu=on_cpu or not torch.accelerator.is_available())
+    if not on_cpu and _launched_processes() > 1:
+        check_shared_devices(config.ddp_backend)
     if precision == "fp8":
         check_fp8(os.environ.get("ACCELERATE_FP8_BACKEND", "NO").upper())
     if uses_deepspeed and on_cpu and int(os.environ.get("LOCAL_RANK", "0")) == 0:
@@ -86,7 +89,7 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
         set_up_fsdp(accelerator)
     _check_processes(accelerator)
     check_result(accelerator, precision, config.mixed_precision)
-    set_tf32(config.tf32, compiles=config.compiles, device=accelerator.device)
+    set_tf32(config.tf32, by_default=config.compiles and not config.fp16, device=accelerator.device)
     return accelerator
 
 

@@ -21,7 +21,7 @@ from harness.distributed.optimizer_shards import (
     optimizer_shard,
     read_optimizer,
 )
-from harness.distributed.ranks import ranks_of
+from harness.distributed.ranks import gloo_group, ranks_of
 from harness.distributed.replicated import AcceleratedStepper
 from harness.distributed.sharding import is_cut, whole_on_first
 from harness.errors import ConfigError
@@ -80,7 +80,7 @@ class FSDP2:
 
     def writers_agreement(self) -> Callable[[BaseException | None], str | None]:
         """Collective: make a process group for the writers, and return the agreement on it."""
-        group, num_processes = torch.distributed.new_group(backend="gloo"), self.accelerator.num_processes
+        group, num_processes = gloo_group(self.accelerator), self.accelerator.num_processes
 
         def agree_among(error: BaseException | None) -> str | None:
             messages: list[str | None] = [None] * num_processes

@@ -35,6 +35,12 @@ class Launch:
         return bool(self.flags.get("cpu") or self.config.get("use_cpu"))
 
     @property
+    def gpu_ids(self) -> str | None:
+        """The devices that all processes of a machine see; None if they were not chosen."""
+        chosen = str(self.flags.get("gpu_ids", self.config.get("gpu_ids")))
+        return None if chosen in ("None", "all") else chosen
+
+    @property
     def uses_mpi(self) -> bool:
         """Whether mpirun starts the processes."""
         return bool({"mpirun_hostfile"} & {*self.flags, *(self.config.get("mpirun_config") or {})})

@@ -37,13 +37,6 @@ def is_running(pid: int, created_at: float) -> bool:
         return False
 
 
-def idle_accelerators(accelerator: Accelerator) -> int:
-    """Return how many devices of this machine a single process leaves unused."""
-    if accelerator.num_processes > 1 or accelerator.device.type == "cpu":
-        return 0
-    return int(torch.accelerator.device_count()) - 1
-
-
 def settle() -> None:
     """
     Local: let gloo's threads free the tensors of the last collective; call it before a process may end.
@@ -53,6 +46,30 @@ def settle() -> None:
     """
     if torch.distributed.is_initialized():
         time.sleep(0.1)
+
+
+def close_group(*, together: bool) -> None:
+    """
+    Close the process groups, before the process may end. Collective if `together`, else local.
+
+    Closing waits for the collectives under way, so a rank that fails alone must not: it aborts NCCL's, as torch's own
+    destructor does at the exit, in an order that is left to chance. Gloo's end with the process.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    settle()
+    if together:
+        torch.distributed.destroy_process_group()
+    elif "nccl" in torch.distributed.get_backend_config():
+        torch.distributed.distributed_c10d._abort_process_group()
+
+
+def gloo_group(accelerator: Accelerator) -> torch.distributed.ProcessGroup:
+    """Collective: make a process group of all ranks that needs no device, with the timeout of the Accelerator's own."""
+    own = accelerator.init_handler
+    timeout = None if own is None else own.timeout
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    return group
 
 
 def tell_all(accelerator: Accelerator, answer: Callable[[], Answer]) -> Answer:

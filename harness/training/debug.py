@@ -18,9 +18,11 @@ SLOWEST_SHOWN = 12
 
 
 @contextmanager
-def watch_training(config: DebugConfig, model: torch.nn.Module, show: Callable[[str], None]) -> Iterator[None]:
+def watch_training(
+    config: DebugConfig, model: torch.nn.Module, device: torch.device, show: Callable[[str], None]
+) -> Iterator[None]:
     """
-    Stop the training at the first NaN; at its end, show peak memory and the slowest operations.
+    Stop the training at the first NaN; at its end, show peak memory and the slowest operations on `device`.
 
     Raises NonFiniteError in the forward pass; in the backward pass torch's anomaly detection raises RuntimeError.
     """
@@ -30,15 +32,16 @@ def watch_training(config: DebugConfig, model: torch.nn.Module, show: Callable[[
         yield
         return
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     stop_at_non_finite(model)
     with torch.autograd.set_detect_anomaly(True), torch.profiler.profile(activities=activities) as profile:
         yield
-    sort_by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    sort_by = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     show("slowest parts:")
     show(profile.key_averages().table(sort_by=sort_by, row_limit=SLOWEST_SHOWN, max_name_column_width=40))
-    show(f"peak memory: {peak_memory()}")
+    show(f"peak memory: {peak_memory(device)}")
 
 
 def stop_at_non_finite(model: torch.nn.Module) -> None:
@@ -94,10 +97,10 @@ def describe_batch(batch: Mapping[str, Any], processing_class: Any) -> str:
     return "\n".join(lines)
 
 
-def peak_memory() -> str:
-    """Return the peak memory as text: of the device if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on {torch.cuda.get_device_name()}"
+def peak_memory(device: torch.device) -> str:
+    """Return the peak memory as text: of a CUDA device, else of the process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on {torch.cuda.get_device_name(device)}"
     import resource
     import sys
 

@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from harness.distributed.ranks import gloo_group
 from harness.signals import SIGNALS
 from harness.training.flags import StoppingConfig
 
@@ -85,7 +86,7 @@ class Stop:
         self._looked_at = 0.0
         self._signalled = threading.Event()
         self._is_alone = accelerator.num_processes == 1
-        self._group = None if self._is_alone else torch.distributed.new_group(backend="gloo")
+        self._group = None if self._is_alone else gloo_group(accelerator)
         self._flag = torch.zeros(1, dtype=torch.int64)
         self._pending: torch.distributed.Work | None = None
 

@@ -89,6 +89,26 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None
     assert_equal_runs(whole, folder)
 
 
+CLOSED = """
+import sys
+import torch
+from harness.train import main
+
+code = main(sys.argv[1:])
+print(f"ended with {code}, in a process group: {torch.distributed.is_initialized()}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_closes_the_process_group_on_all_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CLOSED, encoding="utf-8")
+    task = {"task_args": {"after": 20, "rank": 1, "sent": str(tmp_path / "sent")}}
+    ended = run([*launcher(DDP), str(script), *flags(tmp_path / "run", STOPPING, **task)])
+    assert ended.code == 0, ended.err[-3000:]
+    assert ended.out.count("ended with 85, in a process group: False") == 2
+
+
 def test_a_signal_without_checkpoints_says_that_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = signal.getsignal(signal.SIGTERM)
     task = {"task_args": {"after": 30, "sent": str(tmp_path / "sent")}}
