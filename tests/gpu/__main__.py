@@ -51,7 +51,7 @@ PARTS = (
     Part("sharded", 90, ["test_sharded.py"]),
     Part("the main job in other precisions", 60, ["test_main_job.py", "-k", "not bf16 and not compile"]),
     Part("out of memory", 30, ["test_out_of_memory.py"]),
-    Part("devices", 30, ["test_devices.py"]),
+    Part("devices", 60, ["test_devices.py"]),
     Part("throughput columns", 30, ["test_throughput.py"]),
     Part("memory and kernels", 60, ["test_memory.py"]),
     Part("Llama 1 B", 90, benchmark="llama"),
