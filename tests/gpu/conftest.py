@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils.import_utils import enable_tf32
 
+from harness.distributed.precision import tf32_kept
 from tests.gpu.outcomes import NOT_TRIED
 
 NeedsCard = Callable[[str], None]
@@ -54,9 +56,9 @@ def needs_card(device: str) -> NeedsCard:
 @pytest.fixture(autouse=True)
 def card_left_free(device: str) -> Iterator[None]:
     """Give back the memory of a test on the card, and its choices of precision."""
-    matmul = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul
+    with tf32_kept():
+        yield
+    enable_tf32.cache_clear()  # the Trainer's next choice would not be made if it has made the same before
     torch.compiler.reset()
     gc.collect()
     if device == "cuda":
