@@ -101,7 +101,7 @@ def measure(name: str, benchmark: Benchmark, device: Device) -> dict[str, Any]:
         traceback.print_exception(error)
     else:
         missed = [bound for bound in bounds if not bound.holds(figures)]
-        why = "; ".join(f"{bound.figure} is {figures[bound.figure]:g}, not {bound}" for bound in missed)
+        why = "; ".join(f"{bound.figure} is {figures[bound.figure]}, bound {bound}" for bound in missed)
         outcome = "failed" if missed else "passed"
         if bounds and not device.on_cuda:
             outcome, why = "not judged", "not judged on the CPU"

@@ -18,7 +18,7 @@ MOST_MS_MORE = 1.0
 
 def gpt2(device: Device, figures: Figures) -> Sequence[Bound]:
     """GPT-2 from scratch, bf16, compiled."""
-    shape, batch = (models.GPT2, 32) if device.on_cuda else (models.SMALL_GPT2, 2)
+    shape, batch = (models.GPT2, 32) if device.on_cuda else ({**models.SMALL_GPT2, "n_layer": 1}, 2)
     figures["compiled by"] = compile_backend(device.type)
     work = Work(models.gpt2(shape), batch=batch, length=shape["n_positions"], device=device.type, compiles=True)
     return fast_enough(fitting(work, device, figures, contest))
