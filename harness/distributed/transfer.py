@@ -21,10 +21,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def gather_numbers(accelerator: Accelerator, values: Mapping[str, torch.Tensor | float]) -> list[dict[str, float]]:
     """
-    Collective: return the numbers of each rank by name, the same names on all: one gather and one host sync.
+    Collective: return the numbers of each rank by name, by one gather and one host sync.
 
-    Tensors are scalars on the device. Each number comes back as it was, an integer tensor as an int: what travels is
-    its bits in int64, since float32 is too short for counts and not every device has float64.
+    The ranks give the same names and types; tensors are scalars on the device. Each number comes back as it was, an
+    integer tensor as an int: what travels is its bits in int64, since float32 is too short for counts and not every
+    device has float64.
     """
     kinds = [_kind(value) for value in values.values()]
     on_host = [float(value) for value in values.values() if not isinstance(value, torch.Tensor)]

@@ -79,7 +79,7 @@ def of_steps(found: list[Event]) -> list[str]:
         {},
         {"bf16": True, "max_grad_norm": 0.0},
         {"optim": "adamw_torch", "include_num_input_tokens_seen": "non_padding"},
-        {"label_smoothing_factor": 0.1, "lr_scheduler_type": "cosine", "activation_checkpointing": True},
+        {"lr_scheduler_type": "cosine", "activation_checkpointing": True},
         {"torch_compile": True},
     ],
     ids=str,
