@@ -26,12 +26,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from harness.config import is_first_rank
+from harness.distributed.flags import hide_accelerators
 from harness.errors import MemoryShortError, exit_code_of
 from harness.flags import Config, help_text, help_topic, read
 
 SECONDS_FOR_RANK_ZERO = 10.0
-# Each is there where a driver is: of NVIDIA, of AMD, of Windows below Linux.
-DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def script() -> None:
@@ -80,9 +79,8 @@ def _load(config: Config) -> None:
     is_told = config.console.log_level in ("passive", "info", "debug") and is_first_rank()
     if is_told and "torch" not in sys.modules:
         print("Loading torch, transformers and accelerate ...", file=sys.stderr, flush=True)
-    if config.topology.use_cpu and "torch" not in sys.modules and any(map(os.path.exists, DRIVERS)):
-        # Torch's own Adam asks the first GPU whether it captures a graph, and so takes memory of it in each process.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if config.topology.use_cpu and "torch" not in sys.modules:
+        hide_accelerators()
     import harness.execute  # noqa: F401
 
 

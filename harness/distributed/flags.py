@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from harness.config import arg, at_least, choice, section
 from harness.errors import ConfigError
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+# Each is there where a driver is: NVIDIA's, AMD's, that of Windows below Linux.
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+def hide_accelerators() -> None:
+    """
+    Hide the GPUs of this machine from a process that trains on the CPU; call it before torch is loaded.
+
+    Torch's own Adam asks the first GPU at each step whether it captures a graph, and so takes memory of it.
+    """
+    if any(map(os.path.exists, DRIVERS)):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @section("devices")

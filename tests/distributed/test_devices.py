@@ -266,7 +266,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [["--debug"], ["--dataloader_num_workers=1", "--eval_strategy=steps"]], ids=" ".join)
 def test_a_training_on_the_cpu_leaves_the_gpu_alone(tmp_path: Path, mode: list[str]) -> None:
-    arguments = {"max_steps": 2, "save_strategy": "no", "optim": "sgd", "torch_empty_cache_steps": 1}
+    arguments = {"max_steps": 2, "optim": "sgd", "torch_empty_cache_steps": 1}
     argv = [*flags(tmp_path / "out", arguments), "--use_cpu", *mode]
     ended = run([sys.executable, "-c", WITH_A_GPU, *argv])
     assert ended.code == 0, ended.err[-3000:]
@@ -274,9 +274,9 @@ def test_a_training_on_the_cpu_leaves_the_gpu_alone(tmp_path: Path, mode: list[s
 
 STARTED = """
 import os, sys
-import harness.train
+import harness.distributed.flags, harness.train
 
-harness.train.DRIVERS = [sys.argv.pop(1)]
+harness.distributed.flags.DRIVERS = [sys.argv.pop(1)]
 code = harness.train.main(sys.argv[1:])
 print("visible:", repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
 sys.exit(code)
