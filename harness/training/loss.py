@@ -153,7 +153,7 @@ class Loss:
         own = self.compute_loss_func is not None or self.smoother is not None
         labels = inputs.pop("labels", None) if own else None
         if self.accepts_num_items and num_items is not None:
-            inputs["num_items_in_batch"] = num_items
+            inputs["num_items_in_batch"] = num_items.long()  # FSDP2 rounds inputs that are floats to 16 bits
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items)

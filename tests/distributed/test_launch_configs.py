@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import is_deepspeed_available
 
-from harness.distributed.precision import FP8_CAPABILITY
 from tests.support.launching import (
     DDP,
     FP16,
@@ -36,11 +33,8 @@ from tests.support.launching import (
 
 FILES = sorted((ROOT / "launch_configs").glob("*.yaml"))
 WITH_DEEPSPEED = [path for path in MULTI_NODE if "zero" in path.stem]
-# By tests; those of fp16.yaml run where there is a GPU.
+# By tests; that of ddp_fp16.yaml is in tests/gpu/test_sharded.py.
 LAUNCHED = {DDP, FP16, FSDP2, FSDP2_OFFLOAD, *PLAIN, *ZERO, *MULTI_NODE}
-HAS_GPU = torch.accelerator.is_available()
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs an accelerator, and this machine has none")
-has_fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP8_CAPABILITY
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -102,30 +96,3 @@ def test_deepspeed_trains_on_two_machines(config: Path, tmp_path: Path) -> None:
 
 def test_the_two_tests_above_are_for_all_files_of_several_machines() -> None:
     assert {path.stem for path in MULTI_NODE} == {"multi_node_ddp", *(path.stem for path in WITH_DEEPSPEED)}
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_fp16_trains_and_counts_what_it_skips(tmp_path: Path) -> None:
-    arguments = {"max_steps": 4, "logging_steps": 1, "save_steps": 4, "report_to": "wandb", "wandb_mode": "offline"}
-    ended = run([*launcher(FP16, "--num_processes=1"), SCRIPT, *flags(tmp_path / "out", arguments)])
-    assert ended.code == 0, ended.err[-3000:]
-    assert (tmp_path / "out" / "checkpoint-4" / "scaler.pt").is_file()
-    assert '"train/num_skipped_steps"' in (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not has_fp8 or importlib.util.find_spec("torchao") is None,
-    reason="needs torchao and an Ada or Hopper GPU, and this machine lacks one of them",
-)
-def test_fp8_trains_and_is_saved_as_an_ordinary_model(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    options = ["--num_processes=1", "--mixed_precision=fp8"]
-    arguments = {"max_steps": 4, "logging_steps": 1, "save_steps": 4}
-    ended = run([*launcher(DDP, *options), SCRIPT, *flags(tmp_path / "out", arguments)])
-    assert ended.code == 0, ended.err[-3000:]
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]

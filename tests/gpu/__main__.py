@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.outcomes import NOT_TRIED
-from tests.support.forking import fork, start
+from tests.support.forking import fork, forks_reach
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 RESULTS, TABLE = HERE / "results.json", HERE / "results.md"
 SECONDS = 420
 TO_END = 10  # for a part that is told to stop
+ENDED_BY_SIGINT = 130  # the exit code of a benchmark then
 PACKAGES = ("torch", "transformers", "accelerate", "wandb", "deepspeed", "datasets", "peft", "liger-kernel")
 CODE = ("harness", "launch_configs", "tests")
 Row = dict[str, Any]
@@ -69,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, card = look_for_card(asked.device)
     runner = Runner(device)
     results = read_results(device, card)
-    for part in PARTS:
-        if part.name in results["parts"]:
+    for part in sorted(PARTS, key=lambda part: part.name in results["parts"]):  # first those that were never begun
+        if not lacks(results, part):
             print(f"\n== {part.name}: stands in {RESULTS.name}", flush=True)
             continue
         limit = min(part.seconds * max(1.0, asked.seconds / SECONDS), ends_at - time.monotonic() - TO_END)
@@ -80,16 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n== {part.name}: at most {limit:.0f} s", flush=True)
         results["parts"][part.name] = runner.run(part, limit)
         write_results(results)
+        print(table(results, only=part.name), flush=True)
     print(f"\n{table(results)}", flush=True)
-    missing = [part.name for part in PARTS if part.name not in results["parts"]]
-    bad = [row for rows in results["parts"].values() for row in rows if row["outcome"] in ("failed", "not reached")]
-    return 1 if missing or bad else 0
+    failed = any(row["outcome"] == "failed" for rows in results["parts"].values() for row in rows)
+    return int(failed or any(lacks(results, part) for part in PARTS))
+
+
+def lacks(results: Row, part: Part) -> bool:
+    """Whether a part, or what of it was cut off, is still to be run."""
+    return any(row["outcome"] == "not reached" for row in results["parts"].get(part.name, [{"outcome": "not reached"}]))
 
 
 def look_for_card(asked: str | None) -> tuple[str, str]:
     """The device to use and its name, asked of another process: this one must not touch the card before it forks."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    found = ""
+    if asked != "cpu":
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     device = asked or ("cuda" if found else "cpu")
     return device, found if device == "cuda" else f"CPU, {os.cpu_count()} cores"
 
@@ -133,8 +142,7 @@ class Runner:
     def __init__(self, device: str) -> None:
         self.device = device
         self.env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
-        self.forks = True
-        self.forks = self.ended_within(60, ["-c", f"import torch; torch.ones(1, device={device!r})"]) == 0
+        forks_reach(device)
 
     def run(self, part: Part, limit: float) -> list[Row]:
         """The rows of a part; for what was not reached before the limit, rows that say so."""
@@ -142,14 +150,19 @@ class Runner:
             found = Path(folder) / "found"
             began = time.monotonic()
             code = self.ended_within(limit, self.argv(part, found))
-            seconds = round(time.monotonic() - began, 1)
+            seconds = time.monotonic() - began
             text = found.read_text(encoding="utf-8") if found.exists() else ""
-        read = json.loads(text or "[]") if part.benchmark else [json.loads(line) for line in text.splitlines()]
-        rows = [row for row in read if "name" in row]
-        chosen = [part.benchmark or part.name, *(name for row in read for name in row.get("chosen", []))]
-        reached = {row["name"] for row in rows} | ({part.name} if rows else set())
-        why = f"the part ended after {seconds} s of {limit:.0f}, with exit code {code}"
-        left = [name for name in chosen if name not in reached]
+        why = f"the part ended after {seconds:.1f} s of {limit:.0f}, with exit code {code}"
+        if part.benchmark:
+            rows = json.loads(text or "[]")
+            left = [] if rows else [part.benchmark]
+            if code == ENDED_BY_SIGINT:  # it has some figures
+                rows = [{**row, "outcome": "not reached"} for row in rows]
+        else:
+            read = [json.loads(line) for line in text.splitlines()]
+            rows = [row for row in read if "name" in row]
+            chosen = [name for row in read for name in row.get("chosen", [])]
+            left = [name for name in chosen if name not in {row["name"] for row in rows}] if chosen else [part.name]
         return rows + [
             {"name": name, "outcome": "not reached", "seconds": 0, "figures": {}, "why": why} for name in left
         ]
@@ -158,29 +171,38 @@ class Runner:
         if part.benchmark:
             return ["-m", "tests.benchmarks", "gpu", part.benchmark, f"--device={self.device}", f"--json={found}"]
         tests = [str(HERE / word) if word.endswith(".py") else word for word in part.tests]
-        plugin = ["-p", "tests.gpu.outcomes", f"--outcomes={found}"]
-        return ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *plugin, f"--device={self.device}", *tests]
+        plugin = ["-p", "no:cacheprovider", "-p", "tests.gpu.outcomes", f"--outcomes={found}"]
+        options = ["-q", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={HERE}", "-m", "gpu"]
+        # Of the libraries that a forked process has loaded some bring plugins of their own.
+        options += [
+            "--continue-on-collection-errors",
+            "-W",
+            "ignore:Module already imported:pytest.PytestAssertRewriteWarning",
+        ]
+        return ["-m", "pytest", *options, *plugin, f"--device={self.device}", *tests]
 
     def ended_within(self, limit: float, argv: Sequence[str]) -> int:
         """Run `python ARGV...`, at the limit tell it to stop, later kill it; returns its exit code."""
-        given = {"env": self.env, "cwd": ROOT, "out": sys.stdout, "err": sys.stderr}
-        process = fork(argv, **given) if self.forks else start([sys.executable, *argv], **given)
+        process = fork(argv, env=self.env, cwd=ROOT, out=sys.stdout, err=sys.stderr)
         for told, seconds in ((signal.SIGINT, limit), (signal.SIGKILL, TO_END)):
             try:
                 return process.wait(seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, told)
+                with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                    os.killpg(process.pid, told)
         return process.wait()
 
 
 def write_results(results: Row) -> None:
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    TABLE.write_text(table(results), encoding="utf-8")
-    print(table({**results, "parts": dict(list(results["parts"].items())[-1:])}), flush=True)
+    for path, text in ((RESULTS, json.dumps(results, indent=1) + "\n"), (TABLE, table(results))):
+        fresh = path.with_name(f"{path.name}.partial")
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
 
 
-def table(results: Row) -> str:
-    """The rows in Markdown, for RESULTS.md."""
+def table(results: Row, *, only: str | None = None) -> str:
+    """The rows in Markdown, for RESULTS.md; of all parts in their order, or of one."""
+    parts = {part.name: results["parts"].get(part.name, []) for part in PARTS if only in (None, part.name)}
     used = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [
         f"{results['date']}, {results['device']}, commit {results['commit']}, code {results['code']}; {used}.",
@@ -188,13 +210,13 @@ def table(results: Row) -> str:
         "| part | test or benchmark | outcome | s | figures |",
         "|---|---|---|---|---|",
     ]
-    for name, rows in results["parts"].items():
+    for name, rows in parts.items():
         for row in rows:
             told = ", ".join(f"{key} {value}" for key, value in row["figures"].items())
             why = row["why"].splitlines()[0][:160] if row["why"] else ""
             cells = (name, row["name"], row["outcome"], row["seconds"], "; ".join(filter(None, (told, why))))
             lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
-    tried = [row["outcome"] for rows in results["parts"].values() for row in rows]
+    tried = [row["outcome"] for rows in parts.values() for row in rows]
     kinds = ("passed", "failed", "not judged", NOT_TRIED, "skipped", "not reached")
     counts = ", ".join(f"{tried.count(kind)} {kind}" for kind in kinds if kind in tried)
     return "\n".join([*lines, "", f"In all: {counts}.", ""])

@@ -1,7 +1,8 @@
 """
 What the tests of this folder share: each trains on CUDA where there is a card, and on the CPU where there is none.
 
-`pytest -m gpu tests/gpu` runs them, `--device cpu` on a machine with a card too. All are marked `gpu` by being here.
+`pytest -m gpu tests/gpu` runs them, `--device cpu` on a machine with a card too. All are marked `gpu` by being here,
+but those of the driver itself.
 A test takes the fixture `device` ("cuda" or "cpu") and has small sizes on the CPU, so that no line of it is untried.
 What a CPU can't compute calls `needs_card("fp16's scaler")` right before its first device call: on the CPU the test
 ends there, and its outcome is `not tried`. A figure for the table goes into `record_property("name", value)`.
@@ -19,12 +20,13 @@ from transformers.utils.import_utils import enable_tf32
 
 from harness.distributed.precision import tf32_kept
 from tests.gpu.outcomes import NOT_TRIED
+from tests.support.forking import forks_reach
 
 NeedsCard = Callable[[str], None]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    here = [item for item in items if item.path.parent == Path(__file__).parent and item.path.name != "test_driver.py"]
     for item in here:
         item.add_marker(pytest.mark.gpu)
         if device_of(config) == "cuda":  # what only a card makes libraries say is read in the log, and fails nothing
@@ -51,6 +53,21 @@ def needs_card(device: str) -> NeedsCard:
             pytest.skip(f"{NOT_TRIED}: {what} needs a card")
 
     return end
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a training in this process with --full_determinism: takes back the variables that Transformers sets."""
+    for name in ("CUDA_LAUNCH_BLOCKING", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
+
+
+@pytest.fixture(scope="session")
+def processes(device: str) -> None:
+    """For a test that starts processes: forked ones, with the libraries loaded, if such a one reaches the device."""
+    forks_reach(device)
 
 
 @pytest.fixture(autouse=True)

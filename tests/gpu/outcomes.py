@@ -35,6 +35,11 @@ class _Writer:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._write({"chosen": [_name(item.nodeid) for item in session.items]})
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:  # a file that can't be imported
+            row = {"name": _name(report.nodeid), "outcome": "failed", "seconds": 0, "figures": {}, "why": _why(report)}
+            self._write(row)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:  # a set-up that is skipped, and a clean-up that fails
             self._write(
@@ -58,7 +63,7 @@ def _outcome(report: pytest.TestReport) -> str:
     return str(report.outcome)
 
 
-def _why(report: pytest.TestReport) -> str:
+def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
     if report.passed:
         return ""
     if report.skipped and isinstance(report.longrepr, tuple):

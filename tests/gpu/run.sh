@@ -8,4 +8,8 @@
 # interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-exec "${PYTHON:-python3}" -m tests.gpu "$@"
+caches=$(mktemp -d)
+trap 'rm -rf "$caches"' EXIT
+# Read when the libraries are imported, which is before any test.
+export HF_HUB_OFFLINE=1 HF_HOME="$caches"
+"${PYTHON:-python3}" -m tests.gpu "$@"

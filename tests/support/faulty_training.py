@@ -68,13 +68,14 @@ class Training:
             self.process = start([*command, *flags], **given) if command else fork([SCRIPT, *flags], **given)
 
     @classmethod
-    def here(cls, folder: Path) -> Training:
+    def here(cls, folder: Path, *, device: str = "cpu", **arguments: Any) -> Training:
         """The same in this process, to its end, without W&B."""
         folder.mkdir()
         self = cls.__new__(cls)
         self.folder, self.output_dir, self.times, self.pace = folder, folder / "out", folder / "times", 0.0
+        self.device = device
         reset()
-        assert main(self._flags({}, {"report_to": "none"})) == 0
+        assert main(self._flags({}, {"report_to": "none", **arguments})) == 0
         return self
 
     @classmethod

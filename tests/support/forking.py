@@ -30,6 +30,7 @@ from typing import IO, Any
 
 # Not wandb: its import makes a temporary folder, which the first process that ends would remove.
 MODULES = ("accelerate.commands.launch", "datasets", "transformers.trainer")
+USES_FORKS = sys.platform == "linux"  # only Linux can tell when a process that is no child has ended
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SERVERS: list[Path] = []
 STARTING = threading.Lock()
@@ -99,17 +100,35 @@ def fork(
     The same of `python ARGV...`, with the libraries loaded.
 
     Ranks that it starts by `torch.distributed.run` are forked too; they do not find their launcher's command line.
-    Only Linux can tell when a process that is no child has ended.
     """
-    if sys.platform != "linux":
+    if not USES_FORKS:
         return start([sys.executable, *argv], env=env, cwd=cwd, out=out, err=err)
     with STARTING:
         if not SERVERS:
-            SERVERS.append(_start_server())
+            SERVERS.append(_parents_server() or _start_server())
     (server,) = SERVERS
     env = {"PYTHON_EXEC": str(server.with_name("python")), **env}
     with Path(os.devnull).open() as nothing:
         return Forked(server, argv, env=env, cwd=cwd, files=[file.fileno() for file in (nothing, out, err)])
+
+
+def forks_reach(device: str) -> bool:
+    """Whether a forked process can compute on a device; where it can't, `fork` starts them as usual from here on."""
+    global USES_FORKS
+    code = f"import torch; torch.ones(1, device={device!r}).item()"
+    with Path(os.devnull).open("w") as nothing:
+        try:
+            process = fork(["-c", code], env=os.environ, cwd=Path.cwd(), out=nothing, err=nothing)
+            USES_FORKS = USES_FORKS and process.wait(60) == 0
+        except (AssertionError, subprocess.TimeoutExpired):  # the libraries have begun threads; it waits for the device
+            USES_FORKS = False
+    return USES_FORKS
+
+
+def _parents_server() -> Path | None:
+    """The address of the one that this process was forked from, if it was."""
+    address = Path(os.getenv("PYTHON_EXEC", sys.executable)).with_name("socket")
+    return address if address.is_socket() else None
 
 
 def _start_server() -> Path:
@@ -121,6 +140,7 @@ def _start_server() -> Path:
     python.chmod(0o755)
     # transformers prints a line when it is imported with WANDB_MODE=offline.
     clean = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "PYTHONPATH")}
+    clean["OMP_NUM_THREADS"] = "1"  # threads that begin with the import would be lost by a fork
     clean["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA can't be used after a fork by who has asked it anything before
     process = subprocess.Popen(
         [sys.executable, __file__, "--serve", str(address)],
@@ -192,12 +212,16 @@ def _attend(connection: socket.socket) -> dict[str, Any]:
 def begin(argv: list[str], env: dict[str, str], cwd: str) -> None:
     """In a new process: what Python does before it comes to the script, and the script."""
     import numpy as np
+    import torch
 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     random.seed()
     np.random.seed()
+    num_threads = int(env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    if num_threads != torch.get_num_threads():
+        torch.set_num_threads(num_threads)
     if argv[0] == "-u":
         sys.stdout.reconfigure(line_buffering=True)
         argv = argv[1:]

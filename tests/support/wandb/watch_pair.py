@@ -1,7 +1,8 @@
 """
-The same steps watched by wandb.watch and by ours, in one process: `python -m tests.support.wandb.watch_pair FOLDER`.
+The same steps watched by wandb.watch and by ours, in one process.
 
-The rows of wandb.watch go to FOLDER/rows, ours to FOLDER/ours.json; the graphs to FOLDER/graph-theirs and graph-ours.
+`python -m tests.support.wandb.watch_pair FOLDER [DEVICE]`: the rows of wandb.watch go to FOLDER/rows, ours to
+FOLDER/ours.json; without a device the graphs to FOLDER/graph-theirs and graph-ours.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import nn
 
 from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Watch
+from tests.support.wandb.file import read_all
 
 LOG_FREQ, NUM_STEPS = 2, 4
+Rows = list[dict[str, dict[str, list[float]]]]
 
 
 class Odd(nn.Module):
@@ -58,8 +61,8 @@ class Odd(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("v_") and parameter.requires_grad:
                 loss = loss + (parameter.float().square().sum() if name != "v_constant" else parameter.sum())
-        loss = loss + (self.g_some_finite * torch.tensor([1.0, float("nan"), float("inf"), 3.0, -2.0, 0.0])).sum()
-        return loss + (self.g_none_finite * torch.tensor([float("nan"), float("-inf")])).sum()
+        loss = loss + (self.g_some_finite * loss.new_tensor([1.0, float("nan"), float("inf"), 3.0, -2.0, 0.0])).sum()
+        return loss + (self.g_none_finite * loss.new_tensor([float("nan"), float("-inf")])).sum()
 
 
 class Layers(nn.Module):
@@ -77,18 +80,17 @@ class Layers(nn.Module):
         return self.last(self.heads["shared"](self.heads["a"](x)[0]))
 
 
-def main(folder: Path) -> None:
+def watch(folder: Path, device: str) -> None:
     torch.manual_seed(0)
-    model = Odd()
-    for kind in ("rows", "graph-theirs", "graph-ours"):
-        (folder / kind).mkdir()
+    model = Odd().to(device)
+    (folder / "rows").mkdir()
     run = wandb.init(dir=folder / "rows")
     run.watch(model, log="all", log_freq=LOG_FREQ)
-    watch = Watch(model, log="all", log_freq=LOG_FREQ, is_main=True)
+    ours = Watch(model, log="all", log_freq=LOG_FREQ, is_main=True)
     rows = []
     for step in range(1, NUM_STEPS + 1):
-        model(torch.randint(0, 50, (4, 6))).backward()
-        found = watch.observe() if watch.is_due(step) else {}
+        model(torch.randint(0, 50, (4, 6)).to(device)).backward()
+        found = ours.observe() if ours.is_due(step) else {}
         rows.append({key: dataclasses.asdict(histogram) for key, histogram in found.items()})
         run.log({"loss": 1.0})
         with torch.no_grad():
@@ -99,7 +101,10 @@ def main(folder: Path) -> None:
     run.finish()
     (folder / "ours.json").write_text(json.dumps(rows), encoding="utf-8")
 
+
+def graphs(folder: Path) -> None:
     for kind in ("theirs", "ours"):
+        (folder / f"graph-{kind}").mkdir()
         run = wandb.init(dir=folder / f"graph-{kind}")
         layers = Layers()
         if kind == "ours":
@@ -111,5 +116,23 @@ def main(folder: Path) -> None:
         run.finish()
 
 
+def rows_of_wandb(folder: Path) -> Rows:
+    """W&B keeps the parts of a histogram under keys of their own, in no order."""
+    rows: Rows = []
+    for row in read_all(folder / "rows")[0].rows:
+        rows.append({})
+        for key, value in row.items():
+            name, _, part = key.rpartition(".")
+            if part in ("values", "bins"):
+                rows[-1].setdefault(name, {})[part] = value
+    return rows
+
+
+def main(folder: Path, device: str | None = None) -> None:
+    watch(folder, device or "cpu")
+    if device is None:
+        graphs(folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -27,10 +26,9 @@ from harness.tracking.media.histograms import Histogram, Selection, Watch
 from tests.support.launching import run, torchrun
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import read_all
-from tests.support.wandb.watch_pair import LOG_FREQ, NUM_STEPS, Odd
+from tests.support.wandb.watch_pair import LOG_FREQ, NUM_STEPS, Odd, Rows, rows_of_wandb
 
 ROW_LIMIT_BYTES = 10 * 2**20 - 100 * 2**10  # of wandb-core 0.31
-Rows = list[dict[str, dict[str, list[float]]]]
 
 
 def mlp(width: int = 16) -> nn.Module:
@@ -86,18 +84,6 @@ def ranks(started: dict[str, Future[Path]]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(started["ranks"].result().read_text(encoding="utf-8"))
     assert found["world"] == 2
     return found
-
-
-def rows_of_wandb(folder: Path) -> Rows:
-    """W&B keeps the parts of a histogram under keys of their own, in no order."""
-    rows: Rows = []
-    for row in read_all(folder / "rows")[0].rows:
-        rows.append({})
-        for key, value in row.items():
-            name, _, part = key.rpartition(".")
-            if part in ("values", "bins"):
-                rows[-1].setdefault(name, {})[part] = value
-    return rows
 
 
 def test_histograms_are_those_of_wandb_watch_to_the_bit(pair: Path) -> None:
@@ -201,17 +187,6 @@ def test_nothing_waits_for_the_device_before_the_transfer() -> None:
         assert (ranges.shape, counts.shape, counts.device.type) == ((8, 2), (8, 66), "meta")
         with pytest.raises(DynamicOutputShapeException):
             ranges[ranges.isfinite()]
-
-
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
-def test_an_accelerator_draws_what_the_host_draws() -> None:
-    model = mlp(3000)
-    backward(model)
-    there = copy.deepcopy(model).to(torch.accelerator.current_accelerator())
-    for mine, its in zip(model.parameters(), there.parameters(), strict=True):
-        assert mine.grad is not None
-        its.grad = mine.grad.to(its.device)
-    assert observed(there) == observed(model)
 
 
 # Where wandb.watch is wrong.
