@@ -68,9 +68,7 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
     )
     task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
-    _check_data(config, task)
-    _check_labels(config, task)
-    _check_batches(config, task, accelerator.num_processes)
+    _check_data(config, task, accelerator.num_processes)
     if config.adapters.save_merged_model and backend.is_sharded:
         raise ConfigError(
             "--save_merged_model needs whole weights in one place, and ZeRO-3 and FSDP divide them; leave it out."
@@ -116,7 +114,9 @@ def _build(task_config: TaskConfig, console: ConsoleConfig, accelerator: Acceler
     return builder(task_config)
 
 
-def _check_data(config: Config, task: Task) -> None:
+def _check_data(config: Config, task: Task, num_processes: int) -> None:
+    _check_labels(config, task)
+    _check_batches(config, task, num_processes)
     needs_eval = config.plan.eval_strategy != "no" or config.plan.eval_on_start or config.run.do_eval
     if config.run.trains and task.train_dataset is None:
         raise ConfigError(f"--task={config.task.task} has no training data: give --train_file or --dataset_name.")

@@ -247,8 +247,8 @@ def _rows(file: DataFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise ConfigError(
-                f'{file.path}, line {line}: {error}; a cell with quotes in it is written "like ""this""", and '
-                "--csv_quoting none takes quotes as text."
+                f"{file.path}, line {line}, can't be read: {error}; write a cell with quotes in it as "
+                '"like ""this""", or give --csv_quoting none, which takes quotes as text.'
             ) from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file.path} is not UTF-8 after line {line}: {error}; convert it.") from error

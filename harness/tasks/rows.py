@@ -166,8 +166,10 @@ def _plainly_named(file: DataFile, config: TaskConfig) -> Path:
 def _load_images(source: str, folder: Path, config: TaskConfig) -> Any:
     if not folder.is_dir():
         raise ConfigError(f"{source}: no such folder; check the path (relative ones start at {Path.cwd()}).")
-    # Where labels are the folders' names, also a single one is a label.
-    options = {} if any(any(folder.rglob(name)) for name in IMAGE_METADATA) else {"drop_labels": False}
+    # Where labels are the names of its subfolders, a single one is a label too.
+    has_classes = any(each.is_dir() for each in folder.iterdir())
+    has_metadata = any(any(folder.rglob(name)) for name in IMAGE_METADATA)
+    options = {"drop_labels": False} if has_classes and not has_metadata else {}
     with user_data(source):
         return datasets.load_dataset(
             "imagefolder",

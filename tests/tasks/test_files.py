@@ -114,8 +114,8 @@ def test_quoting_delimiter_and_header_are_flags(tmp_path: Path, caplog: pytest.L
         ("text,label\na,x\n\n\nb\n", r"a\.csv, line 5: 1 cells"),
         ("text,label\n1,a,x\n2,b,y\n", r"a\.csv, line 2: 3 cells"),  # each row, which pandas takes for an index
         ('text,label\n"a\nb",x\nb,y,z\n', r"a\.csv, line 4: 3 cells"),
-        ('text,label\n"a,x\nb,y\n', r"a\.csv, line 2: unexpected end of data"),
-        ('text,label\n"a"b,x\n', r"a\.csv, line 2: ',' expected after '\"'"),
+        ('text,label\n"a,x\nb,y\n', r"a\.csv, line 2, can't be read: unexpected end of data"),
+        ('text,label\n"a"b,x\n', r"a\.csv, line 2, can't be read: ',' expected after '\"'"),
         ("text,text\na,b\n", r"several columns 'text'"),
         ("\n\n", r"is empty"),
     ],

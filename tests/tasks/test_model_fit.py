@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from harness.errors import ConfigError
-from harness.tasks import TaskConfig
+from harness.tasks import Task, TaskConfig
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, longest_sequence, with_overrides
 from harness.tasks.text import causal_lm, masked_lm
 from harness.tasks.text.causal_lm import check_causal
@@ -215,6 +216,13 @@ SEEING = {
 }
 
 
+ASKED: list[Any] = []  # the models that the task below was asked about
+
+
+def counted(config: TaskConfig) -> Task:
+    return dataclasses.replace(causal_lm.build(config), check=ASKED.append)
+
+
 class TestSight:
     """A model that sees what it is to predict is refused as a causal language model."""
 
@@ -256,15 +264,15 @@ class TestSight:
         assert not (tmp_path / "out").exists()
         assert main([*run, f"--config_overrides={TINY_BERT},is_decoder=true"]) == 0
 
-    def test_a_resume_is_not_asked_again(self, gpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[Any] = []
-        monkeypatch.setattr(causal_lm, "check_causal", lambda model, block: asked.append(model))  # counts alone
+    def test_a_resume_is_not_asked_again(self, gpt: Path, tmp_path: Path) -> None:
         run = [*text_flags(gpt, write_text(tmp_path / "t.txt")), f"--output_dir={tmp_path / 'out'}", *QUIET]
-        run = [flag for flag in run if flag not in ("--max_steps=2", "--save_strategy=no")]
-        assert main([*run, "--max_steps=2", "--save_steps=1"]) == 0
-        assert len(asked) == 1
-        assert main([*run, "--max_steps=3", "--save_steps=1", "--resume_from_checkpoint=true"]) == 0
-        assert len(asked) == 1
+        run = [flag for flag in run if flag not in ("--max_steps=2", "--save_strategy=no", "--task=causal-lm")]
+        run += [f"--task={__name__}:counted", "--save_steps=1"]
+        ASKED.clear()
+        assert main([*run, "--max_steps=2"]) == 0
+        assert len(ASKED) == 1
+        assert main([*run, "--max_steps=3", "--resume_from_checkpoint=true"]) == 0
+        assert len(ASKED) == 1
 
 
 class TestFlagsThatDoNotFitTheData:
