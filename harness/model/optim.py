@@ -167,9 +167,9 @@ def _as_typed(start: str, name: str, text: str, default: Any) -> Any:
         if isinstance(default, bool) and not isinstance(value, bool):
             raise ValueError("give true or false")
         if isinstance(default, int | float) and not isinstance(default, bool):
-            if isinstance(value, bool) or (isinstance(default, int) and not isinstance(value, int)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError("give a number")
-            return type(default)(value)
+            return float(value) if isinstance(default, float) else value
     except ValueError as error:
         raise ConfigError(f"{start}: {name}={text}: {error}.") from error
     return value

@@ -281,7 +281,7 @@ def _number(value: Any, column: str, given: str) -> float:
     if value is None:
         raise _missing(column, given)
     try:
-        number = float(value)
+        number = float(value if not isinstance(value, str) or "_" not in value else "")  # Python takes 1_000
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{given} has {value!r} in {column!r}, no number; correct it, or leave --do_regression out."

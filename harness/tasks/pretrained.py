@@ -203,7 +203,7 @@ def _fit_embeddings(model: Any, tokenizer: Any) -> None:
     if _smallest_vocabulary(model) >= needed:
         return
     try:
-        if needed > _num_embeddings(model.get_input_embeddings()):
+        if _num_embeddings(model.get_input_embeddings()) < needed:
             model.resize_token_embeddings(needed)
     except (NotImplementedError, AttributeError, ValueError) as error:
         logger.debug("The embeddings can't be resized.", exc_info=error)
@@ -219,7 +219,7 @@ def _smallest_vocabulary(model: Any) -> int:
     parts = [model.get_input_embeddings(), model.get_output_embeddings()]
     if decoder is not None and decoder is not model:
         parts.append(decoder.get_input_embeddings())
-    return min(size for part in parts if (size := _num_embeddings(part)))
+    return min((size for part in parts if (size := _num_embeddings(part))), default=sys.maxsize)
 
 
 def _num_embeddings(part: Any) -> int:

@@ -245,12 +245,9 @@ def as_text(value: Any, column: str) -> str:
     )
 
 
-def require_tokens(masks: Sequence[Sequence[int]], texts: Sequence[Sequence[Any]]) -> None:
-    """
-    Raise ConfigError for a sample without any token, of which a model computes nothing or NaN.
-
-    Of each there is an attention mask, and what it was made of in each of the `texts`.
-    """
+def require_tokens(samples: Mapping[str, Sequence[Sequence[int]]], *texts: Sequence[Any]) -> None:
+    """Raise ConfigError for a sample without any token, of which a model computes nothing or NaN."""
+    masks = samples.get("attention_mask") or [[1] * len(ids) for ids in samples["input_ids"]]
     for mask, *sources in zip(masks, *texts, strict=True):
         if not any(mask):
             shown = ", ".join(repr(source) for source in sources)

@@ -318,7 +318,7 @@ def test_preparation_of_csv_is_found_again_by_another_process(tmp_path: Path) ->
     )
     file = write(tmp_path / "prepare.py", script)
     done = [
-        run([sys.executable, str(file), str(path), str(tmp_path / "cache")], forked=False).stdout.split()[0]
+        run([sys.executable, str(file), str(path), str(tmp_path / "cache")], forked=False).out.split()[0]
         for _ in range(2)
     ]
     assert done[0] == done[1]

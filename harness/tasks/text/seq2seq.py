@@ -26,7 +26,7 @@ from harness.tasks.pretrained import (
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import IGNORED, TokenAccuracy
 from harness.tasks.scores.generated import TextScores, decoded
-from harness.tasks.splits import Split, Splits, as_text, column_names, texts_of
+from harness.tasks.splits import Split, Splits, as_text, column_names, require_tokens, texts_of
 
 # The example scripts' defaults.
 SOURCE_LENGTH, TARGET_LENGTH = 1024, 128
@@ -144,6 +144,7 @@ def _samples(split: Split, columns: Columns, tokenizer: Any, lengths: Lengths, c
         texts = [prefix + text for text in texts_of(batch, columns.source, delimiter)]
         padding = "max_length" if pads else False
         samples = dict(tokenizer(texts, padding=padding, max_length=lengths.source, truncation=True))
+        require_tokens(samples, texts)
         if has_target:
             targets = batch[columns.target]
             if None in targets:
@@ -152,6 +153,7 @@ def _samples(split: Split, columns: Columns, tokenizer: Any, lengths: Lengths, c
                 )
             texts = [as_text(text, columns.target) for text in targets]
             ids = tokenizer(text_target=texts, max_length=lengths.target, truncation=True)["input_ids"]
+            require_tokens({"input_ids": ids}, texts)
             samples["labels"] = [row + [IGNORED] * (lengths.target - len(row)) for row in ids] if pads else ids
         return samples
 

@@ -132,7 +132,7 @@ def _tokeniser(
             else [texts_of(batch, columns, delimiter)]
         )
         samples = dict(tokenizer(*texts, padding=padding, max_length=length, truncation=True))
-        require_tokens(samples["attention_mask"], texts)
+        require_tokens(samples, *texts)
         return samples
 
     return tokenise

@@ -27,7 +27,7 @@ from harness.tasks.pretrained import (
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import TokenAccuracy
 from harness.tasks.scores.entities import IGNORED, EntityScores, are_of_entities
-from harness.tasks.splits import Split, Splits, column_names
+from harness.tasks.splits import Split, Splits, column_names, require_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,8 @@ def _samples(split: Split, columns: Columns, labels: Labels, tokenise: Tokenise,
             samples["labels"] = [
                 _of_tokens(row, tokens.word_ids(index), inside if label_all else None) for index, row in enumerate(ids)
             ]
+            labelled_tokens = [[int(label != IGNORED) for label in row] for row in samples["labels"]]
+            require_tokens({"attention_mask": labelled_tokens}, batch[columns.words])
         return samples
 
     return split.transform(labelled, config)
