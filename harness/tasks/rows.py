@@ -121,6 +121,8 @@ def _load_files(flag: str, given: Sequence[str], config: TaskConfig, keep_linebr
     if len(files) > len(given):
         logger.info("%s: %d files, %s to %s.", source, len(files), files[0].path, files[-1].path)
     form = files[0].form
+    # `datasets` would make rows of its own out of files that look like an agent's.
+    options = {"text": {"keep_linebreaks": keep_linebreaks}, "json": {"parse_agent_traces": False}}
     with user_data(source):
         if form == "csv":
             return delimited.load(files, config)
@@ -130,7 +132,7 @@ def _load_files(flag: str, given: Sequence[str], config: TaskConfig, keep_linebr
             split="data",
             cache_dir=config.cache_dir,
             streaming=config.streaming,
-            **({"keep_linebreaks": keep_linebreaks} if form == "text" else {}),
+            **options.get(form, {}),
         )
 
 

@@ -280,6 +280,13 @@ def test_several_files_stand_in_the_configuration_and_one_as_before(tmp_path: Pa
         assert parse([f"--config={written}"]).task == config.task
 
 
+@BOTH
+def test_rows_that_look_like_an_agents_trace_are_rows(tmp_path: Path, streaming: bool) -> None:
+    events = [{"type": "user", "message": {"a": 1}, "text": "x"}, {"type": "user", "message": "b", "text": "y"}]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(event) + "\n" for event in events))
+    assert texts(path, streaming=streaming) == ["x", "y"]
+
+
 def test_the_digest_tells_other_content_in_the_same_files(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.csv", "text,label\na,x\n"), write(tmp_path / "b.csv", "text,label\nb,y\n")
     before = digest_of_samples(train(a, b).rows)
