@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,9 +37,11 @@ from harness.tasks.flags import TaskConfig
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # of what is cached; another number reads the files anew
-TABLE_ROWS, TABLE_CHARACTERS = 10_000, 1 << 24  # what is in memory at once
+BATCH_ROWS = 1000  # what is in memory at once
 NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
 WHOLE_NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
+
+Rows = list[tuple[int, list[str]]]  # each with the number of its first line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +158,8 @@ def _cached(files: Sequence[DataFile], dialect: Dialect, config: TaskConfig) -> 
 
 def _columns(file: DataFile, dialect: Dialect) -> tuple[str, ...]:
     """Return the names of the columns; a column whose name is missing is named by its number. Raises ConfigError."""
-    _, first = next(_rows(file, dialect), (0, []))
-    if not first:
+    first = next((rows[0][1] for rows in _batches(file, dialect) if rows), None)
+    if first is None:
         raise ConfigError(f"{file.path} is empty; give a file with at least one row.")
     other = re.search(r"[;\t|,]", first[0]) if dialect.has_header and dialect.delimiter is None else None
     if len(first) == 1 and other is not None:
@@ -175,7 +177,7 @@ def _columns(file: DataFile, dialect: Dialect) -> tuple[str, ...]:
 def _tables(
     files: Sequence[DataFile], dialect: Dialect, columns: Sequence[str]
 ) -> Iterator[tuple[tuple[int, int], pa.Table]]:
-    """Yield the rows of the files, some thousand at a time, each with a key of its own."""
+    """Yield the rows of the files, a thousand at a time, each with a key of its own."""
     for at, file in enumerate(files):
         own = _columns(file, dialect)
         if sorted(own) != sorted(columns):
@@ -183,68 +185,62 @@ def _tables(
                 f"{file.path} has the columns {', '.join(own)}, the first file {', '.join(columns)}; give files with "
                 "the same columns."
             )
-        rows = _rows(file, dialect)
-        if dialect.has_header:
-            next(rows, None)
-        if dialect.quoting is None and not dialect.reads_quotes(file):
-            rows = _telling_of_quotes(file, rows)
-        for number, cells in enumerate(_chunks(_whole(file, rows, len(own)))):
-            arrays = [pa.array([cell or None for cell in column], pa.string()) for column in zip(*cells, strict=True)]
-            yield (at, number), pa.table(dict(zip(own, arrays, strict=True))).select(list(columns))
+        is_header = dialect.has_header
+        for number, batch in enumerate(_batches(file, dialect)):
+            _check_width(file, batch, len(own))
+            _look_for_quotes(file, batch, dialect)
+            rows = [row for _, row in batch][is_header and bool(batch) :]
+            is_header = is_header and not batch
+            if rows:
+                cells = zip(*rows, strict=True)
+                arrays = [pa.array([cell or None for cell in column], pa.string()) for column in cells]
+                yield (at, number), pa.table(dict(zip(own, arrays, strict=True))).select(list(columns))
 
 
-def _telling_of_quotes(file: DataFile, rows: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows; warn at the first cell that looks as if its quotes were not meant as text."""
-    is_told = False
-    for line, row in rows:
-        if not is_told and any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in row):
-            is_told = True
-            _warn_of_quotes(file.path, line)
-        yield line, row
+def _check_width(file: DataFile, rows: Rows, width: int) -> None:
+    """Raise ConfigError for a row that has not as many cells as the first."""
+    if wrong := next(((line, len(row)) for line, row in rows if len(row) != width), None):
+        line, cells = wrong
+        raise ConfigError(
+            f"{file.path}, line {line}: {cells} cells where the first row has {width}; correct the row (a cell with "
+            "the delimiter in it stands in quotes), or give --csv_delimiter or --csv_quoting."
+        )
 
 
-@functools.cache  # a stream is begun several times
-def _warn_of_quotes(path: Path, line: int) -> None:
+def _look_for_quotes(file: DataFile, rows: Rows, dialect: Dialect) -> None:
+    """Warn of cells that look as if their quotes were not meant as text, where nothing says that they are."""
+    is_open = dialect.quoting is None and not dialect.reads_quotes(file)
+    if is_open and any(len(cell) > 1 and cell[0] == cell[-1] == '"' for _, row in rows for cell in row):
+        _warn_of_quotes(file.path)
+
+
+@functools.cache  # once a file, though a stream is begun several times
+def _warn_of_quotes(path: Path) -> None:
     logger.warning(
-        "%s, line %d: the quotes around a cell are taken as text, as is usual in tsv; where they are not text, give "
+        "%s: the quotes around some cells are taken as text, as is usual in tsv; where they are not text, give "
         "--csv_quoting minimal.",
-        *(path, line),
+        path,
     )
 
 
-def _whole(file: DataFile, rows: Iterable[tuple[int, list[str]]], width: int) -> Iterator[list[str]]:
-    for line, row in rows:
-        if len(row) != width:
-            raise ConfigError(
-                f"{file.path}, line {line}: {len(row)} cells where the first row has {width}; correct the row (a cell "
-                "with the delimiter in it stands in quotes), or give --csv_delimiter or --csv_quoting."
-            )
-        yield row
-
-
-def _chunks(rows: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    found: list[list[str]] = []
-    characters = 0
-    for row in rows:
-        found.append(row)
-        characters += sum(map(len, row))
-        if len(found) == TABLE_ROWS or characters > TABLE_CHARACTERS:
-            yield found
-            found, characters = [], 0
-    if found:
-        yield found
-
-
-def _rows(file: DataFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that are not empty, each with the number of its first line. Raises ConfigError."""
+def _batches(file: DataFile, dialect: Dialect) -> Iterator[Rows]:
+    """Yield a thousand rows at a time, blank ones left out, each with its first line's number. Raises ConfigError."""
     with opened(file) as content:
-        lines = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
-        reader, line = dialect.reader(file, lines), 1
+        reader = dialect.reader(file, io.TextIOWrapper(content, encoding="utf-8-sig", newline=""))
+        line = 1
         try:
-            while (row := _next(reader)) is not None:
-                if row:
-                    yield line, row
-                line = reader.line_num + 1
+            while True:
+                rows: Rows = []
+                before = csv.field_size_limit(sys.maxsize)  # for all of Python it is 128 KiB
+                try:
+                    for row in islice(reader, BATCH_ROWS):
+                        rows.append((line, row))
+                        line = reader.line_num + 1
+                finally:
+                    csv.field_size_limit(before)
+                if not rows:
+                    return
+                yield [each for each in rows if each[1]]
         except csv.Error as error:
             raise ConfigError(
                 f"{file.path}, line {line}, can't be read: {error}; write a cell with quotes in it as "
@@ -254,15 +250,6 @@ def _rows(file: DataFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
             raise ConfigError(f"{file.path} is not UTF-8 after line {line}: {error}; convert it.") from error
         except (EOFError, OSError, lzma.LZMAError) as error:
             raise ConfigError(f"{file.path} can't be read after line {line}: {error}.") from error
-
-
-def _next(reader: Any) -> list[str] | None:
-    before = csv.field_size_limit(sys.maxsize)  # texts may be longer than the 128 KiB that it is for all of Python
-    try:
-        row: list[str] | None = next(reader, None)
-        return row
-    finally:
-        csv.field_size_limit(before)
 
 
 def cells_of(rows: Any, column: str, *, of_stream: int = 1000) -> Iterator[str]:

@@ -102,7 +102,7 @@ def test_quoting_delimiter_and_header_are_flags(tmp_path: Path, caplog: pytest.L
     assert rows(bare, csv_header=False) == [{"column1": "text", "column2": "label"}, {"column1": "a", "column2": "x"}]
     assert "--csv_quoting minimal" not in caplog.text
     assert texts(write(tmp_path / "w.tsv", 'text\tlabel\n"a"\tx\n')) == ['"a"']
-    assert "w.tsv, line 2" in caplog.text
+    assert "w.tsv: the quotes around some cells are taken as text" in caplog.text
     assert "--csv_quoting minimal" in caplog.text
 
 
