@@ -139,7 +139,8 @@ def _check_data(config: Config, task: Task, num_processes: int) -> None:
 
 
 def _check_labels(config: Config, task: Task) -> None:
-    factor, kind = config.modeling.label_smoothing_factor, getattr(task.model.config, "problem_type", None)
+    factor = config.modeling.label_smoothing_factor
+    kind = getattr(getattr(task.model, "config", None), "problem_type", None)
     if factor > 0 and kind in ("regression", "multi_label_classification"):
         what = "numbers" if kind == "regression" else "several labels a sample"
         raise ConfigError(

@@ -223,8 +223,9 @@ def _smallest_vocabulary(model: Any) -> int:
 
 
 def _num_embeddings(part: Any) -> int:
-    # Not the weight's shape: it is zero where DeepSpeed has partitioned it.
-    return int(getattr(part, "num_embeddings", 0) or getattr(part, "out_features", 0))
+    weight = getattr(part, "weight", None)
+    # Where DeepSpeed has partitioned it, the weight's own shape is zero.
+    return 0 if weight is None else int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def head_of(config: TaskConfig, model_config: Any, auto_class: Any) -> dict[str, bool]:
