@@ -68,7 +68,7 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
     )
     task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
-    _check_data(config, task)
+    _check_data(config, task, accelerator.num_processes)
     if config.adapters.save_merged_model and backend.is_sharded:
         raise ConfigError(
             "--save_merged_model needs whole weights in one place, and ZeRO-3 and FSDP divide them; leave it out."
@@ -79,6 +79,8 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
         task = replace(task, train_dataset=samples, eval_dataset=samples)
     if weights is not None:
         load_weights(task.model, weights)
+    elif task.check is not None and config.run.trains:
+        task.check(task.model)
     prepare_model(task.model, config.modeling, task.processing_class, accelerator)
     loss = Loss(task.model, config.modeling, accelerator, task.compute_loss_func)
     evaluator = Evaluator(
@@ -112,7 +114,9 @@ def _build(task_config: TaskConfig, console: ConsoleConfig, accelerator: Acceler
     return builder(task_config)
 
 
-def _check_data(config: Config, task: Task) -> None:
+def _check_data(config: Config, task: Task, num_processes: int) -> None:
+    _check_labels(config, task)
+    _check_batches(config, task, num_processes)
     needs_eval = config.plan.eval_strategy != "no" or config.plan.eval_on_start or config.run.do_eval
     if config.run.trains and task.train_dataset is None:
         raise ConfigError(f"--task={config.task.task} has no training data: give --train_file or --dataset_name.")
@@ -131,6 +135,31 @@ def _check_data(config: Config, task: Task) -> None:
             raise ConfigError(
                 f"--wandb_eval_samples={count}: --task={config.task.task} has no predict_samples that shows what the "
                 "model makes of samples; give it one, or leave the flag out."
+            )
+
+
+def _check_labels(config: Config, task: Task) -> None:
+    factor = config.modeling.label_smoothing_factor
+    kind = getattr(getattr(task.model, "config", None), "problem_type", None)
+    if factor > 0 and kind in ("regression", "multi_label_classification"):
+        what = "numbers" if kind == "regression" else "several labels a sample"
+        raise ConfigError(
+            f"--label_smoothing_factor={factor} is of one label out of many, and the labels here are {what}; leave it "
+            "out."
+        )
+
+
+def _check_batches(config: Config, task: Task, num_processes: int) -> None:
+    """Refuse an evaluation of which --dataloader_drop_last would leave nothing."""
+    if not config.data.dataloader_drop_last or config.data.overfit_batches is not None:
+        return
+    a_round = config.data.per_device_eval_batch_size * num_processes
+    sets = task.eval_dataset if isinstance(task.eval_dataset, Mapping) else {"evaluation": task.eval_dataset}
+    for name, samples in {**sets, "test": task.test_dataset}.items():
+        if hasattr(samples, "__len__") and 0 < len(samples) < a_round:
+            raise ConfigError(
+                f"--dataloader_drop_last leaves no batch of the {name} data: {len(samples)} samples, and a round takes "
+                f"{a_round}; use a smaller --per_device_eval_batch_size, or leave it out."
             )
 
 

@@ -28,6 +28,7 @@ from harness.data.flags import DataConfig
 from harness.distributed.flags import TopologyConfig
 from harness.errors import ConfigError
 from harness.model.flags import BY_METRIC, AdapterConfig, OptimConfig
+from harness.tasks.files import data_files
 from harness.tasks.flags import PARTS as TASK_PARTS
 from harness.tasks.flags import SHIPPED, TaskConfig
 from harness.tracking import TrackingConfig
@@ -226,6 +227,9 @@ class Config:
         values: dict[str, Any] = {}
         for field in fields(self):
             values |= asdict(getattr(self, field.name))
+        for name, value in values.items():
+            if FLAGS[name].path == "file" and isinstance(value, list) and len(value) == 1:
+                values[name] = value[0]  # as one is written
         return {name: "<TOKEN>" if name == "token" and value else value for name, value in values.items()}
 
     def as_yaml(self) -> str:
@@ -305,11 +309,8 @@ class Reading:
         # A task of one's own may read them as it likes.
         if str(self.values.get("task", FLAGS["task"].default)) not in SHIPPED:
             return
-        given = {name: str(value) for name, value in self.values.items() if value and FLAGS[name].path}
-        missing = [(name, path, kind) for name, path in given.items() if (kind := _missing(FLAGS[name], path))]
-        if missing:
-            start = f"check the path (relative ones start at {Path.cwd()})."
-            raise ConfigError(*(f"--{name}={path}: no such {kind}; {start}" for name, path, kind in missing))
+        given = {name: FLAGS[name].value_of(value) for name, value in self.values.items() if value and FLAGS[name].path}
+        together(partial(_check_path, FLAGS[name], value) for name, value in given.items())
 
     def as_yaml(self, *, everything: bool) -> str:
         """The values as YAML that `--config` reads again, below what gave them."""
@@ -321,12 +322,16 @@ class Reading:
         return "\n".join(parts) or "{}\n"
 
 
-def _missing(flag: Flag, path: str) -> str | None:
-    """What should be there and is not; None if it is, or may be on the Hub."""
-    if flag.path != "model":
-        return None if (Path(path).is_file() if flag.path == "file" else Path(path).is_dir()) else flag.path
-    looks_like_path = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
-    return "folder" if looks_like_path and not path.startswith("wandb:") and not Path(path).exists() else None
+def _check_path(flag: Flag, value: Any) -> None:
+    """Raise ConfigError for what is not there; a model may be on the Hub."""
+    if flag.path == "file":
+        data_files(flag.name, value)
+        return
+    looks_like_path = value.startswith(("/", "./", "../", "~")) or value.count("/") > 1
+    may_be_elsewhere = flag.path == "model" and (not looks_like_path or value.startswith("wandb:"))
+    if not may_be_elsewhere and not (Path(value).exists() if flag.path == "model" else Path(value).is_dir()):
+        start = f"check the path (relative ones start at {Path.cwd()})."
+        raise ConfigError(f"--{flag.name}={value}: no such folder; {start}")
 
 
 def _dump(values: Mapping[str, Any]) -> str:

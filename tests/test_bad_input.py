@@ -400,7 +400,7 @@ def test_a_variable_that_can_not_be_followed_is_refused_before_anything_is_writt
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
-        ([{"a": 1}, {"a": 2}], "holds mappings"),
+        ([{"a": 1}, {"a": 2}], r"holds \{'a': 1\} \(dict\); a label is a text, a number or a list"),
         ([1, "x"], "holds values of several types"),
         ([[], []], "has no label in any row"),
     ],

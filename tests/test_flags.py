@@ -383,7 +383,7 @@ def test_a_name_that_may_be_on_the_hub_is_not_looked_for(name: str) -> None:
 
 
 def test_a_task_of_ones_own_reads_paths_as_it_likes() -> None:
-    assert read(["--task=own:build", "--train_file=s3://b/x.txt"]).checked().task.train_file == "s3://b/x.txt"
+    assert read(["--task=own:build", "--train_file=s3://b/x.txt"]).checked().task.train_file == ["s3://b/x.txt"]
 
 
 # What a process that parses must not wait for.

@@ -15,7 +15,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 
 from harness.errors import ConfigError, UnreachableError
 from harness.flags import Config
+from harness.tasks.files import data_files
 from harness.tasks.flags import TaskConfig
+from harness.tasks.pretrained import with_overrides
 from harness.tasks.text.glue import HUB_NAME
 from harness.tracking import TrackingConfig
 from harness.tracking.client import has_credentials, open_api
@@ -74,12 +76,11 @@ def _check_deepspeed(path: Path, launch: dict[str, Any]) -> None:
 
 def check_cache(task: TaskConfig, *, is_offline: bool) -> str:
     """Check that model and data are cached where nodes without internet find them."""
-    files = ("train_file", "validation_file", "test_file", "train_dir", "validation_dir")
-    for name, given in ((name, getattr(task, name)) for name in files):
-        if given and not Path(given).exists():
-            raise ConfigError(
-                f"--{name}={given}: no such {'folder' if name.endswith('dir') else 'file'}; check the path."
-            )
+    for name in ("train_file", "validation_file", "test_file"):
+        data_files(name, getattr(task, name) or ())
+    for name, given in ((name, getattr(task, name)) for name in ("train_dir", "validation_dir")):
+        if given and not Path(given).is_dir():
+            raise ConfigError(f"--{name}={given}: no such folder; check the path.")
     if not is_offline:
         return "model and data may come from the Hub (HF_HUB_OFFLINE is not set)"
     names = ("model_name_or_path", "config_name", "tokenizer_name", "image_processor_name")
@@ -183,7 +184,7 @@ def num_parameters(task: TaskConfig) -> int | None:
         else:
             return None
         if task.config_overrides:
-            model_config.update_from_string(task.config_overrides)
+            model_config = with_overrides(model_config, task.config_overrides)
         auto_class = AutoModelForCausalLM if task.task == "causal-lm" else AutoModel
         with torch.device("meta"):
             model = auto_class.from_config(model_config)

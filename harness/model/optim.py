@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,13 @@ from harness.model.flags import BY_METRIC, UNSUPPORTED_OPTIMIZERS, OptimConfig
 
 OPTIMIZERS = tuple(name.value for name in OptimizerNames if name.value not in UNSUPPORTED_OPTIMIZERS)
 SCHEDULERS = tuple(name.value for name in SchedulerType)
+# What --optim_args would say a second time.
+OWN_FLAGS = {
+    "lr": "--learning_rate",
+    "weight_decay": "--weight_decay",
+    "betas": "--adam_beta1 and --adam_beta2",
+    "eps": "--adam_epsilon",
+}
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
@@ -88,8 +98,10 @@ def _optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optim
     try:
         # As Trainer.get_optimizer_cls_and_kwargs; importing that loads `datasets` and prints with WANDB_MODE=offline.
         adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-        context = OptimizerContext(args, model, {"lr": config.learning_rate}, adam, _parse_optim_args(args.optim_args))
+        given = _Given(_parse_optim_args(config.optim_args))
+        context = OptimizerContext(args, model, {"lr": config.learning_rate}, adam, given)
         cls, kwargs = _OPTIMIZER_HANDLERS[args.optim](context)
+        kwargs |= _further(given, cls, config)
         if is_optimizer_factory(cls):
             optimizer: torch.optim.Optimizer = cls()(model, **kwargs)
             return optimizer
@@ -100,6 +112,67 @@ def _optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optim
     if "bitsandbytes" in str(cls) and kwargs.get("optim_bits") == 8:
         _keep_embeddings_in_32_bits(model)
     return optimizer
+
+
+class _Given(dict[str, str]):
+    """What --optim_args gives, and what the Trainer's table has read of it."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        super().__init__(values)
+        self.all = frozenset(values)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value, read."""
+        self.read.add(key)
+        return super().get(key, default)
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        """Return a value, read, and remove it."""
+        self.read.add(key)
+        return super().pop(key, default)
+
+    def __getitem__(self, key: str) -> str:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def _further(given: _Given, cls: Any, config: OptimConfig) -> dict[str, Any]:
+    """
+    Return as arguments of the optimizer what the Trainer's table has not read of --optim_args.
+
+    Raises ConfigError for names that the optimizer does not take, and for those that have a flag of their own.
+    """
+    start = f"--optim_args={config.optim_args}"
+    for name in given.all & OWN_FLAGS.keys():
+        if name not in given.read or name == "weight_decay":  # which the parameter groups say
+            raise ConfigError(f"{start}: for {name} there is {OWN_FLAGS[name]}.")
+    takes = {} if is_optimizer_factory(cls) else dict(inspect.signature(cls).parameters)
+    takes = {name: each for name, each in takes.items() if each.default is not each.empty and name not in OWN_FLAGS}
+    found: dict[str, Any] = {}
+    for name in sorted(given.all - given.read):
+        if name not in takes or isinstance(takes[name].default, tuple):
+            known = sorted({*(given.read - OWN_FLAGS.keys()), *takes} - {"params"})
+            raise ConfigError(f"{start}: {config.optim} takes no {name}; it takes: {', '.join(known) or 'none'}.")
+        found[name] = _as_typed(start, name, given[name], takes[name].default)
+    return found
+
+
+def _as_typed(start: str, name: str, text: str, default: Any) -> Any:
+    """Return a value in the type of the default; where that is None, what JSON makes of it."""
+    try:
+        if isinstance(default, str):
+            return text
+        value = json.loads(text.lower())
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError("give true or false")
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError("give a number")
+            return float(value) if isinstance(default, float) else value
+    except ValueError as error:
+        raise ConfigError(f"{start}: {name}={text}: {error}.") from error
+    return value
 
 
 def _keep_embeddings_in_32_bits(model: torch.nn.Module) -> None:

@@ -90,6 +90,8 @@ class Task:
       from torch's, numpy's or Python's global generator.
     - processing_class: saved with each checkpoint (a tokenizer, an image processor ...).
     - compute_loss_func(outputs, labels, num_items_in_batch) -> scalar: as the Trainer's argument of that name.
+    - check(model): raises ConfigError for a model that this task can't train. Called once, before the first step of a
+      new run; it leaves the model as it is.
     - metrics: makes a fresh Metrics for each evaluation.
     - generate(model, batch) -> (batch, tokens): what the metrics get in place of the logits, and an evaluation keeps as
       predictions. Each rank calls it for its own batch, with the unwrapped model in eval mode, without gradients.
@@ -108,6 +110,7 @@ class Task:
     test_dataset: Any = None
     processing_class: Any = None
     compute_loss_func: LossFunction | None = None
+    check: Callable[[torch.nn.Module], None] | None = None
     metrics: Callable[[], Metrics] | None = None
     generate: Generate | None = None
     sample: Callable[[torch.nn.Module], str] | None = None

@@ -68,9 +68,18 @@ class SourceFlags:
     dataset_name: str | None = arg(help="Data set on the Hub, or a folder written by save_to_disk.", common=True)
     dataset_config_name: str | None = arg(help="Configuration of the data set on the Hub.")
     task_name: str | None = arg(help="A GLUE task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli.", common=True)
-    train_file: str | None = arg(help="Training data: csv, tsv, json, jsonl, txt or parquet.", path="file", common=True)
-    validation_file: str | None = arg(help="Validation data, same formats.", path="file", common=True)
-    test_file: str | None = arg(help="Data to predict on, same formats.", path="file", on_resume="free")
+    train_file: list[str] | None = arg(
+        help="Training data: csv, tsv, json, jsonl, txt or parquet; files, folders or patterns; also .gz and .zst.",
+        path="file",
+        common=True,
+    )
+    validation_file: list[str] | None = arg(help="Validation data, likewise.", path="file", common=True)
+    test_file: list[str] | None = arg(help="Data to predict on, likewise.", path="file", on_resume="free")
+    csv_delimiter: str | None = arg(help="What divides the cells of csv and tsv files; default: comma, in tsv tab.")
+    csv_quoting: str | None = arg(
+        help="minimal: quotes may enclose a cell; none: they are text; default: minimal, in tsv none."
+    )
+    csv_header: bool = arg(True, "The first row names the columns; else they are column1, column2, ...")
     train_split_name: str = arg("train", "Split to train on.")
     validation_split_name: str | None = arg(
         help="Split to evaluate on; default: validation, dev or validation_matched."
@@ -103,6 +112,11 @@ class SourceFlags:
             max_predict_samples=self.max_predict_samples,
             preprocessing_num_workers=self.preprocessing_num_workers,
         )
+        if self.csv_quoting is not None:
+            choice("csv_quoting", self.csv_quoting, ("minimal", "none"))
+        delimiter = self.csv_delimiter
+        if delimiter not in (None, "tab", "\\t") and (len(str(delimiter)) != 1 or str(delimiter) in '"\r\n'):
+            raise ConfigError(f"--csv_delimiter={delimiter}: give one character, or tab.")
         if not 0 < self.validation_split_percentage < 100:
             raise ConfigError(f"--validation_split_percentage={self.validation_split_percentage}: use 1 to 99.")
 
@@ -124,6 +138,9 @@ class TaskConfig(
     """
 
     def __post_init__(self) -> None:
+        for name in ("train_file", "validation_file", "test_file"):
+            if isinstance(value := getattr(self, name), str):  # a builder may give one path as it is
+                object.__setattr__(self, name, [value])
         of_parts = [partial(part.__post_init__, self) for part in PARTS if hasattr(part, "__post_init__")]
         together([*of_parts, self._check_owners, self._check_sources])
 

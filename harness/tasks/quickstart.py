@@ -36,8 +36,8 @@ def build(config: TaskConfig) -> Task:
     folder = _prepared(Path(datasets.config.HF_DATASETS_CACHE) / "harness")
     prepared = dataclasses.replace(
         config,
-        train_file=str(folder / "train.jsonl"),
-        validation_file=str(folder / "validation.jsonl"),
+        train_file=[str(folder / "train.jsonl")],
+        validation_file=[str(folder / "validation.jsonl")],
         tokenizer_name=config.tokenizer_name or config.model_name_or_path or str(folder / "tokenizer"),
     )
     return causal_lm.build(prepared)

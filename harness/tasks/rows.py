@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import DataFilesList
+from fsspec.compression import register_compression
 
+from harness.config import flags_of
 from harness.errors import ConfigError
+from harness.tasks import delimited
+from harness.tasks.files import DataFile, data_files, is_delimited, source_of
 from harness.tasks.flags import TaskConfig
 from harness.tasks.splits import SPLITS, Splits, split_of, user_data
 
-FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".txt": "text",
-    ".parquet": "parquet",
-}
+logger = logging.getLogger(__name__)
+
+IMAGE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # with labels of its own, maybe
 VALIDATION_NAMES = ("validation", "dev", "validation_matched")
 TEST_NAMES = ("test", "test_matched")
 
@@ -35,18 +39,28 @@ def load_splits(config: TaskConfig, *, keep_linebreaks: bool = False) -> Splits:
     if config.dataset_name:
         raw = _named_splits(config, f"--dataset_name={config.dataset_name}")
     for name in SPLITS:
-        path = getattr(config, f"{name}_file")
-        if path is not None:
-            raw[name] = _load_file(f"--{name}_file={path}", Path(path), config, keep_linebreaks)
+        if (given := getattr(config, f"{name}_file")) is not None:
+            raw[name] = _load_files(f"{name}_file", given, config, keep_linebreaks)
         folder = getattr(config, f"{name}_dir", None)
         if folder is not None:
             raw[name] = _load_images(f"--{name}_dir={folder}", Path(folder), config)
+    _check_csv_flags(config)
     splits = Splits({name: split_of(config, name, rows) for name, rows in raw.items()})
     if not splits.known:
         raise ConfigError("No data; give --train_file or --dataset_name.")
     for split in splits.known:
         split.first_row()  # raises ConfigError for an empty one
     return splits
+
+
+def _check_csv_flags(config: TaskConfig) -> None:
+    """Refuse flags of csv files where none is read."""
+    if any(is_delimited(getattr(config, f"{name}_file")) for name in SPLITS):
+        return
+    flags = flags_of(TaskConfig)
+    for name in ("csv_delimiter", "csv_quoting", "csv_header"):
+        if (value := getattr(config, name)) != flags[name].default:
+            raise ConfigError(f"--{name}={value} is of csv and tsv files, and none is given; leave it out.")
 
 
 def _named_splits(config: TaskConfig, source: str) -> dict[str, Any]:
@@ -84,6 +98,11 @@ def _load_named(config: TaskConfig, source: str) -> Any:
         if isinstance(saved, datasets.DatasetDict):
             return {name: split.to_iterable_dataset() for name, split in saved.items()}
         return saved.to_iterable_dataset()
+    if folder.is_dir() and glob.has_magic(str(folder)):
+        raise ConfigError(
+            f"{source}: `datasets` takes {folder} as a pattern and would read other folders; rename it, or name its "
+            "files by --train_file."
+        )
     with user_data(source):
         return datasets.load_dataset(
             config.dataset_name,
@@ -94,33 +113,70 @@ def _load_named(config: TaskConfig, source: str) -> Any:
         )
 
 
-def _load_file(source: str, path: Path, config: TaskConfig, keep_linebreaks: bool) -> Any:
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"{source}: unknown format {path.suffix!r}; use one of {', '.join(FORMATS)}.")
-    if not path.is_file():
-        raise ConfigError(f"{source}: no such file; check the path (relative ones start at {Path.cwd()}).")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"{source} is empty; give a file with at least one row.")
-    options: dict[str, Any] = {}
-    if path.suffix.lower() == ".tsv":
-        options["sep"] = "\t"
-    if path.suffix.lower() == ".txt":
-        options["keep_linebreaks"] = keep_linebreaks
+def _load_files(flag: str, given: Sequence[str], config: TaskConfig, keep_linebreaks: bool) -> Any:
+    source, files = source_of(flag, given), data_files(flag, given)
+    if empty := next((file for file in files if file.path.stat().st_size == 0), None):
+        named = "" if [str(empty.path)] == list(given) else f": {empty.path}"
+        raise ConfigError(f"{source}{named} is empty; give a file with at least one row.")
+    if len(files) > len(given):
+        logger.info("%s: %d files, %s to %s.", source, len(files), files[0].path, files[-1].path)
+    form = files[0].form
+    # `datasets` would make rows of its own out of files that look like an agent's.
+    options = {"text": {"keep_linebreaks": keep_linebreaks}, "json": {"parse_agent_traces": False}}
     with user_data(source):
+        if form == "csv":
+            return delimited.load(files, config)
         return datasets.load_dataset(
-            FORMATS[path.suffix.lower()],
-            data_files={"data": str(path)},
+            form,
+            data_files={"data": _as_they_are(files, config)},
             split="data",
             cache_dir=config.cache_dir,
             streaming=config.streaming,
-            **options,
+            **options.get(form, {}),
         )
+
+
+def _as_they_are(files: Sequence[DataFile], config: TaskConfig) -> DataFilesList:
+    """Return the files for `datasets`, which would take a path with `[1]` in it as a pattern."""
+    if any(file.compression == "zstd" for file in files):
+        delimited.require_zstd()
+        # The openers that fsspec may have for zstd stop after a file's first frame, or need another package.
+        register_compression("zstd", _zstd, "zst", force=True)
+    return DataFilesList(
+        [str(_plainly_named(file, config)) for file in files], [tuple(map(str, file.stamp[1:])) for file in files]
+    )
+
+
+def _zstd(raw: Any, mode: str = "rb") -> Any:  # noqa: ARG001 - as fsspec calls it
+    return delimited.decompressed(raw, "zstd")
+
+
+def _plainly_named(file: DataFile, config: TaskConfig) -> Path:
+    """Return the path, or that of a link to it where `datasets` would make something else of its characters."""
+    path = file.path.absolute()
+    if "::" not in str(path) and not (file.compression and set(str(path)) & set("[]*?#%")):
+        return path
+    link = delimited.cache_folder(config) / "links" / hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    link = link.with_suffix("".join((file.suffix, path.suffix if file.compression else "")))
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        with suppress(FileExistsError):  # another process was faster
+            link.symlink_to(path)
+    return link
 
 
 def _load_images(source: str, folder: Path, config: TaskConfig) -> Any:
     if not folder.is_dir():
         raise ConfigError(f"{source}: no such folder; check the path (relative ones start at {Path.cwd()}).")
+    # Where labels are the names of its subfolders, a single one is a label too.
+    has_classes = any(each.is_dir() for each in folder.iterdir())
+    has_metadata = any(any(folder.rglob(name)) for name in IMAGE_METADATA)
+    options = {"drop_labels": False} if has_classes and not has_metadata else {}
     with user_data(source):
         return datasets.load_dataset(
-            "imagefolder", data_files={"data": str(folder / "**")}, split="data", cache_dir=config.cache_dir
+            "imagefolder",
+            data_files={"data": f"{glob.escape(str(folder))}/**"},
+            split="data",
+            cache_dir=config.cache_dir,
+            **options,
         )

@@ -15,6 +15,8 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from harness.errors import ConfigError
+from harness.tasks.delimited import cells_of, is_number
+from harness.tasks.files import is_delimited, source_of
 from harness.tasks.flags import TaskConfig
 
 logger = logging.getLogger(__name__)
@@ -24,11 +26,16 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the data: its name, its rows (mostly of `datasets`) and the flag that it came from, for messages."""
+    """
+    A part of the data: its name, its rows (mostly of `datasets`) and the flag that it came from, for messages.
+
+    `is_delimited` says that it was read from csv or tsv, where numbers are texts too.
+    """
 
     name: str
     rows: Any
     source: str
+    is_delimited: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -37,10 +44,17 @@ class Split:
 
     @property
     def string_columns(self) -> list[str]:
-        """The columns of strings, judged by the features or, in a stream without, by its first row."""
+        """
+        The columns of strings, judged by the features or, in a stream without, by its first row.
+
+        Of delimited files those with a cell that is neither a number nor true or false.
+        """
         if self.rows.features is not None:
             kinds = {name: getattr(feature, "dtype", None) for name, feature in self.rows.features.items()}
-            return [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+            names = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+            if not self.is_delimited:
+                return names
+            return [name for name in names if any(_is_word(cell) for cell in cells_of(self.rows, name))]
         return [name for name, value in self.first_row().items() if isinstance(value, str)]
 
     def first_row(self) -> dict[str, Any]:
@@ -106,6 +120,11 @@ class Splits(dict[str, Split]):
         """Return those of the three names that exist, in their order."""
         return [self[name] for name in SPLITS if name in self]
 
+    @property
+    def labelled(self) -> list[Split]:
+        """Return those whose labels are read: all known ones but that to predict on."""
+        return [split for split in self.known if split.name != "test"]
+
     def rows(self, name: str) -> Any:
         """Return the rows of a part; None if it does not exist."""
         return self[name].rows if name in self else None
@@ -156,9 +175,8 @@ class Splits(dict[str, Split]):
                 f"{train.source} has no column `label` or `labels`, only: {', '.join(train.columns)}; name one by "
                 "--label_column_name."
             )
-        for split in self.known:
-            if split.name != "test":
-                split.require_columns("label_column_name", column)
+        for split in self.labelled:
+            split.require_columns("label_column_name", column)
         return column
 
     def text_columns(self, config: TaskConfig) -> list[str]:
@@ -182,14 +200,16 @@ class Splits(dict[str, Split]):
 
 def split_of(config: TaskConfig, name: str, rows: Any) -> Split:
     """Return a part of the data that the flags name."""
-    for flag in (f"{name}_file", f"{name}_dir"):
-        if (path := getattr(config, flag, None)) is not None:
-            return Split(name, rows, f"--{flag}={path}")
+    own = (f"{name}_file", f"{name}_dir")
     data = config.dataset_name or config.task_name
-    if data is not None:
-        return Split(name, rows, f"--dataset_name={data} ({name})")
-    flag = "train_file" if config.train_dir is None else "train_dir"
-    return Split(name, rows, f"--{flag}={getattr(config, flag)}")
+    # What is held out comes from the training data.
+    flags = own if data is not None else (*own, "train_file", "train_dir")
+    for flag in flags:
+        if (value := getattr(config, flag, None)) is not None:
+            if isinstance(value, str):
+                return Split(name, rows, f"--{flag}={value}")
+            return Split(name, rows, source_of(flag, value), is_delimited(value))
+    return Split(name, rows, f"--dataset_name={data} ({name})")
 
 
 def column_names(config: TaskConfig) -> list[str]:
@@ -197,10 +217,41 @@ def column_names(config: TaskConfig) -> list[str]:
     return [name.strip() for name in (config.text_column_names or "").split(",") if name.strip()]
 
 
-def joined(batch: Mapping[str, Sequence[Any]], columns: Sequence[str], delimiter: str) -> list[str]:
-    """Join the columns of a batch to one text a row; an empty cell counts as an empty text."""
-    rows = zip(*(batch[column] for column in columns), strict=True)
-    return [delimiter.join("" if value is None else str(value) for value in row) for row in rows]
+def texts_of(batch: Mapping[str, Sequence[Any]], columns: Sequence[str], delimiter: str) -> list[str]:
+    """
+    Join the columns of a batch to one text a row; an empty cell counts as an empty text.
+
+    Raises ConfigError for values that are no texts.
+    """
+    texts = [["" if value is None else as_text(value, column) for value in batch[column]] for column in columns]
+    return [delimiter.join(row) for row in zip(*texts, strict=True)]
+
+
+def as_text(value: Any, column: str) -> str:
+    """
+    Return a text, or a whole number as it is written.
+
+    Raises ConfigError for any other value: how Python writes it is nothing to train on.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    raise ConfigError(
+        f"Column {column!r} holds {shown}, of type {type(value).__name__}, where a text is needed; write it as the "
+        "text that the model is to read (of chat messages: by the tokenizer's chat template), or name another column "
+        "by --text_column_names."
+    )
+
+
+def require_tokens(samples: Mapping[str, Sequence[Sequence[int]]], *texts: Sequence[Any]) -> None:
+    """Raise ConfigError for a sample without any token, of which a model computes nothing or NaN."""
+    masks = samples.get("attention_mask") or [[1] * len(ids) for ids in samples["input_ids"]]
+    for mask, *sources in zip(masks, *texts, strict=True):
+        if not any(mask):
+            shown = ", ".join(repr(source) for source in sources)
+            raise ConfigError(f"There is a row whose text has no token ({shown}); remove it, or give it a text.")
 
 
 def grouped(tokens: Mapping[str, Sequence[Sequence[int]]], size: int) -> dict[str, list[list[int]]]:
@@ -210,6 +261,10 @@ def grouped(tokens: Mapping[str, Sequence[Sequence[int]]], size: int) -> dict[st
         name: [line[start : start + size] for start in range(0, len(line) - size + 1, size)]
         for name, line in lines.items()
     }
+
+
+def _is_word(cell: str) -> bool:
+    return not is_number(cell) and cell.strip().lower() not in ("true", "false")
 
 
 @contextmanager

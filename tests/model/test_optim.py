@@ -169,6 +169,47 @@ def test_arguments_that_the_schedule_lacks_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("optim", "optim_args", "expected"),
+    [
+        ("adamw_torch", "amsgrad=true", {"amsgrad": True, "betas": (0.9, 0.999), "lr": 5e-5}),
+        ("adamw_torch", "foreach=false,maximize=True", {"foreach": False, "maximize": True}),
+        ("adamw_torch_fused", "amsgrad=True", {"amsgrad": True, "fused": True}),
+        ("adafactor", "clip_threshold=0.5,decay_rate=-0.7", {"clip_threshold": 0.5, "decay_rate": -0.7}),
+        ("adafactor", "scale_parameter=true", {"scale_parameter": True, "relative_step": False}),
+        ("adafactor", "beta1=0.9", {"beta1": 0.9}),
+        ("sgd", "momentum=0.9, nesterov=true", {"momentum": 0.9, "nesterov": True}),
+        ("sgd", "maximize=true", {"maximize": True, "momentum": 0}),
+        ("adagrad", "initial_accumulator_value=0.5,eps=1e-6", {"initial_accumulator_value": 0.5, "eps": 1e-6}),
+        ("rmsprop", "capturable=false,alpha=0.5", {"capturable": False, "alpha": 0.5}),
+    ],
+)
+def test_further_arguments_reach_the_optimizer(optim: str, optim_args: str, expected: dict[str, Any]) -> None:
+    optimizer = build_optimizer(WithNorms(), OptimConfig(optim=optim, optim_args=optim_args))
+    for group in optimizer.param_groups:
+        assert {name: group[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "says"),
+    [
+        ("adamw_torch", "amsgard=true", "adamw_torch takes no amsgard; it takes: .*amsgrad"),
+        ("adamw_torch_fused", "momentum=0.9", "takes no momentum"),
+        ("adafactor", "rank=8", "takes no rank; it takes: .*clip_threshold"),
+        ("sgd", "momentun=0.9", "takes no momentun; it takes: .*momentum"),
+        ("adamw_torch", "lr=1", "for lr there is --learning_rate"),
+        ("adamw_torch", "eps=1e-6", "for eps there is --adam_epsilon"),
+        ("adafactor", "eps=1e-6", "for eps there is"),
+        ("sgd", "weight_decay=0.1", "for weight_decay there is --weight_decay"),
+        ("adamw_torch", "amsgrad=1", "amsgrad=1: give true or false"),
+        ("adafactor", "clip_threshold=much", "clip_threshold=much"),
+    ],
+)
+def test_further_arguments_that_would_do_nothing_are_refused(optim: str, optim_args: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=f"--optim_args={optim_args}: .*{says}|{says}"):
+        build_optimizer(WithNorms(), OptimConfig(optim=optim, optim_args=optim_args))
+
+
+@pytest.mark.parametrize(
     ("values", "says"),
     [
         ({"learning_rate": -1.0}, "--learning_rate=-1"),

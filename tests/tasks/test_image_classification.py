@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,13 +216,29 @@ def test_flags_of_images_are_refused_elsewhere(given: dict[str, str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
-def test_an_image_that_can_not_be_read_is_named(given: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [60, -40, 4], ids=["no pixels", "truncated", "no image"])
+def test_an_image_that_can_not_be_read_is_named(given: dict[str, str], tmp_path: Path, size: int) -> None:
     folder = save_images(tmp_path / "train", 3)
     broken = folder / "square" / "1.png"
-    broken.write_bytes(broken.read_bytes()[:60])
+    broken.write_bytes(broken.read_bytes()[:size])
     data = built(given, train_dir=str(folder)).train_dataset
-    with pytest.raises(ConfigError, match="Image 4 of the data can't be read"):
+    with pytest.raises(ConfigError, match=r"Image 4 of the data \(.*square/1.png\) can't be read"):
         [data[i] for i in range(len(data))]
+
+
+def test_a_folder_with_one_of_the_classes_has_its_id(given: dict[str, str], tmp_path: Path) -> None:
+    valid = save_images(tmp_path / "valid", 2)
+    for shape in SHAPES[:2]:
+        shutil.rmtree(valid / shape)
+    task = built(given, validation_dir=str(valid))
+    assert [sample["labels"] for sample in task.eval_dataset] == [2, 2]
+    with pytest.raises(ConfigError, match="has no label but 'triangle'; a classifier needs two"):
+        built(given, train_dir=str(valid))
+
+
+def test_a_folder_is_not_taken_as_a_pattern(given: dict[str, str], tmp_path: Path) -> None:
+    save_images(tmp_path / "data1", 5)
+    assert len(built(given, train_dir=str(save_images(tmp_path / "data[1]", 2))).train_dataset) == 6
 
 
 def test_processors_that_crop_give_their_size(given: dict[str, str], tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ class TestCausalLm:
     def test_blocks_equal_a_plain_reference(self, gpt: dict[str, Any]) -> None:
         config = TaskConfig(**gpt, validation_split_percentage=10)
         task = causal_lm.build(config)
-        text = Path(config.train_file or "").read_text(encoding="utf-8")
+        text = Path(gpt["train_file"]).read_text(encoding="utf-8")
         tokenizer = load_tokenizer(config)
         held = [token for line in text.splitlines(keepends=True)[:4] for token in tokenizer(line)["input_ids"]]
         ids = [token for line in text.splitlines(keepends=True)[4:] for token in tokenizer(line)["input_ids"]]

@@ -160,7 +160,7 @@ def test_bad_input_is_refused_with_what_to_do(
     changes: dict[str, Any], parts: list[str], given: dict[str, Any], tmp_path: Path
 ) -> None:
     row = {"tokens": ["a", "cat"], "ner_tags": ["O", "B-PET"], "text": "a cat", "label": "x", "few": ["O"]}
-    path = write(tmp_path / "odd.jsonl", [row] * 3)
+    path = write(tmp_path / "odd.jsonl", [row, {**row, "few": ["B-PET"]}] * 2)
     if "few" not in changes.values() and "label" not in changes.values() and "text" not in changes.values():
         path = given["train_file"]
     with pytest.raises(ConfigError) as error:

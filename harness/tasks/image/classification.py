@@ -20,7 +20,7 @@ from harness.tasks import Task
 from harness.tasks.flags import TaskConfig
 from harness.tasks.labels import SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import recognised
-from harness.tasks.pretrained import load_config, load_image_processor, load_model
+from harness.tasks.pretrained import head_of, load_config, load_image_processor, load_model
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import LABEL_METRICS, LabelScores
 from harness.tasks.splits import Split, Splits
@@ -57,13 +57,20 @@ class Images(Dataset):  # type: ignore[type-arg]
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             image = self.rows[index][self.column].convert("RGB")
-        except (OSError, AttributeError) as error:  # the file is no image, or the row has none
-            raise ConfigError(f"Image {index} of the data can't be read: {error}; remove or mend it.") from error
+        # The file is no image, or a part of one, or the row has none.
+        except (OSError, SyntaxError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{self._place(index)} can't be read: {error}; remove or mend it.") from error
         options: dict[str, Any] = {}
         if self.size is not None:
             image, options = self._drawn(image, self.size), {"do_resize": False}
         pixels = self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
         return {"pixel_values": pixels, **({} if self.labels is None else {"labels": self.labels[index]})}
+
+    def _place(self, index: int) -> str:
+        """Return where an image is: its file if it has one."""
+        raw = self.rows.cast_column(self.column, datasets.Image(decode=False))[index][self.column]
+        path = (raw or {}).get("path")
+        return f"Image {index} of the data" + (f" ({path})" if path else "")
 
     def _drawn(self, image: Any, size: tuple[int, int]) -> Any:
         left, top, width, height = random_box(image.width, image.height)
@@ -93,13 +100,13 @@ def build(config: TaskConfig) -> Task:
     is_fresh = config.model_name_or_path is None and config.config_name is None
     if is_fresh and hasattr(model_config, "image_size") and "image_size" not in (config.config_overrides or ""):
         model_config.image_size = size[0] if size[0] == size[1] else list(size)
-    labels = read_labels(train, labels_from, config.do_regression)
+    labels = read_labels(splits, labels_from, config.do_regression)
     if labels.kind != SINGLE:
         raise ConfigError(
             f"{train.source}: column {labels_from!r} holds no single label an image; name another one by "
             "--label_column_name."
         )
-    labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
+    labels = use_labels(labels, model_config, **head_of(config, model_config, AutoModelForImageClassification))
     metric = config.metric_name or "accuracy"
     choice("metric_name", metric, LABEL_METRICS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,11 @@ class EntityScores:
         places = torch.arange(len(tags), device=tags.device)
         begins = torch.where(starts, places, 0).cummax(dim=0).values
         return ends, torch.nn.functional.pad(begins[:-1], (1, 0)), last_type
+
+
+def are_of_entities(tags: Sequence[str]) -> bool:
+    """Whether tags say where entities begin and end: `O`, and B-, I-, E- or S- with a type."""
+    return all(tag == "O" or re.match("[BIES]-.", tag) for tag in tags) and any(tag != "O" for tag in tags)
 
 
 def _kind(tag: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, default_data_collator
 
+from harness.errors import ConfigError
 from harness.tasks import Task
 from harness.tasks.flags import TaskConfig
 from harness.tasks.predictions import continued
 from harness.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, longest_sequence
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import TokenAccuracy
-from harness.tasks.splits import Split, grouped, joined
+from harness.tasks.splits import Split, grouped, texts_of
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 16
+PROBE_TOKENS = 8
 SAMPLE_TOKENS = 60
 
 
@@ -43,6 +48,7 @@ def build(config: TaskConfig) -> Task:
         test_dataset=blocks.rows("test"),
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        check=lambda model: check_causal(model, next(iter(shown))["input_ids"]),
         metrics=lambda: TokenAccuracy(shift=1),
         sample=lambda model: _continued(model, tokenizer, next(iter(shown))["input_ids"]),
         predict_samples=partial(continued, tokenizer=tokenizer) if hasattr(model, "generate") else None,
@@ -61,7 +67,7 @@ def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer:
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         # No warning for texts that are longer than the model takes: they are cut into blocks afterwards.
-        return dict(tokenizer(joined(batch, columns, delimiter), verbose=False))
+        return dict(tokenizer(texts_of(batch, columns, delimiter), verbose=False))
 
     def cut_to_blocks(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         blocks = grouped(batch, size)
@@ -70,6 +76,63 @@ def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer:
     blocks = split.transform(tokenised, config).transform(cut_to_blocks, config, keep_columns=True)
     blocks.require_samples(f"fewer tokens than one block of {size}; lower --block_size or give more text.")
     return blocks
+
+
+def check_causal(model: Any, block: Sequence[int]) -> None:
+    """
+    Raise ConfigError for a model that sees the tokens which it is to predict, as BERT does.
+
+    In a causal model the gradient of the earlier logits with respect to a later token's embedding is exactly zero.
+    Costs a forward of some tokens; random state, buffers, modes and gradients are as before. A model that can't be
+    asked so (its weights are partitioned, its attention runs on a GPU alone) passes.
+    """
+    ids = torch.tensor([list(block)[:PROBE_TOKENS]])
+    if ids.shape[1] < 2 or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return
+    try:
+        gradient = _gradient_of_earlier_logits(model, ids.to(next(model.parameters()).device))
+        if gradient.shape[:2] == ids.shape[::-1]:  # XLNet's batches stand second
+            gradient = gradient.transpose(0, 1)
+        later = gradient[:, ids.shape[1] // 2 :]
+        sees_later = bool(((later != 0) & later.isfinite()).any())
+    except Exception as error:  # a model may raise anything on what is not its usual input
+        logger.info("Whether the model is causal could not be tried: %s", error)
+        return
+    if sees_later:
+        raise ConfigError(
+            f"A {model.config.model_type} model sees the tokens after the one that it is to predict, so causal-lm "
+            "would teach it nothing: give --config_overrides is_decoder=true if its type has that, another model, or "
+            "--task masked-lm."
+        )
+
+
+def _gradient_of_earlier_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of the first half's logits with respect to all tokens' embeddings, (1, tokens, size)."""
+    embeddings: list[torch.Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    was_training = {module: module.training for module in model.modules()}
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else [ids.device]), torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            earlier = logits[:, : ids.shape[1] // 2].float()
+            # Weights that differ from logit to logit: a plain sum could be the same whatever the tokens are.
+            weights = torch.linspace(0.5, 1.5, earlier.numel(), device=earlier.device).reshape(earlier.shape)
+            (gradient,) = torch.autograd.grad((earlier * weights).sum(), embeddings[:1])
+    finally:
+        handle.remove()
+        for module, mode in was_training.items():
+            module.training = mode
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+    return gradient
 
 
 def _continued(model: torch.nn.Module, tokenizer: Any, block: Sequence[int]) -> str:

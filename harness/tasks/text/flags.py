@@ -38,7 +38,7 @@ class LanguageModelFlags:
     line_by_line: bool = arg(False, "masked-lm: each line is a sample of its own.")
 
     def __post_init__(self) -> None:
-        at_least(1, block_size=self.block_size)
+        at_least(2, block_size=self.block_size)  # in a block of one token there is no next one
         if not 0 < self.mlm_probability < 1:
             raise ConfigError(f"--mlm_probability={self.mlm_probability}: use a share between 0 and 1.")
 

@@ -16,7 +16,7 @@ from harness.tasks.predictions import restored
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import TokenAccuracy
-from harness.tasks.splits import Split, grouped, joined
+from harness.tasks.splits import Split, grouped, texts_of
 
 
 def build(config: TaskConfig) -> Task:
@@ -58,7 +58,7 @@ def _samples(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer
     delimiter = config.text_column_delimiter
 
     def lines(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        texts = [text for text in joined(batch, columns, delimiter) if text.strip()]
+        texts = [text for text in texts_of(batch, columns, delimiter) if text.strip()]
         if not texts:
             return {name: [] for name in (*tokenizer.model_input_names, "special_tokens_mask")}
         return dict(
@@ -66,7 +66,7 @@ def _samples(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer
         )
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        texts = joined(batch, columns, delimiter)
+        texts = texts_of(batch, columns, delimiter)
         return dict(tokenizer(texts, return_special_tokens_mask=True, verbose=False))
 
     def cut_to_size(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:

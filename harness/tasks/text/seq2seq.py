@@ -26,7 +26,7 @@ from harness.tasks.pretrained import (
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import IGNORED, TokenAccuracy
 from harness.tasks.scores.generated import TextScores, decoded
-from harness.tasks.splits import Split, Splits, column_names, joined
+from harness.tasks.splits import Split, Splits, as_text, column_names, require_tokens, texts_of
 
 # The example scripts' defaults.
 SOURCE_LENGTH, TARGET_LENGTH = 1024, 128
@@ -141,18 +141,19 @@ def _samples(split: Split, columns: Columns, tokenizer: Any, lengths: Lengths, c
     pads, has_target = config.pad_to_max_length, columns.target in split.columns
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        texts = [prefix + text for text in joined(batch, columns.source, delimiter)]
+        texts = [prefix + text for text in texts_of(batch, columns.source, delimiter)]
         padding = "max_length" if pads else False
         samples = dict(tokenizer(texts, padding=padding, max_length=lengths.source, truncation=True))
+        require_tokens(samples, texts)
         if has_target:
             targets = batch[columns.target]
             if None in targets:
                 raise ConfigError(
                     f"{given} has rows without a value in {columns.target!r}; give each one or remove them."
                 )
-            ids = tokenizer(text_target=[str(text) for text in targets], max_length=lengths.target, truncation=True)[
-                "input_ids"
-            ]
+            texts = [as_text(text, columns.target) for text in targets]
+            ids = tokenizer(text_target=texts, max_length=lengths.target, truncation=True)["input_ids"]
+            require_tokens({"input_ids": ids}, texts)
             samples["labels"] = [row + [IGNORED] * (lengths.target - len(row)) for row in ids] if pads else ids
         return samples
 

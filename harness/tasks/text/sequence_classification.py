@@ -15,7 +15,14 @@ from harness.tasks import Metrics, Task
 from harness.tasks.flags import TaskConfig
 from harness.tasks.labels import MULTI, REGRESSION, SINGLE, Labels, coded_names, read_labels, use_labels
 from harness.tasks.predictions import classified
-from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
+from harness.tasks.pretrained import (
+    head_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    require_padding,
+    sequence_length,
+)
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import (
     LABEL_METRICS,
@@ -25,7 +32,7 @@ from harness.tasks.scores.classification import (
     MultiLabelScores,
     RegressionScores,
 )
-from harness.tasks.splits import Split, Splits, column_names, joined
+from harness.tasks.splits import Split, Splits, column_names, require_tokens, texts_of
 from harness.tasks.text.glue import GLUE, with_glue
 
 DEFAULT_LENGTH = 128
@@ -41,15 +48,15 @@ def build(config: TaskConfig) -> Task:
     """
     config = with_glue(config)
     splits = load_splits(config)
-    train = splits.to_learn_labels()
+    splits.to_learn_labels()
     labels_from = splits.label_column(config)
     columns = _text_columns(config, splits, labels_from)
     tokenizer = load_tokenizer(config)
     require_padding(tokenizer)
     model_config = load_config(config, tokenizer)
     length = sequence_length(config, tokenizer, model_config, default=DEFAULT_LENGTH)
-    labels = read_labels(train, labels_from, config.do_regression)
-    labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
+    labels = read_labels(splits, labels_from, config.do_regression)
+    labels = use_labels(labels, model_config, **head_of(config, model_config, AutoModelForSequenceClassification))
     metrics = _metrics(config, labels)
     if model_config.pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
@@ -120,11 +127,13 @@ def _tokeniser(
 
     def tokenise(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         texts = (
-            [joined(batch, [column], "") for column in columns]
+            [texts_of(batch, [column], "") for column in columns]
             if len(columns) == 2
-            else [joined(batch, columns, delimiter)]
+            else [texts_of(batch, columns, delimiter)]
         )
-        return dict(tokenizer(*texts, padding=padding, max_length=length, truncation=True))
+        samples = dict(tokenizer(*texts, padding=padding, max_length=length, truncation=True))
+        require_tokens(samples, *texts)
+        return samples
 
     return tokenise
 

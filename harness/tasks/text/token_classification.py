@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,14 +12,24 @@ import numpy.typing as npt
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from harness.errors import ConfigError
-from harness.tasks import Task
+from harness.tasks import Metrics, Task
 from harness.tasks.flags import TaskConfig
-from harness.tasks.labels import MULTI, SINGLE, Labels, coded_names, read_labels, use_labels
+from harness.tasks.labels import Labels, coded_names, read_tags, use_labels
 from harness.tasks.predictions import tagged
-from harness.tasks.pretrained import load_config, load_model, load_tokenizer, require_padding, sequence_length
+from harness.tasks.pretrained import (
+    head_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    require_padding,
+    sequence_length,
+)
 from harness.tasks.rows import load_splits
-from harness.tasks.scores.entities import IGNORED, EntityScores
-from harness.tasks.splits import Split, Splits, column_names
+from harness.tasks.scores.classification import TokenAccuracy
+from harness.tasks.scores.entities import IGNORED, EntityScores, are_of_entities
+from harness.tasks.splits import Split, Splits, column_names, require_tokens
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 512
 # Tokenizers of these models treat a word as the start of a text, unless told to put a space before it.
@@ -57,7 +68,7 @@ def build(config: TaskConfig) -> Task:
         test_dataset=samples.rows("test"),
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
-        metrics=lambda: EntityScores(labels.names),
+        metrics=_metrics(labels),
         describe_predictions=partial(
             _described, rows=words.rows("test") or (), column=columns.words, labels=labels, tokenise=tokenise
         ),
@@ -106,17 +117,21 @@ def _columns(config: TaskConfig, splits: Splits) -> Columns:
 
 
 def _labels(config: TaskConfig, train: Split, columns: Columns, model_config: Any) -> Labels:
-    labels = read_labels(train, columns.labels, False)
-    if labels.kind != MULTI:
-        raise ConfigError(
-            f"{train.source}: column {columns.labels!r} holds no lists of labels, one a word; name another column by "
-            "--label_column_name."
-        )
-    labels = dataclasses.replace(labels, kind=SINGLE)  # one label a word
+    labels = read_tags(train, columns.labels)
     problem_type = model_config.problem_type
-    labels = use_labels(labels, model_config, pretrained=config.model_name_or_path is not None)
+    labels = use_labels(labels, model_config, **head_of(config, model_config, AutoModelForTokenClassification))
     model_config.problem_type = problem_type  # only for classifiers of whole texts
     return labels
+
+
+def _metrics(labels: Labels) -> Callable[[], Metrics]:
+    if are_of_entities(labels.names):
+        return lambda: EntityScores(labels.names)
+    logger.info(
+        "The labels (%s, ...) do not begin with B-, I- and so on, so there are no entities to score: accuracy alone.",
+        ", ".join(labels.names[:3]),
+    )
+    return lambda: TokenAccuracy(shift=0)
 
 
 def _tokeniser(config: TaskConfig, tokenizer: Any, length: int) -> Tokenise:
@@ -150,6 +165,8 @@ def _samples(split: Split, columns: Columns, labels: Labels, tokenise: Tokenise,
             samples["labels"] = [
                 _of_tokens(row, tokens.word_ids(index), inside if label_all else None) for index, row in enumerate(ids)
             ]
+            labelled_tokens = [[int(label != IGNORED) for label in row] for row in samples["labels"]]
+            require_tokens({"attention_mask": labelled_tokens}, batch[columns.words])
         return samples
 
     return split.transform(labelled, config)
@@ -159,6 +176,8 @@ def _check_words(rows: Sequence[Any], given: str) -> None:
     for words in rows:
         if words is None or not all(isinstance(word, str) for word in words):
             raise ConfigError(f"{given} has a row whose words are no texts ({words!r}); correct or remove it.")
+        if not words:
+            raise ConfigError(f"{given} has a row without words, of which nothing can be learnt; remove it.")
 
 
 def _inside(names: Sequence[str]) -> list[int]:
