@@ -35,8 +35,8 @@ torch.set_num_threads(1)
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# pytest names the running test; torch and wandb leave these when they are used.
-SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "WANDB_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_NVML_")
+# pytest names the running test; torch, wandb and deepspeed leave these when they are used.
+SET_BY_LIBRARIES = ("PYTEST_", "KMP_", "WANDB_", "TRITON_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "PYTORCH_NVML_")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

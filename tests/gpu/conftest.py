@@ -11,6 +11,8 @@ ends there, and its outcome is `not tried`. A figure for the table goes into `re
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from tests.gpu.outcomes import NOT_TRIED
 from tests.support.forking import forks_reach
 
 NeedsCard = Callable[[str], None]
+# torch asks for it once, when a process first multiplies on the card: for --full_determinism it may be too late then.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -77,8 +81,13 @@ def card_left_free(device: str) -> Iterator[None]:
         yield
     enable_tf32.cache_clear()  # the Trainer's next choice would not be made if it has made the same before
     torch.compiler.reset()
-    gc.collect()
+    if (inductor := sys.modules.get("torch._inductor.async_compile")) is not None:
+        threads = inductor.AsyncCompile.pool  # it makes them at its first use, and keeps them
+        if threads.cache_info().currsize:
+            threads().shutdown()
+            threads.cache_clear()
     if device == "cuda":
+        gc.collect()
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
