@@ -63,7 +63,7 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
         check_shared_devices(config.ddp_backend)
     if precision == "fp8":
         check_fp8(os.environ.get("ACCELERATE_FP8_BACKEND", "NO").upper())
-    if uses_deepspeed and on_cpu and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if uses_deepspeed and not torch.accelerator.is_available() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         remove_stale_lock()
     # accelerate takes a given backend to mean that there is a process group.
     backend = (config.ddp_backend or ("gloo" if on_cpu else None)) if _launched_processes() > 1 else None

@@ -254,3 +254,17 @@ def test_shards_are_read_by_as_many_processes_as_wrote_them(zero: Path, tmp_path
     ended = run(command)
     assert ended.code != 0
     assert "was saved by 2 processes, and as many have to read the shards" in ended.err
+
+
+def test_one_process_too_removes_the_lock_of_a_killed_compilation(tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("the op is for CPU processes")
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    arguments = {**ARGUMENTS, "report_to": "none", "expect_num_processes": 1, "max_steps": 1, "save_strategy": "no"}
+    command = [*launcher(ZERO2, "--num_processes=1"), SCRIPT, *as_flags(arguments), f"--output_dir={tmp_path / 'run'}"]
+    ended = run(command, TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    assert ended.code == 0, ended.err[-3000:]
+    assert f"Removed {lock}" in ended.err
