@@ -19,8 +19,8 @@ from harness.config import release
 from harness.tasks import TaskConfig, resolve
 from harness.train import main
 
-# Below it the Trainer is another one: label smoothing counts per micro-batch, a Llama's count is not shifted, batches of
-# an evaluation are grouped by length otherwise.
+# Below it the Trainer is another one: label smoothing counts per micro-batch, a Llama's count is not shifted, and the
+# batches of an evaluation are grouped by length otherwise.
 LOWEST_TRAINER = (5, 16)
 needs_trainer = pytest.mark.skipif(
     release("transformers") < LOWEST_TRAINER,
