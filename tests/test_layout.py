@@ -294,3 +294,16 @@ def test_top_level_holds_what_it_should() -> None:
         pytest.skip("not a git checkout")
     found = {name.split("/")[0] for name in listed.stdout.splitlines()}
     assert {name for name in found if not name.startswith(".")} <= TOP_LEVEL
+
+
+def test_the_oldest_environment_has_the_lower_bounds() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = [re.search(rf"^{name} = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL) for name in ("dependencies", "test")]
+    bounds = {bound for found in lists if found for bound in re.findall(r'"([\w.-]+)>=([\d.]+)', found[1])}
+    assert len(bounds) > 20
+    pins = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    assert pins == sorted(f"{name}=={version}" for name, version in bounds)
+    others = {
+        name: version for name, version in re.findall(r'"([\w.-]+)>=([\d.]+)', text) if f"{name}=={version}" not in pins
+    }
+    assert not set(others) & {name for name, _ in bounds}, "an extra has another bound"

@@ -1,4 +1,4 @@
-"""The same numbers as transformers.Trainer 5.23, to the last bit, from the same flags."""
+"""The same numbers as transformers.Trainer, to the last bit, from the same flags."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from tests.support.parity import (
     assert_equal_weights,
     history,
     keys_of_history,
+    needs_trainer,
     run_harness,
     run_trainer,
 )
+
+pytestmark = needs_trainer
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

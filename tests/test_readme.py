@@ -20,6 +20,7 @@ import harness
 from harness import loop
 from harness.__main__ import COMMANDS
 from harness.__main__ import main as harness_command
+from harness.config import release
 from harness.flags import FLAGS, NOT_TAKEN, OWNED_BY_LAUNCH_CONFIG, parse
 from harness.train import main
 from tests.support.pages import (
@@ -121,6 +122,8 @@ def test_flags_of_the_launch_config_are_named() -> None:
 def test_other_defaults_than_the_trainers_are_told() -> None:
     theirs = {field.name: default(field) for field in fields(TrainingArguments) if field.name in FLAGS}
     changed = {name for name, value in theirs.items() if value != FLAGS[name].default}
+    if release("transformers") < (5, 23):  # it was not yet the older name of another flag, and false
+        changed.remove("gradient_checkpointing")
     told = set(re.findall(r"^\| `--([a-z_]+)`", section("## Differences from the Trainer", MAP), flags=re.MULTILINE))
     assert changed <= told
     assert {"report_to", "output_dir"} <= set(re.findall(r"`(\w+)=", section("## From the Trainer")))

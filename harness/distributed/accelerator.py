@@ -17,7 +17,7 @@ from accelerate.utils import (
 )
 
 import harness
-from harness.config import choice
+from harness.config import choice, release
 from harness.distributed.backend import Backend
 from harness.distributed.compiled_ops import remove_stale_lock
 from harness.distributed.devices import check_shared_devices
@@ -29,6 +29,8 @@ from harness.distributed.replicated import Replicated
 from harness.distributed.zero import Zero
 from harness.errors import ConfigError
 
+# An older one fails our tests of it.
+LOWEST_TORCH_OF_FSDP = (2, 9)
 SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -154,6 +156,12 @@ def _check_deepspeed(config: TopologyConfig) -> None:
 
 
 def _check_fsdp(config: TopologyConfig) -> None:
+    if release("torch") < LOWEST_TORCH_OF_FSDP:
+        lowest = ".".join(map(str, LOWEST_TORCH_OF_FSDP))
+        raise ConfigError(
+            f"The launch config says distributed_type: FSDP. FSDP2 needs torch {lowest} or newer, and this is "
+            f"{version('torch')}: update it, or use launch_configs/ddp.yaml, or change {where('distributed_type')}."
+        )
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
             "The launch config says distributed_type: FSDP without fsdp_version: 2, and FSDP1 is not supported: "

@@ -36,7 +36,9 @@ def watch_training(
     if on_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     stop_at_non_finite(model)
-    with torch.autograd.set_detect_anomaly(True), torch.profiler.profile(activities=activities) as profile:
+    # There is one cycle, whose events are kept either way; without `acc_events` torch 2.11 warns that they are not.
+    profiled = torch.profiler.profile(activities=activities, acc_events=True)
+    with torch.autograd.set_detect_anomaly(True), profiled as profile:
         yield
     sort_by = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     show("slowest parts:")

@@ -88,6 +88,12 @@ def _apply_liger(model: torch.nn.Module, config: ModelingConfig, accelerator: Ac
         raise ConfigError("--use_liger_kernel needs a package: pip install liger-kernel.") from error
 
 
+def _smoother(factor: float) -> Any:
+    if "num_items_in_batch" not in inspect.signature(LabelSmoother.__call__).parameters:
+        raise ConfigError("--label_smoothing_factor needs transformers 5.15 or newer: update it, or leave it out.")
+    return LabelSmoother(factor)
+
+
 class Loss:
     """
     Computes the loss of a micro-batch, and the number of items that it is divided by.
@@ -116,7 +122,7 @@ class Loss:
         # A causal loss shifts the labels itself, so the first position is never a target.
         causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
         self.shifts_labels = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self.smoother = LabelSmoother(config.label_smoothing_factor) if config.label_smoothing_factor else None
+        self.smoother = _smoother(config.label_smoothing_factor) if config.label_smoothing_factor else None
         self.smooths_shifted = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         if self.smoother is not None and problem_type == "multi_label_classification":

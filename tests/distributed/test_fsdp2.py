@@ -17,10 +17,11 @@ from harness.distributed.fsdp2 import prepare_fsdp
 from harness.distributed.optimizer_shards import load_optimizer, optimizer_file, read_optimizer
 from harness.errors import ConfigError
 from harness.train import main
-from tests.support.launching import DDP, FSDP2, FSDP2_OFFLOAD
+from tests.support.launching import DDP, FSDP2, FSDP2_OFFLOAD, needs_fsdp
 from tests.support.parity import as_flags, history, reset, run_harness
 from tests.support.two_processes import ARGUMENTS, finished, losses, rows, weights
 
+pytestmark = needs_fsdp
 # The last steps are behind the best evaluation, whose weights are the final ones.
 LONG: dict[str, Any] = {
     "max_steps": 101,
@@ -160,6 +161,21 @@ def test_what_fsdp_can_not_do_is_refused(
     shown = capsys.readouterr().err
     assert shown.count("harness train: ") == 1
     assert message in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_older_torch_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = tmp_path / "torch-2.6.0.dist-info" / "METADATA"
+    installed.parent.mkdir()
+    installed.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.6.0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--task", "tests.support.tasks.parity_task:build", f"--output_dir={tmp_path / 'run'}"]) == 2
+    shown = capsys.readouterr().err
+    assert "FSDP2 needs torch 2.9 or newer, and this is 2.6.0: update it" in shown
     assert not (tmp_path / "run").exists()
 
 

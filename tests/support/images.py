@@ -5,9 +5,17 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 from PIL import Image, ImageDraw
 from transformers import ViTImageProcessorPil
+from transformers.utils import is_torchvision_available
 
+from harness.config import release
+
+needs_image_processor = pytest.mark.skipif(
+    release("transformers") < (5, 20) and not is_torchvision_available(),
+    reason="below 5.20 the AutoImageProcessor of transformers needs torchvision",
+)
 SHAPES = ("circle", "square", "triangle")
 TINY_VIT = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,patch_size=4"
 

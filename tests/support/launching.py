@@ -14,7 +14,10 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
+import pytest
 
+from harness.config import release
+from harness.distributed.accelerator import LOWEST_TORCH_OF_FSDP
 from tests.support.forking import fork, start
 from tests.support.parity import as_flags
 
@@ -27,6 +30,7 @@ DDP, FP16, FSDP2, FSDP2_OFFLOAD = (
 PLAIN = [ROOT / "launch_configs" / f"{name}.yaml" for name in ("cpu_2", "ddp_bf16", "single")]
 ZERO = sorted((ROOT / "launch_configs").glob("zero*.yaml"))
 MULTI_NODE = sorted((ROOT / "launch_configs").glob("multi_node_*.yaml"))
+needs_fsdp = pytest.mark.skipif(release("torch") < LOWEST_TORCH_OF_FSDP, reason="FSDP2 needs a newer torch")
 SECONDS = 150
 # transformers prints a line to stdout when it is imported with WANDB_MODE=offline.
 NOT_INHERITED = (

@@ -19,9 +19,10 @@ from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.image.classification import build, random_box
 from harness.train import main
-from tests.support.images import SHAPES, image_flags, save_images
+from tests.support.images import SHAPES, image_flags, needs_image_processor, save_images
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history, run_harness, run_trainer
 
+pytestmark = needs_image_processor
 TASK = "image-classification"
 
 

@@ -1,5 +1,5 @@
 """
-W&B shows the same of a training by harness as of one by transformers.Trainer 5.23 with its WandbCallback.
+W&B shows the same of a training by harness as of one by transformers.Trainer with its WandbCallback.
 
 The same trainings in real processes with the real client, against the test server and offline. All that W&B has of them
 is equal, the clock's values aside, or in DIFFERENCES with the reason; the README has the same table.

@@ -23,7 +23,7 @@ from harness.errors import ConfigError
 from harness.tracking.media import histograms as module
 from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Histogram, Selection, Watch
-from tests.support.launching import run, torchrun
+from tests.support.launching import needs_fsdp, run, torchrun
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import read_all
 from tests.support.wandb.watch_pair import LOG_FREQ, NUM_STEPS, Odd, Rows, rows_of_wandb
@@ -206,6 +206,7 @@ def differences(row: dict[str, Any], whole: dict[str, Any]) -> dict[str, str]:
     return different
 
 
+@needs_fsdp
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_with_accumulation_show_the_gradient_of_the_step(ranks: dict[str, Any], kind: str) -> None:
     (row,), (whole,), (micro,) = ranks[kind], ranks["whole"], ranks["micro"]
@@ -216,6 +217,7 @@ def test_two_ranks_with_accumulation_show_the_gradient_of_the_step(ranks: dict[s
     assert "gradients/body.0.weight" in differences(micro, whole)
 
 
+@needs_fsdp
 def test_two_ranks_show_on_rank_zero_only(ranks: dict[str, Any]) -> None:
     assert ranks["others"] == [[0], [0]]  # keys in each row of rank one: under DDP, under FSDP
 

@@ -36,7 +36,7 @@ from tests.support.inputs import (
     write_text,
 )
 from tests.support.launching import SCRIPT, run
-from tests.support.parity import as_flags, assert_equal_runs, run_harness
+from tests.support.parity import CHECKPOINTING, as_flags, assert_equal_runs, run_harness
 from tests.support.wandb.file import WandbFile, read_all
 
 ROOT = Path(__file__).parents[3]
@@ -389,7 +389,7 @@ class Rude:
         np.random.rand(3)
         torch.rand(3)
         model.train()
-        model.activation_checkpointing_disable()
+        getattr(model, f"{CHECKPOINTING}_disable")()
         model.config.use_cache = True
         model.generation_config.temperature = 0.1
         model.generation_config = None
@@ -410,7 +410,7 @@ class TestUndisturbed:
     @pytest.mark.parametrize("error", [None, ValueError("no")], ids=["returns", "raises"])
     def test_generators_modes_and_settings_are_as_before(self, gpt: Task, error: Exception | None) -> None:
         model: Any = type(gpt.model)(gpt.model.config)
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
         model.config.use_cache = False
         model.train()
         model.transformer.h[0].attn.eval()  # frozen, as users have it
