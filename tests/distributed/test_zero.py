@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
+from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoModelForCausalLM
 
 from harness.checkpoint.layout import why_invalid
+from harness.distributed.compiled_ops import OP
 from tests.support.launching import DDP, ROOT, SCRIPT, ZERO, launcher, run
 from tests.support.parity import as_flags, history
 from tests.support.two_processes import ARGUMENTS, finished, losses, rows, trained, weights
@@ -256,15 +258,17 @@ def test_shards_are_read_by_as_many_processes_as_wrote_them(zero: Path, tmp_path
     assert "was saved by 2 processes, and as many have to read the shards" in ended.err
 
 
-def test_one_process_too_removes_the_lock_of_a_killed_compilation(tmp_path: Path) -> None:
+def test_one_process_too_removes_the_lock_of_a_killed_compilation(zero: Path, tmp_path: Path) -> None:
     if torch.accelerator.is_available():
         pytest.skip("the op is for CPU processes")
-    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
+    compiled = Path(_get_build_directory(OP, verbose=False))  # by the training that `zero` is
+    copied = tmp_path / compiled.parent.name / OP
+    shutil.copytree(compiled, copied)
+    lock = copied / "lock"
     lock.touch()
     os.utime(lock, (0, 0))
     arguments = {**ARGUMENTS, "report_to": "none", "expect_num_processes": 1, "max_steps": 1, "save_strategy": "no"}
     command = [*launcher(ZERO2, "--num_processes=1"), SCRIPT, *as_flags(arguments), f"--output_dir={tmp_path / 'run'}"]
-    ended = run(command, TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    ended = run(command, TORCH_EXTENSIONS_DIR=str(copied.parent))
     assert ended.code == 0, ended.err[-3000:]
     assert f"Removed {lock}" in ended.err
