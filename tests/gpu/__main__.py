@@ -141,7 +141,9 @@ class Runner:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
+        # Options for the pytest of whoever calls this, as `-n 2`, are none for the parts.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        self.env = {**kept, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
         forks_reach(device)
 
     def run(self, part: Part, limit: float) -> list[Row]:

@@ -25,8 +25,6 @@ from tests.gpu.outcomes import NOT_TRIED
 from tests.support.forking import forks_reach
 
 NeedsCard = Callable[[str], None]
-# torch asks for it once, when a process first multiplies on the card: for --full_determinism it may be too late then.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,7 +43,11 @@ def device_of(config: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> str:
     """The type of the device to train on."""
-    return device_of(pytestconfig)
+    found = device_of(pytestconfig)
+    if found == "cuda":
+        # Torch asks for it once, when a process first multiplies on the card: --full_determinism may come later.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return found
 
 
 @pytest.fixture
