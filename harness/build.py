@@ -28,6 +28,7 @@ from harness.resume import models_from_wandb
 from harness.session import Run, Session
 from harness.slurm import time_limit_at
 from harness.tasks import Task, TaskConfig, resolve
+from harness.tasks.checks import build_task
 from harness.tracking import WandbTracker
 from harness.tracking.media.tables import SampleTables
 from harness.training import rng
@@ -108,10 +109,10 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
 
 
 def _build(task_config: TaskConfig, console: ConsoleConfig, accelerator: Accelerator) -> Task:
-    builder = resolve(task_config.task)
+    resolve(task_config.task)
     # A second time, for the libraries that the task has imported.
     set_up_logging(console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
-    return builder(task_config)
+    return build_task(task_config)
 
 
 def _check_data(config: Config, task: Task, num_processes: int) -> None:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.trainer_utils import speed_metrics
 
+from harness.errors import ConfigError
 from harness.tasks import Generate, Metrics
 from harness.training.loss import Batch, Loss
 
@@ -164,7 +165,7 @@ class Evaluator:
                 every = every[finite]
             values[f"{prefix}_loss"] = every.mean().item()
             if metrics is not None:
-                values |= {f"{prefix}_{name}": value for name, value in metrics.compute().items()}
+                values |= {f"{prefix}_{name}": value for name, value in _numbers(metrics).items()}
         return values
 
     def _per_token(self, prefix: str, totals: torch.Tensor) -> dict[str, float]:
@@ -175,6 +176,28 @@ class Evaluator:
         group = prefix.replace("_", "/", 1) if "_" in prefix else prefix
         num_tokens = summed[1] / (self.accelerator.num_processes if self.loss.across_devices else 1)
         return {f"{group}/loss_per_token": summed[0] / summed[1], f"{group}/num_tokens": num_tokens}
+
+
+def _numbers(metrics: Metrics) -> dict[str, float]:
+    """Return the values of an evaluation. Raises ConfigError, which names it, for one that is no number."""
+    values = dict(metrics.compute())
+    if missing := [name for name in metrics.names if name not in values]:
+        raise ConfigError(
+            f"{type(metrics).__name__}.compute() returned no {', '.join(map(repr, missing))}, which its names list, "
+            f"only: {', '.join(values)}."
+        )
+    return {name: _number(name, value, metrics) for name, value in values.items()}
+
+
+def _number(name: str, value: Any, metrics: Metrics) -> float:
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
+        value = value.item()
+    if not isinstance(value, int | float):
+        raise ConfigError(
+            f"{type(metrics).__name__}.compute() returned {value!r} ({type(value).__name__}) as {name!r}; a metric is "
+            "one number."
+        )
+    return float(value)
 
 
 def _joined(kept: list[torch.Tensor]) -> npt.NDArray[Any]:

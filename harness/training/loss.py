@@ -153,7 +153,7 @@ class Loss:
         """
         Return the scalar to call backward on, and the model's outputs.
 
-        Raises ValueError if the model gives no loss.
+        Raises ConfigError if there is no loss to train with.
         """
         inputs = dict(batch)
         own = self.compute_loss_func is not None or self.smoother is not None
@@ -162,11 +162,11 @@ class Loss:
             inputs["num_items_in_batch"] = num_items.long()  # FSDP2 rounds inputs that are floats to 16 bits
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels, num_items)
+            loss = _scalar(self.compute_loss_func(outputs, labels, num_items), "compute_loss_func")
         elif self.smoother is not None and labels is not None:
             loss = self.smoother(outputs, labels, shift_labels=self.smooths_shifted, num_items_in_batch=num_items)
         else:
-            loss = _loss_of(outputs)
+            loss = _loss_of(outputs, model)
         scaled = num_items is not None and (self.accepts_num_items or self.compute_loss_func is not None)
         if scaled and self.across_devices and self.accelerator.num_processes > 1:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients over the ranks
@@ -175,11 +175,39 @@ class Loss:
         return loss, outputs
 
 
-def _loss_of(outputs: Any) -> torch.Tensor:
+def _loss_of(outputs: Any, model: torch.nn.Module) -> torch.Tensor:
+    """Return the loss of a model's outputs. Raises ConfigError if there is none, or none to train with."""
+    name = type(getattr(model, "module", getattr(model, "_orig_mod", model))).__name__
     if isinstance(outputs, Mapping):
         if "loss" not in outputs:
-            raise ValueError(f"The model returned no loss, only: {', '.join(outputs)}. Does it get labels?")
-        loss: torch.Tensor = outputs["loss"]
+            raise ConfigError(
+                f'{name} returned no "loss", only: {", ".join(outputs)}. Does it get labels? If they are called '
+                "otherwise, it must compute its loss with them, or the task's compute_loss_func must."
+            )
+        return _scalar(outputs["loss"], f'"loss" of {name}')
+    if outputs is None or isinstance(outputs, torch.Tensor | str) or not hasattr(outputs, "__getitem__"):
+        given = "None" if outputs is None else f"a {type(outputs).__name__}"
+    elif len(outputs) > 0 and outputs[0] is not None:
+        return _scalar(outputs[0], f"first output of {name}")
+    else:
+        given = f"a {type(outputs).__name__} without a loss"
+    raise ConfigError(
+        f'{name} returned {given}; return a mapping with "loss" (or a tuple that starts with it), or give the task a '
+        "compute_loss_func."
+    )
+
+
+def _scalar(loss: Any, source: str) -> torch.Tensor:
+    """Return a loss as a scalar. Raises ConfigError for what backward can't be called on; no host sync."""
+    remedy = "a loss is one number, a tensor that depends on the weights"
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigError(f"{source} is {'None' if loss is None else type(loss).__name__}; {remedy}.")
+    if not loss.is_floating_point():
+        raise ConfigError(f"{source} is of {loss.dtype}; {remedy} and has a fraction.")
+    if not torch.is_grad_enabled():  # an evaluation takes the mean of several
         return loss
-    first: torch.Tensor = outputs[0]
-    return first
+    if loss.numel() != 1:
+        raise ConfigError(f"{source} has the shape {tuple(loss.shape)}; {remedy}: take its mean.")
+    if not loss.requires_grad:
+        raise ConfigError(f"{source} has no gradient: nothing that is trained goes into it; {remedy}.")
+    return loss.reshape(())
