@@ -93,6 +93,12 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
     )
     check_scores(task.model, has_scores=evaluator.metrics is not None)
     _check_best_metric(config, task, evaluator)
+    if task.eval_dataset is not None and not loss.label_names:
+        logger.warning(
+            "%s.forward has no argument with `label` in its name: evaluations have no loss and no metrics. Give "
+            "--label_names with the keys of a batch that are labels.",
+            type(task.model).__name__,
+        )
     progress = config.console.shows_progress and not config.debug.is_on  # a bar and a debugger disturb each other
     console = Console(enabled=accelerator.is_main_process, progress=progress)
     return Session(

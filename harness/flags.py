@@ -91,7 +91,6 @@ REFUSED = {
     "hub_strategy": _BY_HAND,
     "hub_token": "use `hf auth login`, or --token for downloads",
     "include_for_metrics": "a task's metrics take what they need; see harness/tasks/__init__.py",
-    "label_names": "they are read from the model's forward",
     "push_to_hub": _BY_HAND,
     "restore_callback_states_from_checkpoint": "a resume always goes on from the saved state",
     "save_on_each_node": "the main process writes; put --output_dir on storage that all nodes see",

@@ -82,7 +82,8 @@ class Session:
         if config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
             names = getattr(task.processing_class, "model_input_names", None) or ["input_ids"]
             group = LengthGroups(size=group_size, input_name=names[0], seed=seed)
-        return usable_samples(dataset, task.data_collator, unwrap_peft_model(task.model), config, group=group)
+        model, labels = unwrap_peft_model(task.model), self.loss.label_names
+        return usable_samples(dataset, task.data_collator, model, config, labels=labels, group=group)
 
 
 @dataclass(frozen=True, kw_only=True)

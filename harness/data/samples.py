@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import RemoveColumnsCollator
-from transformers.utils import find_labels
 
 from harness.data.flags import DataConfig
 from harness.errors import ConfigError
@@ -135,17 +134,24 @@ def worker_options(config: DataConfig, device: torch.device) -> dict[str, Any]:
 
 
 def usable_samples(
-    dataset: Any, collate: Collator, model: torch.nn.Module, config: DataConfig, *, group: LengthGroups | None
+    dataset: Any,
+    collate: Collator,
+    model: torch.nn.Module,
+    config: DataConfig,
+    *,
+    group: LengthGroups | None,
+    labels: Sequence[str] = (),
 ) -> Samples:
     """
     Hide what the model's forward does not take: columns of a `datasets` set, keys of other samples.
+
+    `labels` stay, as `label` and `label_ids` do, which collators rename.
 
     Raises ConfigError if nothing is left, or if samples are to be grouped by a length they don't have.
     """
     lengths = _length_sampler(dataset, config, group) if group is not None else None
     if not config.remove_unused_columns:
         return Samples(dataset=dataset, collate=collate, lengths=lengths)
-    labels = find_labels(model.__class__)
     wanted = [*inspect.signature(model.forward).parameters, *sorted({"label", "label_ids", *labels})]
     name = type(model).__name__
     tables = tuple(class_if_loaded("datasets", name) for name in ("Dataset", "IterableDataset"))

@@ -94,6 +94,8 @@ class Evaluator:
         seen = 0
         for batch in data.loader:
             labels = self._labels(batch)
+            if labels is None and data.prefix != "test":
+                self.loss.check_labels(batch)
             outputs: Any = None
             if labels is None and self.generate is None:
                 outputs = model(**batch)

@@ -87,6 +87,10 @@ class ModelingConfig:
     use_cache: bool = arg(False, "Let the model keep keys and values for generation while it trains.", on_resume="free")
     neftune_noise_alpha: float | None = arg(help="Noise on the embeddings (NEFTune, arXiv 2310.05914), e.g. 5.")
     label_smoothing_factor: float = arg(0.0, "Label smoothing; 0 is off.")
+    label_names: list[str] | None = arg(
+        help="Keys of a batch that are labels, for evaluations; default: the arguments of the model's forward with "
+        "`label` in their names."
+    )
     average_tokens_across_devices: bool = arg(True, "Divide the loss by the number of items on all devices.")
     max_grad_norm: float = arg(1.0, "Clip the norm of the gradients; 0 is off.")
     torch_empty_cache_steps: int | None = arg(help="Empty the device's cache every N steps.", on_resume="free")
@@ -100,6 +104,11 @@ class ModelingConfig:
         )
         at_least(1, torch_empty_cache_steps=self.torch_empty_cache_steps)
         self._check_kwargs()
+        if self.label_smoothing_factor > 0 and "labels" not in (self.label_names or ["labels"]):
+            raise ConfigError(
+                f"--label_smoothing_factor={self.label_smoothing_factor} smooths `labels`, and --label_names="
+                f"{' '.join(self.label_names or [])} has none of that name; leave one of them out."
+            )
         if self.label_smoothing_factor > 1:
             raise ConfigError(f"--label_smoothing_factor={self.label_smoothing_factor}: use 0 to 1.")
 

@@ -113,7 +113,8 @@ class Loss:
         # With an adapter, label names and the forward's arguments are those of the base model.
         model = unwrap_peft_model(model)
         self.across_devices = config.average_tokens_across_devices
-        self.label_names: list[str] = find_labels(model.__class__)
+        self.label_names: list[str] = config.label_names or find_labels(model.__class__)
+        self.are_named = config.label_names is not None
         accepts = getattr(model, "accepts_loss_kwargs", None)
         if accepts is None:
             parameters = inspect.signature(model.forward).parameters.values()
@@ -127,6 +128,15 @@ class Loss:
         problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         if self.smoother is not None and problem_type == "multi_label_classification":
             raise ConfigError("--label_smoothing_factor does not fit several labels a sample; leave it at 0.")
+
+    def check_labels(self, batch: Batch) -> None:
+        """Raise ConfigError for a batch of an evaluation that lacks labels which --label_names names."""
+        if self.are_named:
+            lacking = [name for name in self.label_names if batch.get(name) is None]
+            raise ConfigError(
+                f"--label_names={' '.join(self.label_names)}: the batches of an evaluation have no "
+                f"{' and no '.join(lacking)}, only: {', '.join(batch)}; name keys that the collator makes."
+            )
 
     def num_items(self, window: Sequence[Batch]) -> torch.Tensor | None:
         """

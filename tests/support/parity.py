@@ -106,7 +106,10 @@ CASES: dict[str, dict[str, Any]] = {
 def as_flags(arguments: Mapping[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in arguments.items():
-        flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
 
 
@@ -135,7 +138,7 @@ def run_trainer(
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         metrics = built.metrics()
-        metrics.update(torch.tensor(np.asarray(prediction.predictions)), torch.tensor(prediction.label_ids))
+        metrics.update(torch.tensor(np.asarray(prediction.predictions)), torch.tensor(np.asarray(prediction.label_ids)))
         return metrics.compute()
 
     def reduce(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

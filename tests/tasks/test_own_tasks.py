@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 import pytest
 
 from harness.train import main
-from tests.support.parity import TRAINING, as_flags, history, run_harness
+from tests.support.parity import (
+    TRAINING,
+    as_flags,
+    assert_equal_runs,
+    history,
+    needs_trainer,
+    run_harness,
+    run_trainer,
+)
 
 OWN = "tests.support.tasks.own_tasks"
 SHORT = {**TRAINING, "max_steps": 2}
@@ -147,3 +156,42 @@ def test_a_metric_that_was_announced_and_is_not_there_is_refused(
     task_args = {"metric": "float", "names": ["value", "f1"]}
     said = refusal(capfd, tmp_path, "with_metric", task_args=task_args, eval_on_start=True)
     assert "'f1'" in said
+
+
+@pytest.mark.parametrize("names", [["targets"], ["targets", "others"]], ids=" ".join)
+@needs_trainer
+def test_labels_of_any_name_are_evaluated_as_by_the_trainer(names: list[str], tmp_path: Path) -> None:
+    arguments = {**TRAINING, "eval_strategy": "steps", "eval_steps": 2, "label_names": names}
+    given = {"task": f"{OWN}:with_targets", "task_config": {"task_args": {"several": len(names) > 1}}}
+    run_trainer(tmp_path / "trainer", {**arguments, "metric_for_best_model": "largest_error"}, **given)
+    run_harness(tmp_path / "ours", {**arguments, "metric_for_best_model": "largest_error"}, **given)
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+    evaluations = [row for row in history(tmp_path / "ours") if "eval_loss" in row]
+    assert len(evaluations) == 3
+    assert all(row["eval_largest_error"] > 0 for row in evaluations)
+
+
+def test_label_names_keep_their_columns_for_the_collator(tmp_path: Path) -> None:
+    arguments = {**TRAINING, "max_steps": 2, "label_names": ["wanted"], "eval_strategy": "steps", "eval_steps": 2}
+    run_harness(tmp_path / "ours", arguments, task=f"{OWN}:with_renamed_targets")
+    assert "eval_loss" in history(tmp_path / "ours")[2]
+
+
+def test_label_names_that_no_batch_has_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = {"label_names": ["targets", "other"], "eval_on_start": True}
+    said = refusal(capfd, tmp_path, "with_targets", **names)
+    assert "--label_names=targets other" in said
+    assert "x, targets" in said
+    smoothed = refusal(capfd, tmp_path, "with_targets", label_names=["targets"], label_smoothing_factor=0.1)
+    assert "--label_smoothing_factor=0.1" in smoothed
+
+
+def test_a_forward_without_labels_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("harness.build")
+    logger.addHandler(caplog.handler)
+    try:
+        run_harness(tmp_path / "ours", SHORT, task=f"{OWN}:with_targets")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "Targets.forward has no argument with `label` in its name" in caplog.text
+    assert "--label_names" in caplog.text
