@@ -116,8 +116,10 @@ def _launched_without_accelerator(*, or_sharded: bool) -> bool:
 def _check_launch_config(config: TopologyConfig, launch: Launch | None) -> None:
     if _is_on("ACCELERATE_USE_FSDP"):
         _check_fsdp(config)
+        _check_compiled(launch, "FSDP")
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         _check_deepspeed(config)
+        _check_compiled(launch, "DeepSpeed")
     expected, started = config.expect_num_processes, _launched_processes()
     if expected is not None and expected != started:
         raise ConfigError(
@@ -152,6 +154,17 @@ def _check_deepspeed(config: TopologyConfig) -> None:
     if config.use_cpu and torch.accelerator.is_available():
         raise ConfigError(
             "--use_cpu (or use_cpu: true) turns DeepSpeed off; leave it out, or use launch_configs/ddp.yaml."
+        )
+
+
+def _check_compiled(launch: Launch | None, backend: str) -> None:
+    # For DeepSpeed accelerate does not pass it on, so that nothing would be compiled.
+    given = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    compiler = given if given.lower() != "no" else launch.compile_backend if launch is not None else ""
+    if compiler:
+        raise ConfigError(
+            f"dynamo_config in the launch config asks for torch.compile ({compiler}), which is not supported with "
+            f"{backend} by this version; write `dynamo_backend: 'NO'`: change {where('dynamo_backend')}."
         )
 
 

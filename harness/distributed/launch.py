@@ -41,6 +41,14 @@ class Launch:
         return None if chosen in ("None", "all") else chosen
 
     @property
+    def compile_backend(self) -> str:
+        """The backend of torch.compile that it asks for; empty without."""
+        section = self.config.get("dynamo_config") or {}
+        found = [self.flags.get("dynamo_backend"), section.get("dynamo_backend"), section.get("backend")]
+        backend = next((each for each in [*found, self.config.get("dynamo_backend")] if each), None)
+        return "" if str(backend).lower() in ("no", "none", "false") else str(backend)
+
+    @property
     def uses_mpi(self) -> bool:
         """Whether mpirun starts the processes."""
         return bool({"mpirun_hostfile"} & {*self.flags, *(self.config.get("mpirun_config") or {})})

@@ -19,7 +19,7 @@ from harness.errors import ConfigError
 from harness.train import main
 from tests.support.launching import DDP, FSDP2, FSDP2_OFFLOAD, needs_fsdp
 from tests.support.parity import as_flags, history, reset, run_harness
-from tests.support.two_processes import ARGUMENTS, finished, losses, rows, weights
+from tests.support.two_processes import ARGUMENTS, finished, losses, rows, trained, weights
 
 pytestmark = needs_fsdp
 # The last steps are behind the best evaluation, whose weights are the final ones.
@@ -144,6 +144,7 @@ REFUSED: dict[str, tuple[dict[str, str], list[str], str]] = {
     "its checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, [], "give --activation_checkpointing"),
     "parallelism": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, [], "parallelism_config in the launch config"),
     "compiled": ({}, ["--torch_compile"], "--torch_compile is not supported with FSDP"),
+    "compiled by the launch": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], "dynamo_config in the launch config"),
     "without its launcher": ({}, [], "accelerate made it NO: nothing would be sharded"),
 }
 
@@ -162,6 +163,17 @@ def test_what_fsdp_can_not_do_is_refused(
     assert shown.count("harness train: ") == 1
     assert message in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_launch_config_that_compiles_is_refused_with_its_line(tmp_path: Path) -> None:
+    config = tmp_path / "launch.yaml"
+    text = FSDP2.read_text(encoding="utf-8") + "dynamo_config:\n  dynamo_backend: INDUCTOR\n"
+    config.write_text(text, encoding="utf-8")
+    ended = trained(config, tmp_path, forked=False)
+    line = f"change `dynamo_backend` in {config}, line {len(text.splitlines())}."
+    assert ended.code != 0
+    assert "dynamo_config in the launch config asks for torch.compile (INDUCTOR)" in ended.err
+    assert line in ended.err
 
 
 def test_an_older_torch_is_refused(

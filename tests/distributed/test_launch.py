@@ -354,6 +354,28 @@ def test_a_key_is_found_in_the_file_of_deepspeeds_own_too(tmp_path: Path) -> Non
     assert launch.where("num_machines") == f"`num_machines`, which {file} does not have"
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "backend"),
+    [
+        ("dynamo_config:\n  dynamo_backend: INDUCTOR\n", [], "INDUCTOR"),
+        ("dynamo_config:\n  backend: aot_eager\n", [], "aot_eager"),
+        ("dynamo_backend: EAGER\n", [], "EAGER"),
+        ("dynamo_config:\n  dynamo_backend: 'NO'\n", ["--dynamo_backend=inductor"], "inductor"),
+        ("dynamo_config:\n  dynamo_backend: INDUCTOR\n", ["--dynamo_backend=no"], ""),
+        ("dynamo_config:\n  dynamo_backend: 'NO'\n", [], ""),
+        ("dynamo_config: {}\n", [], ""),
+        ("num_processes: 1\n", [], ""),
+    ],
+)
+def test_the_compiler_that_a_launch_asks_for_is_known(
+    text: str, options: list[str], backend: str, tmp_path: Path
+) -> None:
+    (tmp_path / "launch.yaml").write_text(text)
+    launch = read_launch([f"--config_file={tmp_path / 'launch.yaml'}", *options, "train.py"])
+    assert launch is not None
+    assert launch.compile_backend == backend
+
+
 def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")

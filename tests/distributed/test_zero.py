@@ -249,6 +249,16 @@ def test_a_launch_config_that_contradicts_the_flags_is_refused(
     assert ended.err.count("harness train: ") == 1
 
 
+def test_a_launch_config_that_compiles_is_refused_with_its_line(tmp_path: Path) -> None:
+    config = tmp_path / "launch.yaml"
+    text = ZERO2.read_text(encoding="utf-8") + "dynamo_config:\n  dynamo_backend: INDUCTOR\n"
+    config.write_text(text, encoding="utf-8")
+    ended = trained(config, tmp_path, forked=False)
+    assert ended.code != 0
+    assert "asks for torch.compile (INDUCTOR), which is not supported with DeepSpeed" in ended.err
+    assert f"change `dynamo_backend` in {config}, line {len(text.splitlines())}." in ended.err
+
+
 def test_shards_are_read_by_as_many_processes_as_wrote_them(zero: Path, tmp_path: Path) -> None:
     more = {"per_device_train_batch_size": 4, "expect_num_processes": 1, "max_steps": 101}
     arguments = {"report_to": "none", **ARGUMENTS, **more, "resume_from_checkpoint": zero / "checkpoint-20"}

@@ -28,9 +28,11 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def trained(config: Path, folder: Path, **more: Any) -> Ended:
+def trained(config: Path, folder: Path, *, forked: bool = True, **more: Any) -> Ended:
     arguments = {"report_to": "none", "output_dir": folder / "run", **ARGUMENTS, **more}
-    return run([*launcher(config), SCRIPT, *as_flags({k: v for k, v in arguments.items() if v is not None})])
+    return run(
+        [*launcher(config), SCRIPT, *as_flags({k: v for k, v in arguments.items() if v is not None})], forked=forked
+    )
 
 
 def finished(config: Path, folder: Path, **more: Any) -> Path:
