@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -66,6 +67,18 @@ def whole_on_first(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
                 whole = joined(tensor.detach())
                 copies[id(tensor)] = whole.to("cpu", copy=True) if is_first else torch.empty(0)
     return {name: copies[id(tensor)] for name, tensor in tensors.items()} if is_first else {}
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """
+    Local: let go of the whole weights that FSDP2 keeps between a forward and its backward.
+
+    After an evaluation no backward follows: a rank would hold them, and who reads the model's parameters would get
+    them in place of this rank's rows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def fill(tensor: torch.Tensor, rows: Any) -> None:

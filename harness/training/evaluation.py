@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.trainer_utils import speed_metrics
 
+from harness.distributed.sharding import reshard
 from harness.errors import ConfigError
 from harness.tasks import Generate, Metrics
 from harness.training.loss import Batch, Loss
@@ -111,6 +112,7 @@ class Evaluator:
                 predictions = self._update(metrics, self._predicted(model, batch, outputs), labels)
                 if keep_predictions:
                     kept.append(predictions.cpu())
+        reshard(model)
         num_samples = data.num_samples if data.num_samples is not None else seen
         values = self._values(data.prefix, losses, metrics)
         steps = math.ceil(num_samples / (data.batch_size * self.accelerator.num_processes))

@@ -139,6 +139,12 @@ def test_fp16_keeps_its_scaler(config: Path, tmp_path: Path) -> None:
     assert weights(again) == weights(whole)
 
 
+def test_no_rank_holds_whole_weights_after_an_evaluation(tmp_path: Path) -> None:
+    task = {"task": "tests.support.tasks.own_tasks:watching_shards", "task_args": None}
+    run = finished(FSDP2, tmp_path, **task, max_steps=2, eval_on_start=True, logging_steps=1)
+    assert [row["step"] for row in history(run) if "eval_loss" in row] == [0, 2]
+
+
 REFUSED: dict[str, tuple[dict[str, str], list[str], str]] = {
     "version 1": ({"FSDP_VERSION": "1"}, [], "distributed_type: FSDP without fsdp_version: 2"),
     "its checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, [], "give --activation_checkpointing"),

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from harness.tasks import Task, TaskConfig
 from tests.support.tasks import parity_task
@@ -175,6 +176,19 @@ def with_renamed_targets(config: TaskConfig) -> Task:
     plain = [{name: value.tolist() for name, value in row.items()} for row in rows(21, "wanted")]
     data = datasets.Dataset.from_list(plain)
     return Task(model=Renamed(takes_others=False), train_dataset=data, eval_dataset=data, data_collator=renamed)
+
+
+def watching_shards(config: TaskConfig) -> Task:
+    """The parity task; a batch of the training that is made while a rank holds whole weights raises."""
+    task = parity_task.build(config)
+
+    def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        whole = [name for name, parameter in task.model.named_parameters() if not isinstance(parameter, DTensor)]
+        if task.model.training and whole:
+            raise RuntimeError(f"whole weights at the begin of the training: {', '.join(whole)}")
+        return parity_task.collate(samples)
+
+    return dataclasses.replace(task, data_collator=collate)
 
 
 def with_metric(config: TaskConfig) -> Task:
