@@ -93,12 +93,7 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
     )
     check_scores(task.model, has_scores=evaluator.metrics is not None)
     _check_best_metric(config, task, evaluator)
-    if task.eval_dataset is not None and not loss.label_names:
-        logger.warning(
-            "%s.forward has no argument with `label` in its name: evaluations have no loss and no metrics. Give "
-            "--label_names with the keys of a batch that are labels.",
-            type(task.model).__name__,
-        )
+    _tell_of_labels(task, loss)
     progress = config.console.shows_progress and not config.debug.is_on  # a bar and a debugger disturb each other
     console = Console(enabled=accelerator.is_main_process, progress=progress)
     return Session(
@@ -153,6 +148,15 @@ def _check_labels(config: Config, task: Task) -> None:
         raise ConfigError(
             f"--label_smoothing_factor={factor} is of one label out of many, and the labels here are {what}; leave it "
             "out."
+        )
+
+
+def _tell_of_labels(task: Task, loss: Loss) -> None:
+    if task.eval_dataset is not None and not loss.label_names:
+        logger.warning(
+            "%s.forward has no argument with `label` in its name: evaluations have no loss and no metrics. Give "
+            "--label_names with the keys of a batch that are labels.",
+            type(task.model).__name__,
         )
 
 

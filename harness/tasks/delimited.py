@@ -10,12 +10,10 @@ import bz2
 import csv
 import functools
 import gzip
-import hashlib
 import io
 import json
 import logging
 import lzma
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +28,7 @@ import pyarrow as pa
 from datasets.iterable_dataset import ArrowExamplesIterable
 
 from harness.errors import ConfigError
-from harness.files import written_whole
+from harness.tasks.arrow_cache import Content, cached_rows
 from harness.tasks.files import DataFile
 from harness.tasks.flags import TaskConfig
 
@@ -86,12 +84,19 @@ def load(files: Sequence[DataFile], config: TaskConfig) -> Any:
     """
     dialect = Dialect.of(config)
     if not config.streaming:
-        return datasets.Dataset.from_file(str(_cached(files, dialect, config)))
+        stamps = [file.stamp for file in files]
+        key = json.dumps([VERSION, dialect.delimiter, dialect.quoting, dialect.has_header, stamps])
+        return cached_rows("csv", key, config, lambda: _content(files, dialect))
     columns = _columns(files[0], dialect)
     features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
     # A list among the arguments is divided among workers and ranks.
     shards = ArrowExamplesIterable(_tables, {"files": list(files), "dialect": dialect, "columns": tuple(columns)})
     return datasets.IterableDataset(shards, info=datasets.DatasetInfo(features=features))
+
+
+def _content(files: Sequence[DataFile], dialect: Dialect) -> Content:
+    columns = _columns(files[0], dialect)
+    return pa.schema({name: pa.string() for name in columns}), (table for _, table in _tables(files, dialect, columns))
 
 
 def is_number(value: Any) -> bool:
@@ -130,30 +135,6 @@ def require_zstd() -> None:
             "A file .zst needs a pyarrow that was built with zstd, as those of PyPI and conda are; install one, or "
             "unpack the file (`unzstd`)."
         )
-
-
-def cache_folder(config: TaskConfig) -> Path:
-    """Return the folder of what is kept beside the caches of `datasets`."""
-    return Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "harness"
-
-
-def _cached(files: Sequence[DataFile], dialect: Dialect, config: TaskConfig) -> Path:
-    """Return the file of Arrow that holds the rows; it is made where there is none for these files as they are now."""
-    key = json.dumps([VERSION, dialect.delimiter, dialect.quoting, dialect.has_header, [file.stamp for file in files]])
-    cached = cache_folder(config) / f"csv-{hashlib.sha256(key.encode()).hexdigest()[:16]}" / "rows.arrow"
-    if not cached.is_file() or config.overwrite_cache:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        columns = _columns(files[0], dialect)
-        schema = pa.schema({name: pa.string() for name in columns})
-        suffix = f"{os.getpid()}.partial"  # another process may make it at the same time
-        with (
-            written_whole(cached, suffix=suffix) as partial,
-            pa.OSFile(str(partial), "wb") as sink,
-            pa.ipc.new_stream(sink, schema) as writer,
-        ):
-            for _, table in _tables(files, dialect, columns):
-                writer.write_table(table)
-    return cached
 
 
 def _columns(file: DataFile, dialect: Dialect) -> tuple[str, ...]:

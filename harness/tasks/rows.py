@@ -16,7 +16,8 @@ from fsspec.compression import register_compression
 
 from harness.config import flags_of
 from harness.errors import ConfigError
-from harness.tasks import delimited
+from harness.tasks import delimited, json_rows
+from harness.tasks.arrow_cache import cache_folder
 from harness.tasks.files import DataFile, data_files, is_delimited, source_of
 from harness.tasks.flags import TaskConfig
 from harness.tasks.splits import SPLITS, Splits, split_of, user_data
@@ -121,18 +122,16 @@ def _load_files(flag: str, given: Sequence[str], config: TaskConfig, keep_linebr
     if len(files) > len(given):
         logger.info("%s: %d files, %s to %s.", source, len(files), files[0].path, files[-1].path)
     form = files[0].form
-    # `datasets` would make rows of its own out of files that look like an agent's.
-    options = {"text": {"keep_linebreaks": keep_linebreaks}, "json": {"parse_agent_traces": False}}
     with user_data(source):
-        if form == "csv":
-            return delimited.load(files, config)
+        if form in ("csv", "json"):
+            return (delimited if form == "csv" else json_rows).load(files, config)
         return datasets.load_dataset(
             form,
             data_files={"data": _as_they_are(files, config)},
             split="data",
             cache_dir=config.cache_dir,
             streaming=config.streaming,
-            **options.get(form, {}),
+            **({"keep_linebreaks": keep_linebreaks} if form == "text" else {}),
         )
 
 
@@ -156,7 +155,7 @@ def _plainly_named(file: DataFile, config: TaskConfig) -> Path:
     path = file.path.absolute()
     if "::" not in str(path) and not (file.compression and set(str(path)) & set("[]*?#%")):
         return path
-    link = delimited.cache_folder(config) / "links" / hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    link = cache_folder(config) / "links" / hashlib.sha256(str(path).encode()).hexdigest()[:16]
     link = link.with_suffix("".join((file.suffix, path.suffix if file.compression else "")))
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
