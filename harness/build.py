@@ -195,7 +195,8 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         data = replace(data, train_sampling_strategy="sequential")
     accumulation = data.gradient_accumulation_steps
     samples = session.samples(task.train_dataset, data.per_device_train_batch_size * accumulation, seed=None)
-    loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed)
+    fills = config.modeling.loss_scaling == "trainer"
+    loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed, fills=fills)
     samples_per_step = data.per_device_train_batch_size * accumulation * accelerator.num_processes
     plan = resolve_plan(
         config.plan,

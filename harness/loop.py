@@ -77,10 +77,10 @@ def steps_left(run: Run, state: TrainState, epoch: int) -> Iterator[list[Batch]]
 def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
     """Collective: make one optimizer step over its micro-batches, without a host sync."""
     run.optimizer.train()
-    num_items = run.loss.num_items(window)
-    for i, batch in enumerate(window, start=1):
+    shares = run.loss.shares(run.model, window)
+    for i, (batch, share) in enumerate(zip(window, shares, strict=True), start=1):
         with run.stepper.micro_batch(is_last=i == len(window)):
-            loss, _ = run.loss(run.model, batch, num_items, micro_batches=len(window))
+            loss, _ = run.loss(run.model, batch, share)
             run.stepper.backward(loss)
         run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
         run.work.add(batch)

@@ -107,6 +107,7 @@ def parts(run: Run, state: TrainState) -> tuple[Part, ...]:
         Arguments(run),
         Tracking(run),
         Data(run, state),
+        LossScaling(run),
         LossWindow(run),
     )
 
@@ -246,7 +247,10 @@ class Arguments:
 
 def _changes(run: Run, saved: Saved) -> tuple[Changes, str]:
     """Return which arguments differ from the checkpoint's, and what changes the order of the data."""
-    changes = compare(saved.shared.get("arguments", {}), run.arguments, FLAGS)
+    arguments = saved.shared.get("arguments", {})
+    if arguments:  # from before there was a choice
+        arguments = {"loss_scaling": "trainer", **arguments}
+    changes = compare(arguments, run.arguments, FLAGS)
     return changes, why_other_order(saved.shared.get("data", {}), run.loader.state_dict())
 
 
@@ -316,6 +320,21 @@ class Data:
             )
             return converted(position, now), False
         return position, True
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """What was learned of the model's loss."""
+
+    run: Run
+
+    def save(self, content: Content) -> None:
+        """Save into harness_state.json."""
+        content.shared["loss"] = self.run.loss.state_dict()
+
+    def load(self, saved: Saved) -> None:
+        """Load it, so that nothing is learned again; what a Trainer or an older version lacks is learned."""
+        self.run.loss.load_state_dict(saved.shared.get("loss", {}))
 
 
 @dataclass(frozen=True)

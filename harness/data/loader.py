@@ -22,6 +22,7 @@ from harness.data.samples import Samples, class_if_loaded, pins_memory, worker_o
 from harness.data.streams import StreamBatches
 from harness.distributed.ranks import ranks_of
 from harness.training import rng
+from harness.training.weighing import Repeated
 
 Batch = dict[str, Any]
 Order = npt.NDArray[np.int64]
@@ -33,12 +34,15 @@ class RankBatches:
     """
     The index batches of one rank in one epoch, from any position in O(1).
 
-    Batch i of a rank is batch i * num_processes + process_index of the epoch. The last round is filled up with samples
-    from the epoch's beginning, so that all ranks get the same number of full batches (accelerate's `even_batches`).
+    Batch i of a rank is batch i * num_processes + process_index of the epoch. All ranks get the same number: in the
+    last round a batch may be short, and a rank without samples of its own gets a batch from the epoch's beginning. With
+    `fills` the whole round is filled up so (accelerate's `even_batches`).
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, ranks: tuple[int, int], drop_last: bool) -> None:
-        self.batch_size = batch_size
+    def __init__(
+        self, num_samples: int, batch_size: int, *, ranks: tuple[int, int], drop_last: bool, fills: bool = False
+    ) -> None:
+        self.num_samples, self.batch_size, self.fills = num_samples, batch_size, fills
         self.process_index, self.num_processes = ranks
         a_round = batch_size * self.num_processes
         self.num_batches = num_samples // a_round if drop_last else -(-num_samples // a_round)
@@ -59,12 +63,20 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
+        real = len(order)
         missing = self.num_batches * self.batch_size * self.num_processes - len(order)
         if self.num_processes > 1 and missing > 0:
             order = np.concatenate([order, np.resize(order[: self.batch_size * self.num_processes], missing)])
         for i in range(self.start, self.num_batches):
             begin = (i * self.num_processes + self.process_index) * self.batch_size
-            yield order[begin : begin + self.batch_size].tolist()
+            end = begin + self.batch_size
+            yield order[begin : end if self.fills or begin >= real else min(end, real)].tolist()
+
+    def is_repeated(self, number: int) -> bool:
+        """Whether this rank's batch of this number, from 0, has only samples that are in others already."""
+        return (
+            not self.fills and (number * self.num_processes + self.process_index) * self.batch_size >= self.num_samples
+        )
 
 
 class NumberedBatches:
@@ -82,10 +94,14 @@ class TrainLoader:
     """
     The training batches of one rank, on its device, one batch ahead as accelerate's loader is.
 
+    With `fills` the last round has repeated samples as the Trainer's, else a rank without samples a Repeated batch.
+
     `num_batches` is the number of micro-batches of a rank in an epoch; None for a stream.
     """
 
-    def __init__(self, samples: Samples, config: DataConfig, accelerator: Accelerator, *, seed: int) -> None:
+    def __init__(
+        self, samples: Samples, config: DataConfig, accelerator: Accelerator, *, seed: int, fills: bool = False
+    ) -> None:
         self.config, self.accelerator = config, accelerator
         self.seed = seed if config.data_seed is None else config.data_seed
         self.epoch_index, self.batches_drawn = 0, 0
@@ -115,13 +131,14 @@ class TrainLoader:
                 self.make,
                 batch_size=batch_size,
                 drop_last=drop_last,
+                fills=fills,
                 ranks=ranks,
                 num_workers=config.dataloader_num_workers,
             )
             self.loader: DataLoader[Any] = DataLoader(self.stream, **options)
             return
         self.num_samples = len(samples.dataset)
-        self.batches = RankBatches(self.num_samples, batch_size, ranks=ranks, drop_last=drop_last)
+        self.batches = RankBatches(self.num_samples, batch_size, ranks=ranks, drop_last=drop_last, fills=fills)
         self.num_batches = len(self.batches)
         self.numbered = NumberedBatches(self.batches)
         dataset: Any = IndexedBatches(samples.dataset, self.make)
@@ -152,8 +169,9 @@ class TrainLoader:
             self._go_on(batches, resume, skip=start if self.stream is not None and place is None else 0)
         for batch, mark in batches:
             self._consume(mark)
+            is_repeated = mark["is_repeated"] if mark else self.batches.is_repeated(self.batches_drawn)
             self.batches_drawn += 1
-            yield batch
+            yield Repeated(batch) if is_repeated else batch
         self._exhausted = True
 
     def _go_on(self, batches: Iterator[tuple[Batch, Any]], resume: dict[str, Any], *, skip: int) -> None:

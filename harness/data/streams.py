@@ -23,15 +23,24 @@ class StreamBatches(IterableDataset[Any]):
     """
     The batches of one rank, each with the mark of its worker after it; (None, None) stands for no batch.
 
-    All ranks read the whole stream in rounds of a batch for each, as accelerate's IterableDatasetShard does: the last
-    round is filled up with the first samples. Workers divide the stream among themselves and give batches in turn.
+    All ranks read the whole stream in rounds of a batch for each, as accelerate's IterableDatasetShard does. In the
+    last round a batch may be short, and a rank without samples gets the first ones, which its mark says; with `fills`
+    the whole round is filled up with them. Workers divide the stream among themselves and give batches in turn.
     """
 
     def __init__(
-        self, stream: Any, make: Make, *, batch_size: int, drop_last: bool, ranks: tuple[int, int], num_workers: int
+        self,
+        stream: Any,
+        make: Make,
+        *,
+        batch_size: int,
+        drop_last: bool,
+        ranks: tuple[int, int],
+        num_workers: int,
+        fills: bool = False,
     ) -> None:
         self.stream, self.make = stream, make
-        self.batch_size, self.drop_last = batch_size, drop_last
+        self.batch_size, self.drop_last, self.fills = batch_size, drop_last, fills
         self.process_index, self.num_processes = ranks
         self.num_workers = max(1, num_workers)
         self.fault = why_no_state(stream)
@@ -78,11 +87,11 @@ class StreamBatches(IterableDataset[Any]):
                 yield None, None  # keeps the workers' turns: the loader starts with the first worker
         self._load(mark["state"])
         rounds = self._rounds(is_whole=mark["state"] is None)
-        state: Any = None
+        state, is_repeated = None, False
 
         def fetch() -> list[Any]:
-            nonlocal state
-            samples, state = next(rounds, ([], None))
+            nonlocal state, is_repeated
+            samples, state, is_repeated = next(rounds, ([], None, False))
             return samples
 
         epoch = int(self.epoch)
@@ -90,7 +99,7 @@ class StreamBatches(IterableDataset[Any]):
             batch = self.make(fetch, epoch, self.process_index, worker, i)
             if batch is None:
                 return
-            yield batch, {"worker": worker, "batches": i + 1, "state": state}
+            yield batch, {"worker": worker, "batches": i + 1, "state": state, "is_repeated": is_repeated}
 
     def _load(self, state: Any) -> None:
         """Set the stream to a state; None is its beginning."""
@@ -105,8 +114,8 @@ class StreamBatches(IterableDataset[Any]):
         if self.num_processes > 1 and isinstance(generator, torch.Generator) and not hasattr(self.stream, "set_epoch"):
             generator.manual_seed(int(self.epoch))
 
-    def _rounds(self, *, is_whole: bool) -> Iterator[tuple[list[Any], Any]]:
-        """Yield this rank's samples of each round, and the stream's state after the round."""
+    def _rounds(self, *, is_whole: bool) -> Iterator[tuple[list[Any], Any, bool]]:
+        """Yield this rank's samples of each round, the stream's state after it, and whether they are repeated ones."""
         size = self.batch_size * self.num_processes
         own = slice(self.process_index * self.batch_size, (self.process_index + 1) * self.batch_size)
         samples = iter(self.stream)
@@ -122,17 +131,17 @@ class StreamBatches(IterableDataset[Any]):
             ) from error
         while len(read) == size:
             first = first or (read if is_whole else [])
-            yield read[own], self._state()
+            yield read[own], self._state(), False
             read = list(islice(samples, size))
         if not read or self.drop_last:
             return
-        state = self._state()
-        if self.num_processes > 1:
+        state, is_repeated = self._state(), own.start >= len(read)
+        if is_repeated or (self.fills and self.num_processes > 1):
             if not is_whole:  # resumed behind them
                 self._load(None)
                 first = list(islice(iter(self.stream), size))
             read += list(islice(itertools.cycle(first or tuple(read)), size - len(read)))
-        yield read[own], state
+        yield read[own], state, is_repeated and not self.fills
 
     def _state(self) -> Any:
         try:

@@ -16,9 +16,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.trainer_utils import speed_metrics
 
 from harness.distributed.sharding import reshard
+from harness.distributed.transfer import to_device
 from harness.errors import ConfigError
 from harness.tasks import Generate, Metrics
-from harness.training.loss import Batch, Loss
+from harness.training.loss import Loss
+from harness.training.weighing import FAR, Batch, Repeated, are_tokens, rows, take
 
 # What transformers' outputs call the keys and values of a decoder; the Trainer ignores them by default.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -52,12 +54,131 @@ class Evaluation:
     predictions: npt.NDArray[Any] | None = None
 
 
+# What is measured of a batch. A loss that is in part a mean and in part a sum over num_items is measured in two parts.
+COLUMNS = ("loss", "weight", "samples", "token_loss", "tokens", "summed", "items")
+Row = dict[str, torch.Tensor | int]
+
+
+class Measured:
+    """The COLUMNS of the batches of all ranks, on the host, in the order of their samples: an array each."""
+
+    def __init__(self, rows: npt.NDArray[np.float32]) -> None:
+        self.of = dict(zip(COLUMNS, rows.T, strict=True))
+
+    def loss(self, *, drops_non_finite: bool) -> float:
+        """Return the loss of all samples; without the losses that are not finite, if there are others."""
+        found = _mean(*(self.of[name] for name in ("loss", "weight", "samples")), drops_non_finite=drops_non_finite)
+        if not self.of["items"].any():
+            return found
+        items = self.of["items"]
+        return found + _mean(self.of["summed"], items, self.of["samples"], drops_non_finite=drops_non_finite)
+
+    def per_token(self) -> tuple[float, float]:
+        """Return the loss per token and the number of tokens."""
+        tokens, loss = (self.of[name].astype(np.float64) for name in ("tokens", "token_loss"))
+        # A rank without a token that counts has a NaN mean.
+        return float(np.where(tokens > 0, loss * tokens, 0.0).sum() / max(tokens.sum(), 1)), float(tokens.sum())
+
+
+def _mean(
+    loss: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32],
+    samples: npt.NDArray[np.float32],
+    *,
+    drops_non_finite: bool,
+) -> float:
+    kept = weight > 0
+    if drops_non_finite and (kept & np.isfinite(loss)).any():
+        kept &= np.isfinite(loss)
+    loss, weight, samples = loss[kept], weight[kept], samples[kept]
+    if len(loss) == 0:
+        return math.nan
+    if (weight * samples[0] == weight[0] * samples).all():  # the Trainer's mean over the samples, to the bit
+        return float(np.repeat(loss, samples.astype(np.int64)).mean())
+    return float(np.average(loss.astype(np.float64), weights=weight.astype(np.float64)))
+
+
+class EvalLosses:
+    """The losses of the batches of one rank in an evaluation: kept on the device, gathered once, at its end."""
+
+    def __init__(self, loss: Loss, accelerator: Accelerator, *, batch_size: int) -> None:
+        self.loss, self.accelerator, self.batch_size = loss, accelerator, batch_size
+        self._rows: list[torch.Tensor] = []
+
+    def measure(self, model: torch.nn.Module, batch: Batch, *, has_tokens: bool) -> Any:
+        """
+        Collective: compute the loss of a batch, and return the model's outputs.
+
+        In a last round that is filled up it is computed again without the samples that are repeated. All ranks take
+        part in that, since the model may be sharded.
+        """
+        size, state = rows(batch), self.accelerator.gradient_state
+        left = state.remainder if state.end_of_dataloader else 0
+        samples, real = self._share(left, size), batch
+        loss, outputs, items = self._compute(model, batch)
+        of_real = loss
+        if 0 < left < size * self.accelerator.num_processes:
+            real = take(batch, range(samples)) if samples > 0 else Repeated(batch)
+            of_real, _, items = self._compute(model, real)
+            of_real = of_real * (samples > 0)
+        measured: Row = {"loss": loss, "samples": samples, "token_loss": of_real, "tokens": items if has_tokens else 0}
+        if self.loss.as_trainer:
+            measured["samples"] = measured["weight"] = self._share(left, self.batch_size)
+        else:
+            measured |= self._weighed(model, real, of_real, items)
+        self._rows.append(_row(measured, self.accelerator.device))
+        return outputs
+
+    def _share(self, left: int, size: int) -> int:
+        """Return how many of a batch's samples are real; in the last round `left` are, of all ranks."""
+        return min(max(left - self.accelerator.process_index * size, 0), size) if left > 0 else size
+
+    def _compute(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Any, torch.Tensor | int]:
+        """Return a batch's loss, the outputs, and the number of items that it is divided by; 0 if it is by none."""
+        if self.loss.as_trainer:
+            share = self.loss.shares(model, [batch])[0]
+            loss, outputs = self.loss(model, batch, share)
+            return loss.mean(), outputs, 0 if share.num_items is None else share.num_items
+        takes = self.loss.takes_num_items(batch)
+        items = self.loss.targets.count(batch) if takes else 0
+        loss, outputs = self.loss.compute(model, batch, self._at_least_one(items) if takes else None)
+        return loss.mean(), outputs, items
+
+    def _weighed(self, model: torch.nn.Module, batch: Batch, loss: torch.Tensor, items: torch.Tensor | int) -> Row:
+        weighing = self.loss.eval_weighing(model, batch)
+        if not weighing.means:
+            return {"loss": loss, "weight": items}
+        weight = self.loss.targets.weight(batch, weighing.by)
+        if not weighing.sums:
+            return {"loss": loss, "weight": weight}
+        mean = self.loss.compute(model, batch, self._at_least_one(items) * FAR)[0].mean()
+        return {"loss": mean, "weight": weight, "summed": loss - mean, "items": items}
+
+    def _at_least_one(self, items: torch.Tensor | int) -> torch.Tensor:
+        return torch.as_tensor(items, device=self.accelerator.device).clamp(min=1) / 1
+
+    def gather(self) -> Measured | None:
+        """Collective: return the losses of all ranks; None if none was measured. One host sync."""
+        if not self._rows:
+            return None
+        gathered = self.accelerator.gather(torch.stack(self._rows).unsqueeze(0))
+        return Measured(gathered.transpose(0, 1).flatten(0, 1).cpu().numpy())
+
+
+def _row(measured: Row, device: torch.device) -> torch.Tensor:
+    values = [measured.get(name, 0) for name in COLUMNS]
+    on_host = [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
+    numbers = to_device(torch.tensor(on_host, dtype=torch.float32, device="cpu"), device)
+    return torch.stack([numbers[i] if isinstance(value, int) else value.float() for i, value in enumerate(values)])
+
+
 class Evaluator:
     """
     Runs a model over evaluation sets.
 
-    Mirrors Trainer.evaluation_loop and Trainer.prediction_step: eval_loss is the mean over samples of the means of
-    their batches. In addition there is the loss per token, which does not depend on the batch size.
+    Mirrors Trainer.evaluation_loop and Trainer.prediction_step. eval_loss is the loss of all samples at once; with
+    --loss_scaling trainer it is the mean over samples of the means of their batches. In addition there is the loss per
+    token, which does not depend on the batch size in either case.
     """
 
     def __init__(
@@ -88,10 +209,8 @@ class Evaluator:
         started_at = time.time()
         model.eval()
         metrics = self.metrics() if self.metrics is not None else None
-        losses: list[torch.Tensor] = []
+        losses = EvalLosses(self.loss, self.accelerator, batch_size=data.batch_size)
         kept: list[torch.Tensor] = []
-        # Summed loss and tokens, for the loss per token.
-        totals = torch.zeros(2, device=self.accelerator.device)
         seen = 0
         for batch in data.loader:
             labels = self._labels(batch)
@@ -101,44 +220,23 @@ class Evaluator:
             if labels is None and self.generate is None:
                 outputs = model(**batch)
             elif labels is not None:
-                num_items = self.loss.num_items([batch])
-                loss, outputs = self.loss(model, batch, num_items)
-                loss = loss.mean()
-                losses.append(self.accelerator.gather_for_metrics(loss.repeat(data.batch_size)))
-                if num_items is not None and _are_tokens(labels):
-                    totals += self._tokens(model, batch, loss, num_items)
+                outputs = losses.measure(model, batch, has_tokens=are_tokens(labels))
             seen += data.batch_size * self.accelerator.num_processes
             if metrics is not None:
                 predictions = self._update(metrics, self._predicted(model, batch, outputs), labels)
                 if keep_predictions:
                     kept.append(predictions.cpu())
         reshard(model)
+        measured = losses.gather()
         num_samples = data.num_samples if data.num_samples is not None else seen
-        values = self._values(data.prefix, losses, metrics)
+        values = self._values(data.prefix, measured, metrics)
         steps = math.ceil(num_samples / (data.batch_size * self.accelerator.num_processes))
         values |= speed_metrics(data.prefix, started_at, num_samples=num_samples, num_steps=steps)
         return Evaluation(
             metrics=values,
-            extras=self._per_token(data.prefix, totals),
+            extras=self._per_token(data.prefix, measured),
             predictions=_joined(kept) if kept else None,
         )
-
-    def _tokens(
-        self, model: torch.nn.Module, batch: Batch, loss: torch.Tensor, num_items: torch.Tensor
-    ) -> torch.Tensor:
-        """Collective: return a batch's summed loss and tokens, without the samples that fill up the last round."""
-        num_samples, state = len(batch["labels"]), self.accelerator.gradient_state
-        left = state.remainder if state.end_of_dataloader else 0
-        if 0 < left < num_samples * self.accelerator.num_processes:
-            is_real = torch.arange(num_samples) + self.accelerator.process_index * num_samples < left
-            is_real = is_real.to(self.accelerator.device).unsqueeze(1)
-            names = [name for name in ("labels", "shift_labels") if name in batch]
-            batch = {**batch, **{name: torch.where(is_real, batch[name], -100) for name in names}}
-            counted = self.loss.num_items([batch])
-            num_items = num_items if counted is None else counted
-            loss = self.loss(model, batch, num_items)[0].mean()
-        # A rank without a token that counts has a NaN mean.
-        return torch.stack([torch.where(num_items > 0, loss * num_items, 0.0), num_items])
 
     def _labels(self, batch: Batch) -> Any:
         labels = tuple(batch.get(name) for name in self.loss.label_names)
@@ -160,26 +258,24 @@ class Evaluator:
             metrics.update(predictions, gather(pad(labels, dim=1, pad_index=-100)))
         return predictions
 
-    def _values(self, prefix: str, losses: list[torch.Tensor], metrics: Metrics | None) -> dict[str, float]:
+    def _values(self, prefix: str, measured: Measured | None, metrics: Metrics | None) -> dict[str, float]:
         values: dict[str, float] = {}
-        if losses:
-            every = torch.cat(losses).float().cpu().numpy()
-            finite = np.isfinite(every)
-            if self.drops_non_finite and finite.any():
-                every = every[finite]
-            values[f"{prefix}_loss"] = every.mean().item()
+        if measured is not None:
+            values[f"{prefix}_loss"] = measured.loss(drops_non_finite=self.drops_non_finite)
             if metrics is not None:
                 values |= {f"{prefix}_{name}": value for name, value in _numbers(metrics).items()}
         return values
 
-    def _per_token(self, prefix: str, totals: torch.Tensor) -> dict[str, float]:
-        summed = self.accelerator.gather(totals.unsqueeze(0)).sum(0).tolist()
-        if summed[1] == 0:
+    def _per_token(self, prefix: str, measured: Measured | None) -> dict[str, float]:
+        if measured is None:
             return {}
-        # Each rank has summed the items of all ranks, with a loss scaled to their mean, or only its own.
+        loss, num_tokens = measured.per_token()
+        if num_tokens == 0:
+            return {}
         group = prefix.replace("_", "/", 1) if "_" in prefix else prefix
-        num_tokens = summed[1] / (self.accelerator.num_processes if self.loss.across_devices else 1)
-        return {f"{group}/loss_per_token": summed[0] / summed[1], f"{group}/num_tokens": num_tokens}
+        # With the Trainer's scaling each rank has counted the tokens of all.
+        ranks = self.loss.num_ranks if self.loss.as_trainer else 1
+        return {f"{group}/loss_per_token": loss, f"{group}/num_tokens": num_tokens / ranks}
 
 
 def _numbers(metrics: Metrics) -> dict[str, float]:
@@ -213,13 +309,11 @@ def _joined(kept: list[torch.Tensor]) -> npt.NDArray[Any]:
     return joined
 
 
-def _are_tokens(labels: Any) -> bool:
-    return isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
-
-
 def _logits(outputs: Any, ignored: list[str]) -> Any:
     if isinstance(outputs, Mapping):
-        logits = tuple(value for key, value in outputs.items() if key not in {*ignored, "loss"})
+        found = [value for key, value in outputs.items() if key not in {*ignored, "loss"}]
     else:
-        logits = tuple(outputs[1:])
+        found = list(outputs[1:])
+    # A scalar is a part of the loss, as a router's.
+    logits = tuple(value for value in found if not isinstance(value, torch.Tensor) or value.ndim > 0)
     return logits[0] if len(logits) == 1 else logits

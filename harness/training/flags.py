@@ -91,6 +91,9 @@ class ModelingConfig:
         help="Keys of a batch that are labels, for evaluations; default: the arguments of the model's forward with "
         "`label` in their names."
     )
+    loss_scaling: str = arg(
+        "global", "Loss and gradient: of a step's samples at once (global), or as the Trainer sums them (trainer)."
+    )
     average_tokens_across_devices: bool = arg(True, "Divide the loss by the number of items on all devices.")
     max_grad_norm: float = arg(1.0, "Clip the norm of the gradients; 0 is off.")
     torch_empty_cache_steps: int | None = arg(help="Empty the device's cache every N steps.", on_resume="free")
@@ -103,6 +106,7 @@ class ModelingConfig:
             max_grad_norm=self.max_grad_norm,
         )
         at_least(1, torch_empty_cache_steps=self.torch_empty_cache_steps)
+        choice("loss_scaling", self.loss_scaling, ("global", "trainer"))
         self._check_kwargs()
         if self.label_smoothing_factor > 0 and "labels" not in (self.label_names or ["labels"]):
             raise ConfigError(

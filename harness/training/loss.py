@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list, send_to_device
 from transformers import PreTrainedModel
 from transformers.integrations.neftune import activate_neftune
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -17,11 +20,15 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import align_special_tokens, unwrap_peft_model
 from transformers.utils import find_labels
 
+from harness.distributed.sharding import reshard
+from harness.distributed.transfer import to_device
 from harness.errors import ConfigError
 from harness.tasks import LossFunction
 from harness.training.flags import ModelingConfig
+from harness.training.weighing import BATCHES, SAMPLES, TRIES, Batch, Probe, Repeated, Targets, Weighing, untouched
 
-Batch = Mapping[str, Any]
+logger = logging.getLogger(__name__)
+
 HAVE_NO_KERNELS = ("cpu", "mps")
 
 
@@ -94,11 +101,28 @@ def _smoother(factor: float) -> Any:
     return LabelSmoother(factor)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """
+    What the loss of a micro-batch counts in its step.
+
+    `num_items` is what the model divides by. Its loss is then multiplied by `times` and divided by `over`, or is 0
+    where `counts` is false, so that the mean over the ranks of what all micro-batches give is the loss of the step.
+    """
+
+    num_items: torch.Tensor | None = None
+    times: int = 1
+    over: torch.Tensor | float = 1
+    counts: torch.Tensor | None = None
+
+
 class Loss:
     """
-    Computes the loss of a micro-batch, and the number of items that it is divided by.
+    Computes the loss of a micro-batch as its share of the loss of a step.
 
-    Mirrors Trainer.compute_loss, Trainer._get_num_items_in_batch and the part of Trainer.training_step that scales.
+    With --loss_scaling trainer it mirrors Trainer.compute_loss, Trainer._get_num_items_in_batch and the part of
+    Trainer.training_step that scales. Otherwise loss and gradient are those of all samples of a step at once, however
+    they are split: what the model does with num_items_in_batch is learned from the first batch (see Weighing).
     """
 
     def __init__(
@@ -113,6 +137,10 @@ class Loss:
         # With an adapter, label names and the forward's arguments are those of the base model.
         model = unwrap_peft_model(model)
         self.across_devices = config.average_tokens_across_devices
+        self.as_trainer = config.loss_scaling == "trainer"
+        self.weighing: Weighing | None = None
+        self._guess: Weighing | None = None
+        self._tries = 0
         self.label_names: list[str] = config.label_names or find_labels(model.__class__)
         self.are_named = config.label_names is not None
         accepts = getattr(model, "accepts_loss_kwargs", None)
@@ -122,7 +150,10 @@ class Loss:
         self.accepts_num_items = bool(accepts)
         # A causal loss shifts the labels itself, so the first position is never a target.
         causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
-        self.shifts_labels = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        shifts = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        name = "labels" if "labels" in self.label_names or not self.label_names else self.label_names[0]
+        self.targets = Targets(name=name, shifts=shifts)
+        self.ignores_labels = isinstance(model, PreTrainedModel) and compute_loss_func is None
         self.smoother = _smoother(config.label_smoothing_factor) if config.label_smoothing_factor else None
         self.smooths_shifted = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         problem_type = getattr(getattr(model, "config", None), "problem_type", None)
@@ -138,38 +169,136 @@ class Loss:
                 f"{' and no '.join(lacking)}, only: {', '.join(batch)}; name keys that the collator makes."
             )
 
-    def num_items(self, window: Sequence[Batch]) -> torch.Tensor | None:
+    @property
+    def num_ranks(self) -> int:
+        """The ranks over which a step's items are counted."""
+        return self.accelerator.num_processes if self.across_devices else 1
+
+    def shares(self, model: torch.nn.Module, window: Sequence[Batch]) -> list[Share]:
+        """Collective: return the shares of a step's micro-batches, without a host sync; `model` is the wrapped one."""
+        if self.as_trainer:
+            return self._trainers_shares(window)
+        weighing = self.weighing or self.learn(model, window)
+        weights = [self.targets.weight(batch, weighing.by) for batch in window]
+        takes, ranks = self.takes_num_items(window[0]), self.num_ranks
+        # Summed up together, so that the ranks meet once.
+        total, count = self._over_ranks([sum(weights), sum(map(self.targets.count, window)) if takes else 0])
+        num_items = torch.as_tensor(count, device=self.accelerator.device).clamp(min=1) / 1 if takes else None
+        if not weighing.means:
+            return [Share(num_items=num_items, times=0 if isinstance(batch, Repeated) else ranks) for batch in window]
+        # The mean over the ranks is the loss of the step, so each rank's part is as many times larger.
+        shares = [_share_of(weight, total / ranks) for weight in weights]
+        if num_items is None or not weighing.sums:
+            return [replace(share, num_items=num_items) for share in shares]
+        return [replace(share, num_items=num_items / (share.over * ranks)) for share in shares]
+
+    def _over_ranks(self, numbers: list[torch.Tensor | int]) -> Sequence[torch.Tensor | int]:
+        """Collective: return the sums of integer scalars over the ranks."""
+        if self.num_ranks == 1:
+            return numbers
+        device = self.accelerator.device
+        own = torch.stack([each if isinstance(each, torch.Tensor) else _on(device, each) for each in numbers])
+        sums: torch.Tensor = self.accelerator.gather(own.unsqueeze(0)).sum(0)
+        return sums.unbind()
+
+    def _trainers_shares(self, window: Sequence[Batch]) -> list[Share]:
+        if self.takes_num_items(window[0]):
+            (count,) = self._over_ranks([sum(map(self.targets.count, window))])
+            # A float, as the Trainer's division by the parallel sizes makes it.
+            num_items = torch.as_tensor(count, device=self.accelerator.device) / 1
+            return [Share(num_items=num_items, times=self.num_ranks)] * len(window)
+        return [Share(over=1 if self.compute_loss_func else len(window))] * len(window)
+
+    def takes_num_items(self, batch: Batch) -> bool:
+        """Whether the loss is given the number of items; else it is a mean over the micro-batch."""
+        return "labels" in batch and (self.accepts_num_items or self.compute_loss_func is not None)
+
+    def eval_weighing(self, model: torch.nn.Module, batch: Batch) -> Weighing:
         """
-        Collective: return the number of labels that count in a step, over all ranks; a scalar on the device.
+        Collective: return how the losses of an evaluation's batches are put together, learned from one if need be.
 
-        None where neither the model nor compute_loss_func takes it: then the loss is a mean of means.
+        Where nothing fits, as the Trainer does: by their items, or by their samples.
         """
-        if "labels" not in window[0] or not (self.accepts_num_items or self.compute_loss_func):
-            return None
-        counts = [self._targets(batch).ne(-100).sum() for batch in window]
-        total = torch.stack(counts).sum()
-        if self.across_devices and self.accelerator.num_processes > 1:
-            total = self.accelerator.gather(total.to(self.accelerator.device)).sum()
-        # A float, as the Trainer's division by the parallel sizes makes it.
-        return total.to(self.accelerator.device) / 1
+        found = self.weighing or self.learn(model, [batch])
+        if found.by != BATCHES:
+            return found
+        return replace(found, means=not found.sums, by=SAMPLES)
 
-    def _targets(self, batch: Batch) -> torch.Tensor:
-        targets: torch.Tensor = batch["shift_labels"] if "shift_labels" in batch else batch["labels"]
-        return targets[..., 1:] if self.shifts_labels and "shift_labels" not in batch else targets
+    def learn(self, model: torch.nn.Module, window: Sequence[Batch]) -> Weighing:
+        """
+        Collective: learn from a step how the losses of several micro-batches are put together; all is as it was after.
 
-    def __call__(
-        self, model: torch.nn.Module, batch: Batch, num_items: torch.Tensor | None, *, micro_batches: int = 1
-    ) -> tuple[torch.Tensor, Any]:
+        At most five small forward passes. Where the samples of a step can't tell what weighs, those of the next ones
+        are looked at, a few times. Says in one line where nothing fits, and micro-batches are averaged.
+        """
+        self._tries += 1
+        few = self._of_first_rank(self.targets.choose(window))
+        if few is None:
+            by = self.targets.candidates(window[0])[0]
+            return self._guess or Weighing(sums=True, means=True, by=by)  # which fits every loss
+        bare = model if self.accelerator.distributed_type == DistributedType.DEEPSPEED else self._bare(model)
+        with untouched(bare, self.accelerator.device) as redraw:
+
+            def loss_of(part: Batch, num_items: int) -> float:
+                redraw()
+                items = torch.tensor(float(num_items), device=self.accelerator.device)
+                return self.compute(bare, part, items if self.takes_num_items(part) else None)[0].float().mean().item()
+
+            probe = Probe(
+                loss_of=loss_of,
+                targets=self.targets,
+                ignores=self.ignores_labels,
+                is_exact=self._is_exact(bare),
+            )
+            found = self._guess or probe.parts(few)
+            weight, why = probe.weight(few) if found.means else (found.by, "")
+        reshard(bare)
+        if self.accelerator.num_processes > 1:  # their last bits may differ
+            found, weight, why = broadcast_object_list([found, weight, why])
+        self._guess = found if weight is None else replace(found, by=weight)
+        if weight is not None or self._tries == TRIES:
+            self.weighing = self._guess
+        if why and self.accelerator.is_main_process:
+            logger.warning("Loss and gradient depend on how a batch is split: %s; micro-batches are averaged.", why)
+        return self._guess
+
+    def _of_first_rank(self, few: Batch | None) -> Batch | None:
+        # With other samples a rank might need another number of passes, and in a sharded model all take part in each.
+        if self.accelerator.num_processes == 1:
+            return few
+        (sent,) = broadcast_object_list([send_to_device(few, "cpu")])
+        received: Batch | None = send_to_device(sent, self.accelerator.device)
+        return received
+
+    def _bare(self, model: torch.nn.Module) -> torch.nn.Module:
+        # Without the compiler, which would compile once more for each size of a probe's batch.
+        bare: torch.nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return bare
+
+    def _is_exact(self, model: torch.nn.Module) -> bool:
+        is_single = {parameter.dtype for parameter in model.parameters()} <= {torch.float32, torch.float64}
+        return is_single and self.accelerator.device.type == "cpu" and self.accelerator.mixed_precision == "no"
+
+    def __call__(self, model: torch.nn.Module, batch: Batch, share: Share) -> tuple[torch.Tensor, Any]:
         """
         Return the scalar to call backward on, and the model's outputs.
 
         Raises ConfigError if there is no loss to train with.
         """
+        loss, outputs = self.compute(model, batch, share.num_items)
+        if share.times != 1:
+            loss = loss * share.times
+        if isinstance(share.over, torch.Tensor) or share.over != 1:
+            loss = loss / share.over
+        return loss if share.counts is None else torch.where(share.counts, loss, 0.0), outputs
+
+    def compute(self, model: torch.nn.Module, batch: Batch, num_items: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+        """Return the loss as the model or compute_loss_func gives it for a number of items, and the outputs."""
         inputs = dict(batch)
         own = self.compute_loss_func is not None or self.smoother is not None
         labels = inputs.pop("labels", None) if own else None
         if self.accepts_num_items and num_items is not None:
-            inputs["num_items_in_batch"] = num_items.long()  # FSDP2 rounds inputs that are floats to 16 bits
+            inputs["num_items_in_batch"] = self._as_input(num_items)
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
             loss = _scalar(self.compute_loss_func(outputs, labels, num_items), "compute_loss_func")
@@ -177,12 +306,34 @@ class Loss:
             loss = self.smoother(outputs, labels, shift_labels=self.smooths_shifted, num_items_in_batch=num_items)
         else:
             loss = _loss_of(outputs, model)
-        scaled = num_items is not None and (self.accepts_num_items or self.compute_loss_func is not None)
-        if scaled and self.across_devices and self.accelerator.num_processes > 1:
-            loss = loss * self.accelerator.num_processes  # DDP averages the gradients over the ranks
-        if not scaled and self.compute_loss_func is None:
-            loss = loss / micro_batches
         return loss, outputs
+
+    def _as_input(self, num_items: torch.Tensor) -> torch.Tensor:
+        # FSDP2 rounds inputs that are floats to 16 bits. Only a part of the items is no whole number.
+        rounds = self.accelerator.mixed_precision != "no" and self.accelerator.is_fsdp2
+        is_part = self.weighing is not None and self.weighing.means and self.weighing.sums
+        return num_items if is_part and not rounds else num_items.round().long()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learned of the model: plain values."""
+        return {} if self.weighing is None else asdict(self.weighing)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned; nothing is learned again."""
+        self.weighing = Weighing(**saved) if saved else None
+
+
+def _share_of(weight: torch.Tensor | int, total: torch.Tensor | float) -> Share:
+    """Return the share of a loss that is a mean, by its weight among `total`."""
+    if isinstance(weight, int):
+        return Share(over=total / weight) if weight > 0 else Share(times=0)
+    counts = weight > 0
+    # Where nothing counts the mean is not a number, and neither would be its gradient.
+    return Share(over=torch.where(counts, total / weight, 1.0), counts=counts)
+
+
+def _on(device: torch.device, number: int) -> torch.Tensor:
+    return to_device(torch.tensor(number, device="cpu"), device)
 
 
 def _loss_of(outputs: Any, model: torch.nn.Module) -> torch.Tensor:

@@ -15,6 +15,7 @@ from harness.distributed.transfer import gather_numbers
 from harness.errors import ConfigError
 from harness.training.flags import MetricsConfig
 from harness.training.state import TrainState
+from harness.training.weighing import Repeated
 
 
 class Window:
@@ -112,6 +113,8 @@ class Work:
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Count a micro-batch. Raises ConfigError if its tokens are to be counted and can't be."""
+        if isinstance(batch, Repeated):
+            return
         main_input = batch.get(self.input_name)
         if main_input is not None:
             self.flos += self.flos_per_element * main_input.numel()

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from harness.training.flags import ThroughputConfig
+from harness.training.weighing import Repeated
 
 T = TypeVar("T")
 SPEED, MEMORY = "train/throughput", "train/memory"
@@ -110,6 +111,8 @@ class Throughput:
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Count a micro-batch of this rank, by its shapes only."""
+        if isinstance(batch, Repeated):
+            return
         tokens = batch.get("input_ids") if self.counts_tokens else None
         if tokens is not None:
             self._tokens += tokens.numel()

@@ -96,13 +96,26 @@ def test_batches_of_each_rank_are_accelerates_for_all_small_sizes() -> None:
         order = generator.permutation(samples)
         for rank in range(world):
             expected = shards(order.tolist(), batch_size, world, rank, drop_last)
-            found = RankBatches(samples, batch_size, ranks=(rank, world), drop_last=drop_last)
+            found = RankBatches(samples, batch_size, ranks=(rank, world), drop_last=drop_last, fills=True)
             found.begin(lambda order=order: order, 0)  # type: ignore[misc]
             case = (samples, batch_size, world, rank, drop_last)
             assert list(found) == expected, case
             assert len(found) == len(expected), case
             compared += len(expected)
     assert compared > 10_000
+
+
+def test_without_filling_each_sample_comes_once_and_all_ranks_have_as_many_batches() -> None:
+    for samples, size, world in itertools.product(range(1, 41), range(1, 5), range(1, 5)):
+        rounds: list[list[int]] = [[] for _ in range(-(-samples // (size * world)))]
+        for rank in range(world):
+            found = RankBatches(samples, size, ranks=(rank, world), drop_last=False)
+            batches = list(found)
+            assert len(batches) == len(rounds)
+            assert all(0 < len(batch) <= size for batch in batches)
+            for i, batch in enumerate(batches):
+                rounds[i] += [] if found.is_repeated(i) else batch
+        assert list(itertools.chain(*rounds)) == list(range(samples)), (samples, size, world)
 
 
 def test_any_position_gives_the_rest_of_the_whole() -> None:

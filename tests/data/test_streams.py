@@ -258,8 +258,11 @@ def only_samples(fetch: Any, *number: int) -> Any:
     return {"ids": [int(sample["ids"]) for sample in samples]} if samples else None
 
 
-def parts(stream: Any, batch_size: int, ranks: tuple[int, int], drop_last: bool) -> StreamBatches:
-    return StreamBatches(stream, only_samples, batch_size=batch_size, drop_last=drop_last, ranks=ranks, num_workers=0)
+def parts(
+    stream: Any, batch_size: int, ranks: tuple[int, int], drop_last: bool, *, fills: bool = True
+) -> StreamBatches:
+    options: dict[str, Any] = {"batch_size": batch_size, "drop_last": drop_last, "ranks": ranks, "fills": fills}
+    return StreamBatches(stream, only_samples, num_workers=0, **options)
 
 
 def test_each_rank_reads_what_accelerate_would_give_it_from_any_place() -> None:
@@ -295,6 +298,27 @@ def test_each_rank_reads_what_accelerate_would_give_it_from_any_place() -> None:
                 assert [batch["ids"] for batch, _ in resumed] == expected, "the next epoch begins at the beginning"
                 compared += 1
     assert compared > 300
+
+
+def test_without_filling_each_sample_of_a_stream_comes_once_from_any_place() -> None:
+    for size, batch_size, world in itertools.product((1, 5, 12, 13, 23), (1, 2, 3), (1, 2, 3)):
+        rounds: list[list[int]] = [[] for _ in range(-(-size // (batch_size * world)))]
+        for rank in range(world):
+            batches = parts(Numbers(size), batch_size, (rank, world), False, fills=False)
+            batches.begin(0, None)
+            states, own = [batches.state_dict()], []
+            for batch, mark in batches:
+                batches.consumed(mark)
+                states.append(batches.state_dict())
+                own.append((batch["ids"], mark["is_repeated"]))
+            assert len(own) == len(rounds)
+            for i, (ids, is_repeated) in enumerate(own):
+                rounds[i] += [] if is_repeated else ids
+                for place, state in enumerate(states):
+                    resumed = parts(Numbers(size), batch_size, (rank, world), False, fills=False)
+                    resumed.begin(0, state)
+                    assert [(batch["ids"], mark["is_repeated"]) for batch, mark in resumed] == own[place:]
+        assert list(itertools.chain(*rounds)) == list(range(size)), (size, batch_size, world)
 
 
 # Whole runs

@@ -24,6 +24,7 @@ from harness.tasks import TaskConfig
 from harness.training.evaluation import EvalSet, Evaluator
 from harness.training.flags import ModelingConfig
 from harness.training.loss import Loss
+from harness.training.weighing import Repeated
 from tests.support.tasks import parity_task, recording_task
 
 SIZES, BATCH_SIZES, KINDS = (7, 8, 13), (1, 2, 4), ("map", "stream", "grouped")
@@ -64,7 +65,7 @@ def data(kind: str, size: int) -> Any:
 
 
 def found_on(accelerator: Accelerator) -> dict[str, Any]:
-    """Collective: by case the sample numbers of each training batch of two epochs, and what an evaluation scored."""
+    """Collective: by case the samples of each training batch of two epochs, none repeated, and of an evaluation."""
     torch.manual_seed(0)
     model = recording_task.build(TaskConfig()).model
     model.config.use_cache = False
@@ -86,7 +87,10 @@ def found_on(accelerator: Accelerator) -> dict[str, Any]:
 
         torch.manual_seed(accelerator.process_index)  # ranks draw differently after some dropout
         loader = TrainLoader(samples(None), config, accelerator, seed=3)
-        found["trained"][case] = [[batch["ids"].tolist() for batch in loader.epoch(epoch)] for epoch in (0, 1)]
+        found["trained"][case] = [
+            [[] if isinstance(batch, Repeated) else batch["ids"].tolist() for batch in loader.epoch(epoch)]
+            for epoch in (0, 1)
+        ]
         seen = Seen()
         evaluator = Evaluator(
             accelerator,
@@ -98,7 +102,12 @@ def found_on(accelerator: Accelerator) -> dict[str, Any]:
         prepared = build_eval_loader(samples(3), config, accelerator)
         outcome = evaluator.run(model, EvalSet(prefix="eval", loader=prepared, batch_size=batch_size))
         accuracy = outcome.metrics.get("eval_accuracy")
-        found["evaluated"][case] = {"labels": seen.labels, "accuracy": accuracy, **outcome.extras}
+        found["evaluated"][case] = {
+            "labels": seen.labels,
+            "accuracy": accuracy,
+            "loss": outcome.metrics.get("eval_loss"),
+            **outcome.extras,
+        }
     return found
 
 

@@ -27,7 +27,7 @@ from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.pretrained import load_config, load_model, load_tokenizer, longest_sequence, with_overrides
 from harness.tasks.text import causal_lm, masked_lm
-from harness.tasks.text.causal_lm import check_causal, kept_rng
+from harness.tasks.text.causal_lm import check_causal
 from harness.train import main
 from tests.support.inputs import (
     TINY_BERT,
@@ -216,10 +216,6 @@ SEEING = {
 }
 
 
-def raise_from(*_: Any) -> None:
-    raise RuntimeError("needs a GPU\nand more lines")
-
-
 ASKED: list[Any] = []  # the models that the task below was asked about
 
 
@@ -256,38 +252,6 @@ class TestSight:
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             assert torch.equal(value, values[name])
         assert all(bool((parameter.grad == 1).all()) for parameter in model.parameters())
-
-    @pytest.mark.parametrize(
-        ("why", "said"),
-        [
-            ("partitioned", "was not tried: ZeRO-3 has partitioned its weights."),
-            ("raises", "could not be tried: RuntimeError: needs a GPU"),
-            ("short", "was not tried: the samples are of one token."),
-        ],
-    )
-    def test_a_model_that_was_not_asked_is_told_of(self, why: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
-        model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99))
-        if why == "partitioned":
-            next(model.parameters()).ds_id = 0
-        elif why == "raises":
-            model.transformer.h[0].register_forward_hook(raise_from)
-        with caplog.at_level("INFO", logger=causal_lm.__name__):
-            check_causal(model, range(5, 6 if why == "short" else 60))
-        assert [record.getMessage() for record in caplog.records] == [f"Whether the model is causal {said}"]
-
-    @pytest.mark.parametrize("kind", ["cuda", "mps"])
-    def test_the_generator_of_the_models_device_is_kept(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Torch's functions stand for a device that is not here."""
-        states: list[Any] = []
-        device = torch.device(kind)
-        module = torch.get_device_module(kind)
-        monkeypatch.setattr(module, "get_rng_state", lambda of: ("state", of))
-        monkeypatch.setattr(module, "set_rng_state", lambda state, of: states.append((state, of)))
-        before = torch.get_rng_state()
-        with kept_rng(device):
-            torch.rand(1)
-        assert states == [(("state", device), device)]
-        assert torch.equal(torch.get_rng_state(), before)
 
     def test_bert_is_refused_before_the_first_step_and_taken_as_a_decoder(
         self, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -86,7 +86,7 @@ def test_a_nan_ends_the_run_and_names_the_layer(tmp_path: Path, capsys: pytest.C
     assert main([*flags, f"--output_dir={tmp_path / 'out'}"]) == 1
     shown = capsys.readouterr().err
     assert shown.count("harness train: ") == 1
-    assert "NaN first appears in the output of transformer.h.1.mlp.dropout (Poison, shape (8, " in shown
+    assert "NaN first appears in the output of transformer.h.1.mlp.dropout (Poison, shape (4, " in shown
     assert "Traceback" not in shown
     assert not (tmp_path / "out" / "model.safetensors").exists()
 

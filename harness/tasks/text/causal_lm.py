@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, default_data_collator
 
-from harness.distributed.sharding import is_divided
 from harness.errors import ConfigError
 from harness.tasks import Task
 from harness.tasks.flags import TaskConfig
@@ -86,14 +84,10 @@ def check_causal(model: Any, block: Sequence[int]) -> None:
 
     In a causal model the gradient of the earlier logits with respect to a later token's embedding is exactly zero.
     Costs a forward of some tokens; random state, buffers, modes and gradients are as before. A model that can't be
-    asked so (ZeRO-3 has partitioned its weights, its attention runs on a GPU alone) passes, and a line says so.
+    asked so (its weights are partitioned, its attention runs on a GPU alone) passes.
     """
     ids = torch.tensor([list(block)[:PROBE_TOKENS]])
-    if ids.shape[1] < 2:
-        logger.info("Whether the model is causal was not tried: the samples are of one token.")
-        return
-    if any(is_divided(parameter) for parameter in model.parameters()):
-        logger.info("Whether the model is causal was not tried: ZeRO-3 has partitioned its weights.")
+    if ids.shape[1] < 2 or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
     try:
         gradient = _gradient_of_earlier_logits(model, ids.to(next(model.parameters()).device))
@@ -102,8 +96,7 @@ def check_causal(model: Any, block: Sequence[int]) -> None:
         later = gradient[:, ids.shape[1] // 2 :]
         sees_later = bool(((later != 0) & later.isfinite()).any())
     except Exception as error:  # a model may raise anything on what is not its usual input
-        reason = str(error).strip().splitlines() or [""]
-        logger.info("Whether the model is causal could not be tried: %s: %s", type(error).__name__, reason[0])
+        logger.info("Whether the model is causal could not be tried: %s", error)
         return
     if sees_later:
         raise ConfigError(
@@ -126,7 +119,7 @@ def _gradient_of_earlier_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
         model.eval()
-        with kept_rng(ids.device), torch.enable_grad():
+        with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else [ids.device]), torch.enable_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
             earlier = logits[:, : ids.shape[1] // 2].float()
             # Weights that differ from logit to logit: a plain sum could be the same whatever the tokens are.
@@ -142,14 +135,6 @@ def _gradient_of_earlier_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-def kept_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context after which the generators of the CPU and of the model's device are as before."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    # By itself an older torch takes each device for one of CUDA.
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
-
-
 def _continued(model: torch.nn.Module, tokenizer: Any, block: Sequence[int]) -> str:
     """Return the start of a block with the model's continuation; the global random state is restored afterwards."""
     limit = longest_sequence(tokenizer, model.config)
@@ -160,7 +145,10 @@ def _continued(model: torch.nn.Module, tokenizer: Any, block: Sequence[int]) -> 
     was_training = model.training
     model.eval()
     try:
-        with kept_rng(device):
+        with torch.random.fork_rng(
+            devices=[] if device.type == "cpu" else [device],
+            device_type="cuda" if device.type == "cpu" else device.type,
+        ):
             torch.manual_seed(0)
             output = model.generate(  # type: ignore[operator]
                 input_ids,

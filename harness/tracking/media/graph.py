@@ -19,8 +19,8 @@ def log_graph(run: Any, model: torch.nn.Module) -> None:
     """
     Put the layers of the prepared model into the summary of a W&B run, as graph_0: `wandb.watch(log_graph=True)`.
 
-    After the first forward, with the shapes of the outputs; at once and without them if anything is compiled, since
-    hooks would break up what the compiler sees. It warns where it fails, and never raises.
+    After the first forward of the training, with the shapes of the outputs; at once and without them if anything is
+    compiled, since hooks would break up what the compiler sees. It warns where it fails, and never raises.
     """
     plain = unwrapped(model)
     layers: dict[torch.nn.Module, str] = {}
@@ -33,11 +33,11 @@ def log_graph(run: Any, model: torch.nn.Module) -> None:
         return
 
     def keep(layer: torch.nn.Module, _: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():  # it may be compiled later on
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # it may be compiled later on
             shapes.setdefault(layer, _shape(output if isinstance(output, tuple) else (output,)))
 
     def finish(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for hook in hooks:
                 hook.remove()
             _store_graph(run, layers, shapes)
