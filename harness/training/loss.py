@@ -107,13 +107,23 @@ class Share:
     What the loss of a micro-batch counts in its step.
 
     `num_items` is what the model divides by. Its loss is then multiplied by `times` and divided by `over`, or is 0
-    where `counts` is false, so that the mean over the ranks of what all micro-batches give is the loss of the step.
+    where `counts` is false, so that the mean over the ranks of what all micro-batches give is the loss of the step. The
+    micro-batch weighs `weight` of the `total` of the step, on all ranks.
     """
 
     num_items: torch.Tensor | None = None
     times: int = 1
     over: torch.Tensor | float = 1
     counts: torch.Tensor | None = None
+    weight: torch.Tensor | float = 1
+    total: torch.Tensor | float = 1
+
+    @property
+    def part(self) -> torch.Tensor | float:
+        """The weight of the micro-batch among all of the step, whose weights add up to 1."""
+        total = self.total.clamp(min=1) if isinstance(self.total, torch.Tensor) else max(self.total, 1)
+        part: torch.Tensor | float = self.weight / total
+        return part
 
 
 class Loss:
@@ -179,18 +189,22 @@ class Loss:
         if self.as_trainer:
             return self._trainers_shares(window)
         weighing = self.weighing or self.learn(model, window)
-        weights = [self.targets.weight(batch, weighing.by) for batch in window]
         takes, ranks = self.takes_num_items(window[0]), self.num_ranks
+        counts = [self.targets.count(batch) for batch in window] if takes else []
+        weights = [self.targets.weight(batch, weighing.by) for batch in window] if weighing.means else counts
         # Summed up together, so that the ranks meet once.
-        total, count = self._over_ranks([sum(weights), sum(map(self.targets.count, window)) if takes else 0])
+        total, count = self._over_ranks([sum(weights), sum(counts)])
         num_items = torch.as_tensor(count, device=self.accelerator.device).clamp(min=1) / 1 if takes else None
-        if not weighing.means:
-            return [Share(num_items=num_items, times=0 if isinstance(batch, Repeated) else ranks) for batch in window]
         # The mean over the ranks is the loss of the step, so each rank's part is as many times larger.
-        shares = [_share_of(weight, total / ranks) for weight in weights]
-        if num_items is None or not weighing.sums:
-            return [replace(share, num_items=num_items) for share in shares]
-        return [replace(share, num_items=num_items / (share.over * ranks)) for share in shares]
+        if weighing.means:
+            shares = [_share_of(weight, total / ranks) for weight in weights]
+        else:
+            shares = [Share(times=0 if isinstance(batch, Repeated) else ranks) for batch in window]
+        of_all = total * (self.accelerator.num_processes // ranks)
+        for i, share in enumerate(shares):
+            items = num_items / (share.over * ranks) if num_items is not None and weighing.both else num_items
+            shares[i] = replace(share, num_items=items, weight=weights[i], total=of_all)
+        return shares
 
     def _over_ranks(self, numbers: list[torch.Tensor | int]) -> Sequence[torch.Tensor | int]:
         """Collective: return the sums of integer scalars over the ranks."""
@@ -202,12 +216,15 @@ class Loss:
         return sums.unbind()
 
     def _trainers_shares(self, window: Sequence[Batch]) -> list[Share]:
+        share = Share(total=len(window) * self.accelerator.num_processes)
         if self.takes_num_items(window[0]):
             (count,) = self._over_ranks([sum(map(self.targets.count, window))])
             # A float, as the Trainer's division by the parallel sizes makes it.
             num_items = torch.as_tensor(count, device=self.accelerator.device) / 1
-            return [Share(num_items=num_items, times=self.num_ranks)] * len(window)
-        return [Share(over=1 if self.compute_loss_func else len(window))] * len(window)
+            share = replace(share, num_items=num_items, times=self.num_ranks)
+        elif self.compute_loss_func is None:
+            share = replace(share, over=len(window))
+        return [share] * len(window)
 
     def takes_num_items(self, batch: Batch) -> bool:
         """Whether the loss is given the number of items; else it is a mean over the micro-batch."""
@@ -311,7 +328,7 @@ class Loss:
     def _as_input(self, num_items: torch.Tensor) -> torch.Tensor:
         # FSDP2 rounds inputs that are floats to 16 bits. Only a part of the items is no whole number.
         rounds = self.accelerator.mixed_precision != "no" and self.accelerator.is_fsdp2
-        is_part = self.weighing is not None and self.weighing.means and self.weighing.sums
+        is_part = self.weighing is not None and self.weighing.both
         return num_items if is_part and not rounds else num_items.round().long()
 
     def state_dict(self) -> dict[str, Any]:

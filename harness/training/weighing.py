@@ -45,6 +45,11 @@ class Weighing:
     means: bool
     by: str
 
+    @property
+    def both(self) -> bool:
+        """Whether a loss has both parts."""
+        return self.sums and self.means
+
 
 def rows(batch: Batch) -> int:
     """Return the number of samples in a batch: the length of its labels, or of what else comes first."""
