@@ -137,6 +137,20 @@ def test_a_precision_and_an_earlier_end_are_refused(
     assert "total_steps 8 -> 6" in shown
 
 
+def test_a_run_from_before_there_was_a_choice_goes_on_with_the_trainers_loss(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = shutil.copytree(trained, tmp_path / "older")
+    manifest = older / "checkpoint-4" / "harness_state.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    assert content.pop("loss") == {"sums": True, "means": False, "by": "tokens"}
+    assert content["arguments"].pop("loss_scaling") == "global"
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    assert resume(older, tmp_path / "out") == 2
+    assert "loss_scaling trainer -> global" in capsys.readouterr().err
+    assert resume(older, tmp_path / "out", loss_scaling="trainer") == 0
+
+
 def test_a_checkpoint_without_arguments_is_compared_with_nothing(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
     manifest = tmp_path / "checkpoint-4" / "harness_state.json"
