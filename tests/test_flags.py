@@ -195,6 +195,8 @@ def test_every_flag_is_read(name: str, reads: set[str]) -> None:
 def test_order_that_depends_on_timing_is_refused() -> None:
     with pytest.raises(ConfigError, match="--dataloader_in_order=false"):
         parse(["--dataloader_in_order", "false"])
+    with pytest.raises(ConfigError, match=r"--train_sampling_strategy=batch_rebalance .* use group_by_length"):
+        parse(["--train_sampling_strategy", "batch_rebalance"])
 
 
 def test_command_without_input_is_the_quickstart() -> None:

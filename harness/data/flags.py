@@ -62,6 +62,11 @@ class DataConfig:
             overfit_batches=self.overfit_batches,
         )
         at_least(0, dataloader_num_workers=self.dataloader_num_workers, data_seed=self.data_seed)
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ConfigError(
+                "--train_sampling_strategy=batch_rebalance makes micro-batches of any size, and a resume needs to know "
+                "how many samples a step had; use group_by_length, which saves padding too."
+            )
         choice(
             "train_sampling_strategy",
             self.train_sampling_strategy,

@@ -248,8 +248,9 @@ class Evaluator:
         """Return this rank's logits, or what the task generates in their place."""
         if self.generate is not None:
             return self.generate(self.accelerator.unwrap_model(model, keep_torch_compile=False), batch)
-        config = getattr(self.accelerator.unwrap_model(model), "config", None)
-        return _logits(outputs, getattr(config, "keys_to_ignore_at_inference", [CACHE]))
+        bare = self.accelerator.unwrap_model(model)
+        ignored = getattr(bare.config, "keys_to_ignore_at_inference", [CACHE]) if hasattr(bare, "config") else []
+        return _logits(outputs, ignored)
 
     def _update(self, metrics: Metrics, logits: Any, labels: Any) -> torch.Tensor:
         gather, pad = self.accelerator.gather_for_metrics, self.accelerator.pad_across_processes

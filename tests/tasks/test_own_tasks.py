@@ -88,6 +88,7 @@ def test_a_loss_of_one_element_is_a_scalar(tmp_path: Path) -> None:
         ("misspelt", "train_data"),
         ("no_model", "model"),
         ("no_collator", "data_collator"),
+        ("sharded_at_load", "sharded when it was loaded"),
         ("a_number_of_samples", "train_dataset"),
         ("metrics_made_already", "metrics"),
         ("metrics_of_the_trainer", "metrics"),
@@ -195,3 +196,13 @@ def test_a_forward_without_labels_is_told_of(tmp_path: Path, caplog: pytest.LogC
         logger.removeHandler(caplog.handler)
     assert "Targets.forward has no argument with `label` in its name" in caplog.text
     assert "--label_names" in caplog.text
+
+
+@needs_trainer
+def test_a_model_without_a_config_may_call_an_output_as_a_cache_is_called(tmp_path: Path) -> None:
+    arguments = {**TRAINING, "eval_strategy": "steps", "eval_steps": 3, "label_names": ["targets"]}
+    given = {"task": f"{OWN}:with_output_named_cache"}
+    run_trainer(tmp_path / "trainer", arguments, **given)
+    run_harness(tmp_path / "ours", arguments, **given)
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+    assert history(tmp_path / "ours")[3]["eval_largest_error"] > 0

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from harness.tasks import Task, TaskConfig
+from harness.training.evaluation import CACHE
 from tests.support.tasks import parity_task
 
 
@@ -162,6 +163,17 @@ def with_targets(config: TaskConfig) -> Task:
     )
 
 
+def with_output_named_cache(config: TaskConfig) -> Task:
+    """The same; the one output beside the loss has the name of what decoders keep."""
+
+    class Cached(Targets):
+        def forward(self, x: torch.Tensor, targets: Any = None, others: Any = None) -> dict[str, torch.Tensor]:
+            found = super().forward(x, targets, others)
+            return {"loss": found["loss"], CACHE: found["logits"]}
+
+    return dataclasses.replace(with_targets(config), model=Cached(takes_others=False))
+
+
 def with_renamed_targets(config: TaskConfig) -> Task:
     """Samples of `datasets` with a column `wanted`, which the collator gives the model as `targets` too."""
 
@@ -222,6 +234,12 @@ def misspelt(config: TaskConfig) -> Any:
 
 def no_model(config: TaskConfig) -> Any:
     return dataclasses.replace(parity_task.build(config), model=None)  # type: ignore[arg-type]
+
+
+def sharded_at_load(config: TaskConfig) -> Any:
+    task = parity_task.build(config)
+    task.model.__class__ = type("Sharded", (type(task.model),), {"is_distributed_loading_by_transformers": True})
+    return task
 
 
 def no_collator(config: TaskConfig) -> Any:
