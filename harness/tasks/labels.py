@@ -259,7 +259,7 @@ def _sorted(labels: Iterable[Any], split: Split) -> list[Any]:
 
 
 def _name(value: Any, coded: Sequence[str], column: str, given: str) -> str:
-    if value is None or (coded and value == -1):
+    if value is None or value == "" or (coded and value == -1):
         raise _missing(column, given)
     if not isinstance(value, str | int | float):
         raise _no_label(value, column, given)

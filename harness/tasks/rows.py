@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 from datasets.data_files import DataFilesList
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.compression import register_compression
 
 from harness.config import flags_of
@@ -131,7 +132,7 @@ def _load_files(flag: str, given: Sequence[str], config: TaskConfig, keep_linebr
             split="data",
             cache_dir=config.cache_dir,
             streaming=config.streaming,
-            **({"keep_linebreaks": keep_linebreaks} if form == "text" else {}),
+            **({"keep_linebreaks": keep_linebreaks, "encoding": "utf-8-sig"} if form == "text" else {}),
         )
 
 
@@ -170,6 +171,8 @@ def _load_images(source: str, folder: Path, config: TaskConfig) -> Any:
     # Where labels are the names of its subfolders, a single one is a label too.
     has_classes = any(each.is_dir() for each in folder.iterdir())
     has_metadata = any(any(folder.rglob(name)) for name in IMAGE_METADATA)
+    if has_classes and not has_metadata:
+        _check_classes(source, folder)
     options = {"drop_labels": False} if has_classes and not has_metadata else {}
     with user_data(source):
         return datasets.load_dataset(
@@ -179,3 +182,16 @@ def _load_images(source: str, folder: Path, config: TaskConfig) -> Any:
             cache_dir=config.cache_dir,
             **options,
         )
+
+
+def _check_classes(source: str, folder: Path) -> None:
+    """Refuse images elsewhere than directly in the folders of the classes: their class would be some other folder."""
+    for path in sorted(folder.rglob("*")):
+        within = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in within.parts)
+        if len(within.parts) != 2 and not is_hidden and path.suffix.lower() in ImageFolder.EXTENSIONS:
+            where = "beside" if len(within.parts) == 1 else "below"
+            raise ConfigError(
+                f"{source}: {within} lies {where} the folders of the classes, "
+                "each of which holds its images directly; move it, or name the folder that holds the classes."
+            )

@@ -51,7 +51,7 @@ class Split:
         """
         if self.rows.features is not None:
             kinds = {name: getattr(feature, "dtype", None) for name, feature in self.rows.features.items()}
-            names = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+            names = [name for name, kind in kinds.items() if kind in ("string", "large_string", "string_view")]
             if not self.is_delimited:
                 return names
             return [name for name in names if any(_is_word(cell) for cell in cells_of(self.rows, name))]
@@ -276,7 +276,7 @@ def user_data(source: str) -> Iterator[None]:
         # DatasetGenerationError says only that there was an error; its cause says which.
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        if "corresponds to no data" in reason[0]:
+        if "corresponds to no data" in reason[0] or "BatchSize must be greater than 0, got 0" in reason[0]:
             raise ConfigError(f"{source} holds no rows; give data with at least one.") from error
         raise ConfigError(f"{source} can't be read: {reason[0]}") from error
 

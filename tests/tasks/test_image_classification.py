@@ -249,3 +249,16 @@ def test_processors_that_crop_give_their_size(given: dict[str, str], tmp_path: P
     assert {tuple(sample["pixel_values"].shape) for sample in (task.train_dataset[0], task.eval_dataset[0])} == {
         (3, 20, 20)
     }
+
+
+@pytest.mark.parametrize(("place", "where"), [(".", "beside"), ("circle/deeper", "below")])
+def test_an_image_that_lies_in_no_class_is_refused(
+    given: dict[str, str], tmp_path: Path, place: str, where: str
+) -> None:
+    """Its class would be the name of the folder that it lies in."""
+    folder = save_images(tmp_path / "train", 2)
+    (folder / place).mkdir(exist_ok=True)
+    (folder / "circle" / "0.png").rename(folder / place / "stray.png")
+    (folder / "circle" / "notes.txt").write_text("no image")
+    with pytest.raises(ConfigError, match=rf"--train_dir=.*stray\.png lies {where} the folders of the classes"):
+        built(given, train_dir=str(folder))

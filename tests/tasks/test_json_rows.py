@@ -8,10 +8,12 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from harness.errors import ConfigError
 from harness.tasks import TaskConfig
+from harness.tasks.labels import read_labels
 from harness.tasks.rows import load_splits
 from harness.tasks.splits import texts_of
 
@@ -202,3 +204,32 @@ def test_types_are_those_that_arrow_finds_where_nothing_changes(tmp_path: Path) 
     given = [{"text": "a", "label": 1, "score": 0.5, "ok": True, "ids": [1], "tags": ["a"], "meta": {"k": 1}}] * 3
     found = data(write(tmp_path / "a.jsonl", lines(*given)))
     assert found.features == datasets.Features.from_arrow_schema(pa.Table.from_pylist(given).schema)
+
+
+class TestFilesOfOtherFormats:
+    """What was silently something else, or refused by words that helped nobody."""
+
+    @BOTH
+    def test_a_mark_of_the_byte_order_is_no_text(self, tmp_path: Path, streaming: bool) -> None:
+        path = write(tmp_path / "a.txt", "\ufeffa\r\nb\u2028c\r\n")
+        assert rows(path, streaming=streaming) == [{"text": "a"}, {"text": "b\u2028c"}]
+
+    def test_texts_of_every_type_of_arrow_are_texts(self, tmp_path: Path) -> None:
+        for kind in (pa.string(), pa.large_string(), pa.string_view()):
+            table = pa.table({"n": [1, 2], "body": pa.array(["x", "y"], kind)})
+            pq.write_table(table, tmp_path / "a.parquet")
+            config = TaskConfig(train_file=[str(tmp_path / "a.parquet")])
+            assert load_splits(config).text_columns(config) == ["body"]
+
+    @BOTH
+    def test_parquet_without_rows_is_refused_as_empty(self, tmp_path: Path, streaming: bool) -> None:
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+        assert "holds no rows; give data with at least one" in refusal(tmp_path / "a.parquet", streaming=streaming)
+
+    @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+    def test_an_empty_label_is_a_missing_one_in_every_format(self, tmp_path: Path, suffix: str) -> None:
+        given = [{"text": "x", "label": "a"}, {"text": "y", "label": ""}, {"text": "z", "label": "b"}]
+        content = "text,label\nx,a\ny,\nz,b\n" if suffix == "csv" else lines(*given)
+        path = write(tmp_path / f"a.{suffix}", content)
+        with pytest.raises(ConfigError, match="has rows without a value in 'label'"):
+            read_labels(load_splits(TaskConfig(train_file=[str(path)])), "label", None)
