@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from harness.train import main
+from tests.support.inputs import label_flags, save_bert_tokenizer, write_text
 from tests.support.parity import (
     TRAINING,
     as_flags,
@@ -206,3 +207,14 @@ def test_a_model_without_a_config_may_call_an_output_as_a_cache_is_called(tmp_pa
     run_harness(tmp_path / "ours", arguments, **given)
     assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
     assert history(tmp_path / "ours")[3]["eval_largest_error"] > 0
+
+
+def test_a_batch_in_which_nothing_is_masked_counts_as_zero(tmp_path: Path) -> None:
+    tokenizer = save_bert_tokenizer(tmp_path / "bert")
+    flags = label_flags(tokenizer, write_text(tmp_path / "text.txt"))[1:]
+    masked = ["--task=masked-lm", "--mlm_probability=0.02", "--max_seq_length=8", "--per_device_train_batch_size=1"]
+    quick = ["--max_steps=12", "--logging_steps=1", "--logging_nan_inf_filter=false", "--report_to=none", "--use_cpu"]
+    assert main([*flags, *masked, *quick, "--save_strategy=no", f"--output_dir={tmp_path / 'out'}"]) == 0
+    found = [row["loss"] for row in history(tmp_path / "out") if "loss" in row]
+    assert found.count(0.0) > 3
+    assert all(map(math.isfinite, found))
