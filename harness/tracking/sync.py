@@ -212,9 +212,8 @@ class OfflineRun:
                 continue
             if server is not None and (before == content or (before is not None and not has_ended)):
                 continue
-            artifacts = sync_without_rows(path, is_over=has_ended, resumes=server is not None, lock=lock)
-            if (server := ask()) is None:
-                raise SyncError(f"`wandb sync` said nothing, but W&B does not have the run {log.run_id}")
+            resumes = server is not None
+            server, artifacts = sync_without_rows(path, ask=ask, is_over=has_ended, resumes=resumes, lock=lock)
             self._verify(api, artifacts)
             sent.folders[path.parent.name] = content
             sent.write(self.output_dir)

@@ -23,7 +23,9 @@ from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import Identity
 from harness.tracking.sync import Sent
 from tests.support.faulty_training import Training, committed, environment
+from tests.support.wandb.artifact_processes import command
 from tests.support.wandb.seen import _untimed
+from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
 
 NOBODY = "http://127.0.0.1:9"
@@ -285,6 +287,50 @@ def record(**fields: Any) -> Any:
     for name, value in fields.items():
         getattr(found, name).MergeFrom(value)
     return found
+
+
+def short_run(output_dir: Path) -> None:
+    """An offline run of three rows that has printed a line and ended with exit code 3."""
+    run, *rest = records_of("abc", start=5, rows=3)
+    printed = record(output_raw=wandb_internal_pb2.OutputRawRecord(line="printed\n"))
+    written(output_dir / "wandb" / "offline-run-20260101_000000-abc" / "run-abc.wandb", [run, printed, *rest])
+    identities.write(output_dir, Identity(run_id="abc", project="p", mode="offline", exit_code=3))
+
+
+@pytest.mark.slow
+def test_what_wandb_sync_loses_without_a_word_is_sent_again_or_said(tmp_path: Path) -> None:
+    short_run(tmp_path / "run")
+    arguments = (str(tmp_path / "run"), "--once")
+    with WandbServer(tmp_path / "server") as server:
+        server.fault("lose", "file_stream")
+        sync = Sync(tmp_path / "sync", server, *arguments)
+        assert sync.process.wait(120) == 1
+        assert "not brought: `wandb sync` said nothing, but W&B lacks the end of offline-run-" in sync.out.read_text()
+        server.clear_faults()
+        server.fault("lose", "file_stream", count=2)
+        sync = Sync(tmp_path / "sync", server, *arguments)
+        assert sync.process.wait(120) == 0, sync.out.read_text()
+        (run,) = server.runs()
+    assert run.output == ["printed"]
+    assert [row["_step"] for row in run.rows] == [0, 1, 2]
+    assert (run.state, run.exit_code, run.summary["nested"]) == ("failed", 3, {"step": 2})
+
+
+@pytest.mark.slow
+def test_rows_that_the_users_own_wandb_sync_has_lost_are_brought(tmp_path: Path) -> None:
+    short_run(tmp_path / "run")
+    with WandbServer(tmp_path / "server") as server:
+        server.fault("lose", "file_stream")
+        (folder,) = (tmp_path / "run" / "wandb").iterdir()
+        assert command(f"wandb sync {folder}", tmp_path, server).returncode == 0
+        assert (folder / "run-abc.wandb.synced").exists()
+        assert server.run("abc").rows == []
+        server.clear_faults()
+        sync = Sync(tmp_path / "sync", server, str(tmp_path / "run"), "--once")
+        assert sync.process.wait(120) == 0, sync.out.read_text()
+        run = server.run("abc")
+    assert [row["_step"] for row in run.rows] == [0, 1, 2]
+    assert (run.state, run.exit_code, run.summary["nested"]) == ("failed", 3, {"step": 2})
 
 
 def test_what_is_sent_is_a_whole_file_whatever_the_sizes_of_its_records() -> None:

@@ -39,6 +39,7 @@ ENDED = ("finished", "failed", "killed", "preempted")
 BATCH_ROWS, BATCH_CHARACTERS = 500, 2_000_000
 CONFIRM_SECONDS = 15.0
 SYNC_TIMEOUT_SECONDS = 3600.0
+SYNC_TRIES, END_SECONDS = 3, 3.0
 # What makes a run and its charts; the rest of an attempt waits for its end.
 SETUP = ("header", "run", "config", "environment", "telemetry", "metric")
 
@@ -147,22 +148,29 @@ def deliver_rows(
     return len(rows)
 
 
-def sync_without_rows(path: Path, *, is_over: bool, resumes: bool, lock: int | None) -> list[Any]:
+def sync_without_rows(
+    path: Path, *, ask: Callable[[], AtServer | None], is_over: bool, resumes: bool, lock: int | None
+) -> tuple[AtServer, list[Any]]:
     """
     Send a .wandb file to the server without its rows; of an attempt that is not over only what makes the run.
 
     `resumes`: W&B has the run, and it goes on; else it is replaced. The file descriptor `lock` is inherited by `wandb
-    sync`, which may outlive us. Returns the artifact records that were sent. Raises SyncError, OSError and ValueError.
+    sync`, which may outlive us. Returns what W&B then has of the run, and the artifact records that were sent.
+    Raises SyncError, OSError and ValueError.
     """
     data = path.read_bytes()
     records = list(_chosen(data, is_over=is_over, resumes=resumes))
-    with tempfile.TemporaryDirectory(prefix="harness-sync-") as temporary:
-        folder = Path(temporary) / path.parent.name
-        folder.mkdir()
-        (folder / "files").symlink_to((path.parent / "files").absolute())
-        (folder / path.name).write_bytes(data[:HEADER_BYTES] + encode(each.SerializeToString() for each in records))
-        _wandb_sync(folder, lock)
-    return [each.artifact for each in records if each.WhichOneof("record_type") == "artifact"]
+    content = data[:HEADER_BYTES] + encode(each.SerializeToString() for each in records)
+    for _ in range(SYNC_TRIES):
+        _wandb_sync_content(path, content, lock)
+        server = _once_ended(ask)
+        # The exit record goes last in the stream. wandb-core 0.31 starts a run's stream beside the reading of its file:
+        # where that comes late, a file of a few records is over, nothing of the stream is sent, and the file counts as
+        # synced. Then it may be sent once more: nothing of it is there.
+        if server is not None and server.state in ENDED:
+            return server, [each.artifact for each in records if each.WhichOneof("record_type") == "artifact"]
+    lacks = "the run" if server is None else "the end"
+    raise SyncError(f"`wandb sync` said nothing, but W&B lacks {lacks} of {path.parent.name}; try again")
 
 
 def missing(rows: Sequence[dict[str, Any]], server: AtServer) -> Sequence[dict[str, Any]]:
@@ -277,6 +285,24 @@ def _is_staged(artifact: Any) -> bool:
     """Whether its files are those of a staged artifact, which goes by itself and is verified."""
     places = [entry.local_path for entry in artifact.manifest.contents if entry.local_path]
     return bool(places) and all(STAGING_FOLDER in Path(place).parts for place in places)
+
+
+def _once_ended(ask: Callable[[], AtServer | None]) -> AtServer | None:
+    """Return what the server has of a run when its end is there; what it has then if that does not come."""
+    deadline = time.monotonic() + END_SECONDS
+    while ((server := ask()) is None or server.state not in ENDED) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return server
+
+
+def _wandb_sync_content(path: Path, content: bytes, lock: int | None) -> None:
+    """Let `wandb sync` send a .wandb file of this content in place of the one at `path`, with the files beside it."""
+    with tempfile.TemporaryDirectory(prefix="harness-sync-") as temporary:
+        folder = Path(temporary) / path.parent.name
+        folder.mkdir()
+        (folder / "files").symlink_to((path.parent / "files").absolute())
+        (folder / path.name).write_bytes(content)
+        _wandb_sync(folder, lock)
 
 
 def _wandb_sync(folder: Path, lock: int | None) -> None:

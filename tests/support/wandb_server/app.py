@@ -96,8 +96,11 @@ async def file_stream(request: Request) -> Response:
     body = await body_of(request)
     context = await strike(request, f"file_stream {'/'.join(where)}")
     run = context.runs.require(*where)
-    with context.database.transaction():
-        context.runs.stream(run, body)
+    if context.faults.take("lose", request.scope["label"]):
+        request.scope["fault"] = True
+    else:
+        with context.database.transaction():
+            context.runs.stream(run, body)
     return JSONResponse({"exitcode": None, "limits": {}, "stopped": bool(run["stop_requested"])})
 
 

@@ -301,7 +301,7 @@ def test_wandb_sync_delivers_what_an_offline_run_staged(played: Played, server: 
             "v1": {"epoch_1.33", "checkpoint_global_step_4", "latest"},
         }
         assert aliases(server, "model-offline") == {"v0": {"base_model"}, "v1": {"final_model", "latest"}}
-        assert len(server.run("offline").rows) == 1
+    assert len(server.run("offline").rows) == 1  # which `wandb sync` alone may lose, see `sync_without_rows`
     assert not (folder / "offline" / STAGING_FOLDER).exists()
 
 
