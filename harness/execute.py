@@ -23,15 +23,15 @@ from harness.distributed.precision import tf32_kept
 from harness.distributed.ranks import close_group, settle, tell_all
 from harness.errors import ConfigError, StoppedError
 from harness.flags import Config
-from harness.loop import fit
+from harness.loop import fit, is_over
 from harness.model import optim
 from harness.model.adapters import describe
-from harness.model.weights import whole_weights
+from harness.model.weights import own_weights, raw_weights
 from harness.results import conclude, save_final
 from harness.resume import bring_checkpoint, find_checkpoint
 from harness.session import Run, Session
 from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
-from harness.snapshot import restore
+from harness.snapshot import rehearse, restore
 from harness.tracking import run_config, trackers
 from harness.tracking.artifacts.download import record_use
 from harness.tracking.lifecycle import close_trackers, describe_links, describe_trackers, open_trackers, wandb_tracker
@@ -107,6 +107,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     if run is not None:
         run.checkpoints.lock = lock
     configuration = run_config(session.task.model, config.flat())
+    if run is not None:
+        rehearse(run, state)
     open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
     session.console.table(describe_links(accelerator))
     record_use(tracker.tracker, [*session.artifacts, *([found.artifact] if found.artifact else [])])
@@ -196,10 +198,46 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
                 run.watchdog.watching(),
             ):
                 results = fit(run, state)
+        except Exception:
+            leave_trained(session, run, state)
+            raise
         finally:
             run.checkpoints.wait()  # however the training ends, the save under way is completed
     console.close()
-    weights = whole_weights(session.task.model, session.backend)
-    run.checkpoints.together(lambda: save_final(session, run, state, weights) if run.checkpoints.is_writer else None)
+    finish_output(session, run, state)
     run.checkpoints.check_last()
     return results
+
+
+def leave_trained(session: Session, run: Run, state: TrainState) -> None:
+    """
+    Local: after an error when all steps are made, an evaluation's say, leave the weights, if no checkpoint has them.
+
+    Sharded weights would take all ranks, and the error may be of one alone.
+    """
+    run.checkpoints.wait()
+    is_saved = run.checkpoints.path_of(state.global_step).is_dir()
+    if is_over(run, state) and not is_saved and not session.backend.is_sharded:
+        weights = session.backend.whole(raw_weights(session.task.model))
+        if left := run.checkpoints.leave(weights, step=state.global_step):
+            logger.error("%s", left)
+
+
+def finish_output(session: Session, run: Run, state: TrainState) -> None:
+    """Collective: save the final model; if that fails leave its weights as they are, and raise on all ranks."""
+    model, failure, own = session.task.model, None, {}
+    try:
+        own = own_weights(model)
+    except Exception as error:  # raised once all ranks know of it
+        failure = error
+    if run.checkpoints.agree(failure) is not None:
+        own = raw_weights(model)
+    weights = session.backend.whole(own)
+
+    def save() -> None:
+        if failure is not None:
+            raise failure
+        if run.checkpoints.is_writer:
+            save_final(session, run, state, weights)
+
+    run.checkpoints.together(save, weights=weights, step=state.global_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from harness.tracking import rewrite
 from harness.training.console import in_a_line
 from harness.training.state import TRAINER_STATE_FILE, TrainState
 
+logger = logging.getLogger(__name__)
+
 MERGED_DIR = "merged"
 CARD_FILE = "README.md"
 # A card without this line was edited by somebody and is kept.
@@ -37,7 +40,12 @@ def save_final(session: Session, run: Run, state: TrainState, weights: Mapping[s
         )
     files = save_model(model, session.task.processing_class, output_dir, as_published=True, weights=weights)
     write_json(output_dir / TRAINER_STATE_FILE, state.trainer_state(early_stopping=best.early_stopping))
-    write_model_card(output_dir, session.config, state, badge=run.tracker.badge)
+    try:
+        write_model_card(output_dir, session.config, state, badge=run.tracker.badge)
+    except OSError:
+        raise
+    except Exception as error:  # transformers' own; the model is saved
+        logger.warning("The model card could not be written: %s: %s", type(error).__name__, error)
     if is_adapted(model):
         complete_card(model, output_dir)
         files.append(output_dir / CARD_FILE)  # peft puts one into every folder of an adapter

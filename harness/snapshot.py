@@ -7,27 +7,42 @@ Only the weights are loaded elsewhere: `assemble` loads them into the model befo
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from harness.checkpoint.arguments import Changes, compare
+from harness.checkpoint.find import list_checkpoints
+from harness.checkpoint.host_copies import emptied
 from harness.checkpoint.layout import SCALER_FILE, SCHEDULER_FILE, Saved, read
+from harness.checkpoint.trial import Trial
 from harness.checkpoint.writer import Content
 from harness.data.position import at_step, converted, describe_change, has_other_layout, why_other_order
 from harness.distributed.accelerator import software
 from harness.distributed.ranks import agree, ranks_of
 from harness.distributed.zero import LATEST_FILE
-from harness.errors import ConfigError
+from harness.errors import CheckpointError, ConfigError
 from harness.flags import FLAGS
-from harness.model.weights import save_model, whole_weights
+from harness.model.weights import (
+    check_published,
+    config_kept,
+    own_weights,
+    raw_weights,
+    save_model,
+    save_processing,
+    stand_ins,
+    trained_bytes,
+)
 from harness.session import Run
 from harness.training import rng
 from harness.training.state import TRAINER_STATE_FILE, TrainState
 from harness.training.watchdog import SAVE
 
 logger = logging.getLogger(__name__)
+
+TWO_AVERAGES = ("adamw_torch", "adamw_torch_fused")  # optimizers that keep two values of its type for each weight
 
 
 def save(run: Run, state: TrainState) -> None:
@@ -41,22 +56,111 @@ def save(run: Run, state: TrainState) -> None:
         state.best_model_checkpoint = str(best)
     elif known is not None and not Path(known).is_dir():  # that checkpoint's save has failed
         state.best_model_checkpoint = None
-    content = take(run, state)
+    content = _taken_together(run, state)
     is_best = state.best_global_step == state.global_step
     log = run.tracker.checkpoint_logger(step=state.global_step, epoch=state.epoch, is_best=is_best)
     run.checkpoints.save(content, best=state.best_model_checkpoint, then=log)
 
 
+def rehearse(run: Run, state: TrainState) -> None:
+    """
+    Collective: try, before the first step, to save what a checkpoint and the final model consist of.
+
+    All is written but the bytes of tensors, and removed again. Raises ConfigError if a save would fail, or if the disk
+    has no room for one.
+    """
+    model, failure, found = run.bare_model, None, None
+    try:
+        found = _without_bytes(run, state)
+    except Exception as error:  # told to the other ranks, then raised
+        failure = error
+    message = agree(run.accelerator, failure)
+    if message is not None or found is None:
+        raise ConfigError(f"A checkpoint of this model can't be made, so no step is made: {message}") from failure
+    content, num_bytes = found
+    processing = type(run.processing_class).__name__
+    trials = [
+        Trial(f"The model {type(model).__name__}", lambda folder: content.write_model(folder, content.weights)),
+        Trial(f"The model {type(model).__name__}, as it is published,", lambda _: check_published(model)),
+        Trial(f"The {processing}", lambda folder: save_processing(run.processing_class, folder)),
+        Trial("A checkpoint", lambda _: _check_room(run, state, num_bytes)),
+    ]
+    with config_kept(model):
+        run.checkpoints.rehearse(content, trials, only_model=run.plan.config.save_strategy == "no")
+
+
+def _without_bytes(run: Run, state: TrainState) -> tuple[Content, int]:
+    """Local: return the content of a checkpoint without its tensors' bytes, and the size of the model in bytes."""
+    model = run.bare_model
+    weights, num_bytes = stand_ins(model)
+    content = take(run, state)
+    return replace(
+        content,
+        weights=weights,
+        write_model=lambda folder, tensors: save_model(model, None, folder, as_published=False, weights=tensors),
+        files=emptied(content.files),
+        rank_files=emptied(dict(content.rank_files)),
+        write_shards=None,
+    ), num_bytes
+
+
+def _check_room(run: Run, state: TrainState, model_bytes: int) -> None:
+    """Rank zero: raise ConfigError if the disk has no room for one save; warn if it has none for all that are kept."""
+    plan, config, folder = run.plan, run.checkpoints.config, run.checkpoints.output_dir
+    saves = plan.config.save_strategy != "no"
+    a_checkpoint = model_bytes
+    if run.optim.optim in TWO_AVERAGES and not config.save_only_model:
+        a_checkpoint += 2 * trained_bytes(run.bare_model)
+    needed, usage = a_checkpoint if saves else model_bytes, shutil.disk_usage(folder)
+    if usage.total == 0:  # a file system that does not say
+        return
+    if needed > usage.free:
+        what = "a checkpoint takes" if saves else "the final model takes"
+        raise ConfigError(
+            f"{what} at least {needed:,} bytes, and {usage.free:,} are free in {folder}: make room, or take another "
+            "--output_dir"
+        )
+    num_left = plan.num_saves(from_step=state.global_step)
+    if config.save_total_limit is not None:  # older ones are deleted once the new one is there
+        num_left = min(num_left, max(config.save_total_limit + 1 - len(list_checkpoints(folder)), 1))
+    total = num_left * a_checkpoint + model_bytes
+    if total > usage.free:
+        logger.warning(
+            "%d checkpoints of %.1f MB and the final model take %.1f MB, and %.1f MB are free in %s: give a smaller "
+            "--save_total_limit or a greater --save_steps.",
+            *(num_left, a_checkpoint / 1e6, total / 1e6, usage.free / 1e6, folder),
+        )
+
+
+def _taken_together(run: Run, state: TrainState) -> Content:
+    """Collective: return the content of a checkpoint with whole weights; if a rank can't make it, leave the weights."""
+    content, failure = None, None
+    try:
+        content = take(run, state)
+    except Exception as error:  # told to the other ranks, then raised
+        failure = error
+    message = run.checkpoints.agree(failure)
+    if content is not None and message is None:
+        content.weights = run.backend.whole(content.weights)
+        return content
+    left = run.checkpoints.leave(run.backend.whole(raw_weights(run.bare_model)), step=state.global_step)
+    if failure is None:
+        raise CheckpointError(f"checkpoint-{state.global_step} could not be made: {message}.")
+    if left:
+        logger.error("%s", left)
+    raise failure
+
+
 def take(run: Run, state: TrainState) -> Content:
     """
-    Collective: return the content of a checkpoint of this step.
+    Local: return the content of a checkpoint of this step.
 
-    Tensors are the training's own, or copies if they are sharded.
+    Tensors are the training's own, the weights as this rank has them.
     """
     model = run.bare_model
     content = Content(
         step=state.global_step,
-        weights=whole_weights(model, run.backend),
+        weights=own_weights(model),
         are_copies=run.backend.is_sharded,
         write_model=lambda folder, weights: save_model(
             model, run.processing_class, folder, as_published=False, weights=weights

@@ -162,6 +162,17 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def emptied(state: Any) -> Any:
+    """Return a nested state with an empty tensor of its type in place of each tensor."""
+    if isinstance(state, torch.Tensor):
+        return torch.empty(0, dtype=state.dtype)
+    if isinstance(state, dict):
+        same_type = copy.copy(state)
+        same_type.update({name: emptied(each) for name, each in state.items()})
+        return same_type
+    return type(state)(emptied(each) for each in state) if type(state) in (list, tuple) else state
+
+
 def _key(tensor: torch.Tensor) -> Key:
     return tensor.device, tensor.untyped_storage().data_ptr()
 

@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.host_copies import HostCopies
-from harness.checkpoint.layout import FORMAT_VERSION, STATE_FILE, rng_file
+from harness.checkpoint.layout import FORMAT_VERSION, STATE_FILE, read, rng_file
 from harness.checkpoint.lock import Lock
-from harness.errors import CheckpointError
+from harness.checkpoint.rescue import leave_weights
+from harness.checkpoint.trial import Trial, pickle
+from harness.errors import CheckpointError, ConfigError
 from harness.files import digest_of, put_in_place, sync, write_json
 from harness.training.state import TRAINER_STATE_FILE
 
@@ -65,6 +67,10 @@ class Content:
         if not self.is_shared:
             _fresh(folder)
         self.write_model(folder, self.weights)
+        self.write_states(folder, rank_states, only_model=only_model)
+
+    def write_states(self, folder: Path, rank_states: Sequence[Mapping[str, Any]], *, only_model: bool) -> None:
+        """Rank zero: write what there is beside the model, into a folder that exists."""
         write_json(folder / TRAINER_STATE_FILE, self.trainer_state)
         if only_model:
             return
@@ -107,10 +113,12 @@ class Checkpoints:
         self.saved_step: int | None = None
         self.num_saves, self.held_seconds, self.longest_seconds = 0, 0.0, 0.0
         self._begun_step: int | None = None
+        self._unsaved: Content | None = None  # what is being written, and what could not be
+        self._left_step: int | None = None
         self._failure = ""
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     @property
     def is_writer(self) -> bool:
@@ -137,7 +145,7 @@ class Checkpoints:
         self.settle()
         began = time.monotonic()
         rank_states = self.gather(content.rank_state)
-        self._begun_step = content.step
+        self._begun_step, self._unsaved = content.step, content
         if self.config.save_only_model:
             content = replace(content, write_shards=None, rank_files={})
         partial: Path | None = self._partial(content.step)
@@ -146,6 +154,7 @@ class Checkpoints:
         copied: tuple[Content, list[Any]] | None = None
         if self.is_writer or content.rank_files:
             copied = self._copied(content, rank_states) if self.config.async_save else None
+            self._unsaved = copied[0] if copied is not None else content
             arguments = (*(copied or (content, rank_states)), partial, best, then)
             self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint-writer")
             self._thread.start()
@@ -211,7 +220,7 @@ class Checkpoints:
             self._failure = f"checkpoint-{self._begun_step} could not be written to {self.output_dir}: {self._failure}"
         self._begun_step = None
 
-    def _agreed(self, error: BaseException | None) -> str | None:
+    def _agreed(self, error: Exception | None) -> str | None:
         """
         Collective: return the first disk error of any rank.
 
@@ -219,11 +228,30 @@ class Checkpoints:
         """
         disk, other = (error, None) if isinstance(error, OSError) else (None, error)
         bug, message = self.agree(other), self.agree(disk)
-        if error is not None and other is not None:
-            raise error
-        if bug is not None:
-            raise CheckpointError(f"checkpoint-{self._begun_step} could not be made: {bug}.")
-        return message
+        if bug is None:
+            return message
+        left = self._leave_weights()
+        if other is not None:
+            if left:
+                logger.error("%s", left)
+            raise other
+        raise CheckpointError(f"checkpoint-{self._begun_step} could not be made: {bug}. {left}".rstrip())
+
+    def _leave_weights(self) -> str:
+        """Local: leave the weights of the save that failed, on rank zero; returns a sentence that says where, or ""."""
+        unsaved, self._unsaved = self._unsaved, None
+        return "" if unsaved is None else self.leave(unsaved.weights, step=unsaved.step)
+
+    def leave(self, weights: Mapping[str, Any], *, step: int) -> str:
+        """
+        Local: leave weights that could not be saved, where this rank has some; returns a sentence that says where.
+
+        Nothing is left after a takeover by another process.
+        """
+        if not self.is_writer or not weights or self.is_shut_out or step == self._left_step:
+            return ""
+        self._left_step = step
+        return f"{leave_weights(weights, self.output_dir, step=step)}."
 
     def wait(self) -> None:
         """Local: wait for the writer's thread. For use after an error, when other ranks may have ended."""
@@ -238,33 +266,74 @@ class Checkpoints:
             logger.warning("The training waited %.1f s until checkpoint-%d was written.", waited, self._begun_step)
 
     def check_last(self) -> None:
-        """Collective: raise CheckpointError on all ranks if the last save has failed."""
+        """Collective: raise CheckpointError on all ranks if the last save has failed; its weights are left."""
         self.settle()
         if self._failure:
+            left = self._leave_weights()
             raise CheckpointError(
                 f"{self._failure}. The older ones are untouched; "
-                "make room, then go on with --resume_from_checkpoint true."
+                f"make room, then go on with --resume_from_checkpoint true. {left}".rstrip()
             )
 
-    def together(self, act: Callable[[], None]) -> None:
+    def together(self, act: Callable[[], None], *, weights: Mapping[str, Any] | None = None, step: int = 0) -> None:
         """
         Collective: run `act` on each rank; all return when all are done, or all raise.
 
-        Raises CheckpointError on all ranks if one could not write; any other error is raised where it happened.
+        Raises CheckpointError on all ranks if one could not write; any other error is raised where it happened. Rank
+        zero leaves the `weights` then, which are those of a step.
         """
-        failure: BaseException | None = None
+        failure: Exception | None = None
         try:
             act()
         except Exception as error:  # told to the other ranks, then raised
             failure = _of_disk(error)
         message = self.agree(failure)
+        left = "" if message is None else self.leave(weights or {}, step=step)
         if failure is not None and not isinstance(failure, OSError):
+            if left:
+                logger.error("%s", left)
             raise failure
         if message is not None:
             raise CheckpointError(
                 f"The model could not be written to {self.output_dir}: {message}. The checkpoints are untouched; "
-                "make room, then go on with --resume_from_checkpoint true."
+                f"make room, then go on with --resume_from_checkpoint true. {left}".rstrip()
             ) from failure
+        if weights is not None:  # they are written, whatever the last checkpoint has come to
+            self._unsaved = None
+
+    def rehearse(self, content: Content, trials: Sequence[Trial], *, only_model: bool) -> None:
+        """
+        Collective: try on rank zero what a save does: each of `trials`, then the states of a checkpoint.
+
+        With `only_model` no checkpoint is due. It happens in the folder of an unfinished save, which is removed again.
+        Raises ConfigError on all ranks if anything fails on one of them.
+        """
+        rank_states, folder = self.gather(content.rank_state), self._partial(content.step)
+        tried = [
+            Trial("A folder", _fresh),
+            *trials,
+            Trial("The state of the training", lambda _: self._write_and_read(content, rank_states, folder)),
+        ]
+        tried = tried[:-1] if only_model else tried
+        failure: ConfigError | None = None
+        try:
+            for trial in tried if self.is_writer else ():
+                trial.make(folder)
+            if not only_model:
+                Trial("The state of the optimizer", lambda _: pickle(content.rank_files)).make(folder)
+        except ConfigError as error:
+            failure = error
+        finally:
+            if self.is_writer:
+                shutil.rmtree(folder, ignore_errors=True)
+        if (message := self.agree(failure)) is not None:
+            raise ConfigError(message) from failure
+
+    def _write_and_read(self, content: Content, rank_states: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        content.write_states(folder, rank_states, only_model=self.config.save_only_model)
+        if not self.config.save_only_model:
+            self._write_manifest(content, folder)
+            read(folder, ranks=(0, self.num_processes))
 
     def seconds_to_save(self) -> float:
         """Rank zero: return the seconds that the longest save took, or twice that while one is being written."""
@@ -302,6 +371,7 @@ class Checkpoints:
                 return
             self._commit(content, partial, final)
             self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+            self._unsaved = None
             if then is not None:
                 then(final)
         except Exception as error:  # told to all ranks at the next save, or at the end
@@ -344,7 +414,16 @@ class Checkpoints:
             raise OSError(message)
 
     def _commit(self, content: Content, partial: Path, final: Path) -> None:
-        """Sync all files, write the manifest last, rename the folder: from then on the checkpoint exists, whole."""
+        """Write the manifest last, rename the folder: from then on the checkpoint exists, whole."""
+        self._write_manifest(content, partial)
+        if self.is_shut_out:
+            raise CheckpointError(
+                f"Another process has taken over {self.output_dir}: this one ends and does not write {final.name}."
+            )
+        put_in_place(partial, final)
+
+    def _write_manifest(self, content: Content, partial: Path) -> None:
+        """Sync all files, and write their sizes and digests, with the shared values, into a file that is synced too."""
         files = {}
         for path in sorted(partial.rglob("*")):
             sync(path)
@@ -362,11 +441,6 @@ class Checkpoints:
         write_json(partial / STATE_FILE, manifest)
         sync(partial / STATE_FILE)
         sync(partial)
-        if self.is_shut_out:
-            raise CheckpointError(
-                f"Another process has taken over {self.output_dir}: this one ends and does not write {final.name}."
-            )
-        put_in_place(partial, final)
 
     def _prune(self, saved: Path, best: str | None) -> None:
         """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,133 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness.distributed.backend import Backend
 from harness.distributed.sharding import fill, is_part, whole_shape
 from harness.errors import ConfigError
 from harness.model.adapters import is_adapted, load_tensors, tensors_of, write_adapter
 
 
-def whole_weights(model: torch.nn.Module, backend: Backend) -> dict[str, torch.Tensor]:
+def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
-    Collective: return the unwrapped model's weights to save: its state dict, or only those of its adapter.
+    Local: return the unwrapped model's weights to save: its state dict, or only those of its adapter.
 
-    If it is sharded, rank zero gets copies in host memory and the other ranks {}.
+    They are as this rank has them: `Backend.whole` makes whole ones of them. Raises ConfigError for a state dict that
+    holds anything else.
     """
-    return backend.whole(_own(model))
+    own: dict[str, Any] = tensors_of(model) if is_adapted(model) else model.state_dict(keep_vars=True)
+    for name, value in own.items():
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(
+                f"The state dict of {type(model).__name__} holds {name}, a {type(value).__name__}, and a checkpoint "
+                "keeps tensors only: register a buffer in its place, or leave it out of the state dict."
+            )
+    return own
 
 
-def _own(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers to save, by their names in the files."""
-    return tensors_of(model) if is_adapted(model) else model.state_dict(keep_vars=True)
+def raw_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Local: return what `own_weights` does, without the model's own `state_dict`, which may raise.
+
+    Of a model with an adapter only what is trained. For the last resort of a save that fails.
+    """
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    adapted = is_adapted(model)
+    return {name: tensor for name, tensor in named if tensor.requires_grad or not adapted}
+
+
+def stand_ins(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], int]:
+    """
+    Local: return tensors to try a save with, and the bytes that the real ones take on the disk.
+
+    They have the names, types and ties of the weights, and next to no size. Weights that are different views of one
+    memory keep their sizes, and what is no ordinary tensor is the tensor itself. Raises ConfigError.
+    """
+    own = own_weights(model)
+    views: dict[int, set[tuple[Any, ...]]] = {}
+    for tensor in filter(_is_plain, own.values()):
+        views.setdefault(_memory(tensor), set()).add(_view(tensor))
+    memories: dict[int, torch.Tensor] = {}
+    made: dict[Any, torch.Tensor] = {}
+    found, sizes = {}, {}
+    for name, tensor in own.items():
+        key = _view(tensor) if _is_plain(tensor) else id(tensor)
+        if key not in made and _is_plain(tensor) and len(views[_memory(tensor)]) > 1:
+            made[key] = _view_in(memories.setdefault(_memory(tensor), _of_size(tensor)), tensor)
+        elif key not in made:
+            made[key] = _small(tensor) if _is_plain(tensor) or is_part(tensor) else tensor.detach()
+        found[name], sizes[key] = made[key], whole_shape(tensor).numel() * tensor.element_size()
+    return found, sum(sizes.values())
+
+
+def _small(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros([min(size, 1) for size in whole_shape(tensor)], dtype=tensor.dtype)
+
+
+def _of_size(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.uint8)
+
+
+def _view_in(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    view = torch.empty(0, dtype=tensor.dtype)
+    return view.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def trained_bytes(model: torch.nn.Module) -> int:
+    """Return the size in bytes of the parameters that are trained, whole."""
+    return sum(whole_shape(each).numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+
+
+def check_published(model: torch.nn.Module) -> None:
+    """Try, without any bytes, to give the weights the names of the Hub. Raises what transformers raises."""
+    if isinstance(model, PreTrainedModel):
+        meta = {
+            name: torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
+            for name, tensor in model.state_dict(keep_vars=True).items()
+        }
+        revert_weight_conversion(model, meta)
+
+
+@contextmanager
+def config_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model's config back at the end of the block: transformers writes into it when it saves."""
+    configs = [getattr(model, name) for name in ("config", "generation_config") if hasattr(model, name)]
+    before = [(config, dict(vars(config))) for config in configs if hasattr(config, "__dict__")]
+    try:
+        yield
+    finally:
+        for config, values in before:
+            vars(config).clear()
+            vars(config).update(values)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it has memory of its own, or a view of some: no subclass, neither sparse nor sharded nor empty."""
+    is_ordinary = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return is_ordinary and not is_part(tensor) and tensor.numel() > 0
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return each weight once, as safetensors takes it: tied ones by their first name, views of one memory copied."""
+    kept = {_view(tensor) if _is_plain(tensor) else name: name for name, tensor in reversed(list(weights.items()))}
+    names = set(kept.values())
+    count = Counter(_memory(weights[name]) for name in names if _is_plain(weights[name]))
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        if _is_plain(tensor) and count[_memory(tensor)] > 1
+        else tensor.contiguous()
+        for name, tensor in weights.items()
+        if name in names
+    }
 
 
 def save_model(
@@ -47,7 +156,7 @@ def save_model(
 
     `as_published` gives weights the names that the architecture has on the Hub, where these differ from the model's own
     (mixtures of experts, multimodal models); a checkpoint keeps the model's own, to be loaded into it again.
-    `from_pretrained` reads both. `weights`, from `whole_weights`, are written instead of the model's own state dict. Of
+    `from_pretrained` reads both. `weights`, whole ones, are written instead of the model's own state dict. Of
     a model with an adapter only the adapter is written, as peft does.
 
     For a model that is no PreTrainedModel the state dict is written to model.safetensors; tied tensors are written
@@ -59,7 +168,7 @@ def save_model(
     if partial.exists():
         shutil.rmtree(partial)
     if weights is None:
-        weights = {name: tensor.detach() for name, tensor in _own(model).items()}
+        weights = {name: tensor.detach() for name, tensor in own_weights(model).items()}
     _write_model(model, weights, processing_class, partial, as_published=as_published)
     files = []
     for path in sorted(partial.rglob("*")):
@@ -92,13 +201,12 @@ def _write_model(
         if shows_bars:
             logging.enable_progress_bar()
     else:
-        seen: set[int] = set()
-        tensors = {
-            name: tensor.contiguous()
-            for name, tensor in weights.items()
-            if not (tensor.data_ptr() in seen or seen.add(tensor.data_ptr()))  # type: ignore[func-returns-value]
-        }
-        save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(_apart(weights), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_processing(processing_class, folder)
+
+
+def save_processing(processing_class: Any, folder: Path) -> None:
+    """Write a tokenizer or another processing class, if it can be written."""
     if hasattr(processing_class, "save_pretrained"):
         processing_class.save_pretrained(folder)
 
@@ -123,7 +231,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             files = [ADAPTER_SAFE_WEIGHTS_NAME if adapted else SAFE_WEIGHTS_NAME]
-        own = _own(model)
+        own = own_weights(model)
         _check_fit(own, [folder / name for name in files], folder)
         for name in files:
             _load(model, own, folder / name)

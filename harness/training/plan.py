@@ -59,6 +59,13 @@ class Plan:
             save=config.save_strategy == "epoch",
         )
 
+    def num_saves(self, *, from_step: int) -> int:
+        """Return how many checkpoints are due after a step; of those that depend on evaluations none is counted."""
+        strategy, left = self.config.save_strategy, self.max_steps - from_step
+        if strategy not in ("steps", "epoch") or self.num_train_epochs == sys.maxsize:
+            return 0
+        return math.ceil(left / (self.save_steps if strategy == "steps" else self.updates_per_epoch))
+
     def show_in(self, state: TrainState) -> None:
         """Write the resolved numbers into the fields that `trainer_state.json` has for them."""
         state.max_steps, state.num_train_epochs = self.max_steps, self.num_train_epochs

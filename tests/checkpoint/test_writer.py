@@ -148,13 +148,15 @@ def test_a_failed_save_is_said_once_and_the_next_one_makes_it_good(
         checkpoints.save(content(2, full))
         checkpoints.settle()
         assert checkpoints.saved_step == 1
-        with pytest.raises(CheckpointError, match=r"checkpoint-2 .*No space left.*older ones are untouched"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 .*No space left.*older ones are untouched.*step-2.pt"):
             checkpoints.check_last()
         checkpoints.save(content(3))
         checkpoints.check_last()
     assert len(caplog.records) == 1
     assert "checkpoint-2 could not be written, the training goes on" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+    weights = tmp_path / "weights-of-step-2.pt"
+    assert torch.equal(torch.load(weights, weights_only=True)["weight"], torch.ones(4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", weights.name]
 
 
 def test_a_bug_of_the_writer_raises_at_the_next_save(tmp_path: Path) -> None:
@@ -162,9 +164,11 @@ def test_a_bug_of_the_writer_raises_at_the_next_save(tmp_path: Path) -> None:
         raise KeyError("a bug")
 
     checkpoints = writer(tmp_path)
-    checkpoints.save(content(1, broken))
+    checkpoints.save(content(1, broken, weight=torch.arange(3)))
     with pytest.raises(KeyError, match="a bug"):
         checkpoints.save(content(2))
+    found = torch.load(tmp_path / "weights-of-step-1.pt", weights_only=True)
+    assert torch.equal(found["weight"], torch.arange(3))
 
 
 def test_the_other_ranks_hear_of_what_failed_on_rank_zero(tmp_path: Path) -> None:
