@@ -34,7 +34,14 @@ from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm
 from harness.snapshot import rehearse, restore
 from harness.tracking import run_config, trackers
 from harness.tracking.artifacts.download import record_use
-from harness.tracking.lifecycle import close_trackers, describe_links, describe_trackers, open_trackers, wandb_tracker
+from harness.tracking.lifecycle import (
+    close_trackers,
+    describe_links,
+    describe_trackers,
+    local_tracker,
+    open_trackers,
+    wandb_tracker,
+)
 from harness.training.console import set_up_logging
 from harness.training.debug import describe_batch, watch_training
 from harness.training.state import TrainState
@@ -99,6 +106,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     chosen = trackers(config.tracking, dir=str(output_dir.absolute()), resumes=config.checkpoint.resumes)
     session = assemble(config, backend, output_dir, weights=found.path)
     state = TrainState()
+    if config.run.trains and not config.tracking.uses_wandb:
+        chosen = [local_tracker(output_dir, resumes=found.path is not None), *chosen]
     tracker = wandb_tracker(chosen)
     run = build_run(session, state, tracker) if config.run.trains else None
     if run is not None and found.path is not None:

@@ -15,6 +15,7 @@ from harness.distributed.ranks import tell_all
 from harness.slurm import slurm_job
 from harness.tracking.flags import TrackingConfig, check_environment
 from harness.tracking.recorded import launch_config, store_configuration
+from harness.tracking.rows.local import LocalRows
 from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.open import check_credentials
 from harness.tracking.run.wandb_core import abandon_run
@@ -43,6 +44,11 @@ def trackers(
     attempts = None if config.wandb_mode == "disabled" else Attempts(Path(dir), resumes=resumes)
     config = replace(config, wandb_dir=config.wandb_dir or dir)
     return [WandbTracker(config, output_dir=dir, attempts=attempts), *chosen]
+
+
+def local_tracker(output_dir: Path, *, resumes: bool) -> WandbTracker:
+    """Return what takes W&B's place in a training without it: the rows go to the journal of `output_dir`."""
+    return WandbTracker(TrackingConfig(report_to=["none"]), local=LocalRows(output_dir, resumes=resumes))
 
 
 def wandb_tracker(chosen: list[str | WandbTracker]) -> WandbTracker:

@@ -20,6 +20,7 @@ from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Selection, Watch
 from harness.tracking.recorded import model_config, num_parameters
 from harness.tracking.rows.journal import JOURNAL_FILE, SUMMARY_ONLY, decoded, rewrite
+from harness.tracking.rows.local import LocalRows
 from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.close import summary_numbers
 from harness.tracking.run.live import LiveRun
@@ -35,6 +36,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
       wandb keeps its files.
     - attempts: what makes one run, with each row once, of all attempts at a training that resumes; its caller saves and
       loads the tracker's state. Without it each start is a run, as WANDB_RUN_ID and WANDB_RESUME say.
+    - local: where the rows go without W&B, which is then left alone.
     - init_kwargs: anything else that `wandb.init` takes: project, id, resume, group, dir ...
 
     A run that is already open is adopted as it is and left open at the end. Without credentials, or when the
@@ -55,6 +57,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         watch: str | None = None,
         output_dir: str | Path | None = None,
         attempts: Attempts | None = None,
+        local: LocalRows | None = None,
         **init_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.config = TrackingConfig.from_environment(**changes) if config is None else replace(config, **changes)
         self._stop = threading.Event()
-        self._attempts = attempts
+        self._attempts, self._local = attempts, local
         self._live = LiveRun(
             self.config,
             {**self.config.init_kwargs(), **init_kwargs},
@@ -97,7 +100,11 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     def start(self) -> None:
         """Take over the run that is open, or open one. Raises ConfigError for settings that wandb refuses."""
-        if self._live.run is not None or not PartialState().is_main_process or not self.config.uses_wandb:
+        if self._live.run is not None or not PartialState().is_main_process:
+            return
+        if self._local is not None:
+            self._local.open()
+        if self._local is not None or not self.config.uses_wandb:
             return
         self._live.open()
         self._live.set_up(_define_metrics)
@@ -190,6 +197,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, in JSON types: number of rows, the run, histograms that wait for a row."""
+        if self._local is not None:
+            return self._local.state_dict()
         if self._live.history is None or self._attempts is None or self._attempts.identity is None:
             return {}
         self._live.history.sync()
@@ -198,6 +207,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     def files_of_checkpoint(self) -> dict[str, Callable[[Path], None]]:
         """Return the files that a checkpoint keeps: by name the function that writes each, in any thread."""
+        if self._local is not None:
+            return self._local.files_of_checkpoint()
         return {} if self._live.history is None else {JOURNAL_FILE: self._live.history.copier()}
 
     def load_state_dict(self, saved: Mapping[str, Any], folder: Path, *, changes: str = "") -> None:
@@ -207,6 +218,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         `changes` says why the numbers differ from there on, or is "". A run that has rows beyond the checkpoint can't
         go on then.
         """
+        if self._local is not None:
+            self._local.load_state_dict(saved, folder)
         if self._attempts is not None:
             self._attempts.load_state_dict(saved, folder, changes=changes)
             self._attached = dict(saved.get("attached", {}))
@@ -221,6 +234,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
         In a notebook a run that did not fail stays open until `wandb.finish()`, as under the Trainer.
         """
+        if self._local is not None:
+            self._local.close()
         self._report = self._live.close(exit_code) or self._report
 
     def describe(self) -> str:
@@ -232,6 +247,9 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return self._report
 
     def _send(self, summary: dict[str, Any], row: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        if self._local is not None:
+            self._local.log(row)
+            return
         row, self._attached = {**decoded(self._attached), **row}, {}
         if summary:
             self._live.set_up(lambda run: run.summary.update(summary))

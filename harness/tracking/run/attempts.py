@@ -145,12 +145,15 @@ class Attempts:
             with suppress(OSError):  # an empty machine; where there is none, History says what is missing
                 shutil.copyfile(self._checkpoint / JOURNAL_FILE, journal.path)
         if not goes_on and journal.path.is_file():
-            is_own = before is not None and before.run_id == identity.forked_from
+            # Without a run in the folder and in the checkpoint they are those of this training, made without W&B.
+            is_untracked = before is None and self._saved is None and self._checkpoint is not None
+            is_own = is_untracked or (before is not None and before.run_id == identity.forked_from)
             aside = journal.path.with_name(f"metrics.{before.run_id if before else 'before'}.jsonl")
             kept = [end for line, end in journal.lines() if is_own and line["_row"] < self._rows]
             with journal.path.open("rb") as file:
                 beginning = file.read(kept[-1] if kept else 0)
-            journal.path.replace(aside)
+            if not is_untracked:
+                journal.path.replace(aside)
             journal.path.write_bytes(beginning)
         elif goes_on and self._changes:
             beyond = sum(line["_row"] >= self._rows for line, _ in journal.lines())
