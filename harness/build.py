@@ -27,7 +27,7 @@ from harness.model.weights import load_weights
 from harness.resume import models_from_wandb
 from harness.session import Run, Session
 from harness.slurm import time_limit_at
-from harness.tasks import Task, TaskConfig, resolve
+from harness.tasks import Builder, Task, TaskConfig, resolve
 from harness.tasks.checks import build_task
 from harness.tracking import WandbTracker
 from harness.tracking.media.tables import SampleTables
@@ -47,11 +47,14 @@ from harness.training.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Path | None) -> Session:
+def assemble(
+    config: Config, backend: Backend, output_dir: Path, *, weights: Path | None, builder: Builder | None = None
+) -> Session:
     """
     Collective: build the task, check it against the flags, set up the model; `weights` is the checkpoint to resume.
 
-    Raises ConfigError for everything that the flags ask for and the task lacks. Writes nothing.
+    A `builder` takes the place of the one that --task names. Raises ConfigError for everything that the flags ask for
+    and the task lacks. Writes nothing.
     """
     accelerator, local = backend.accelerator, not config.task.preprocess_on_main
     task_config, artifacts = main_process_first(
@@ -65,7 +68,7 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
     if not (at_once or is_first(accelerator, local=local)):
         task_config = replace(task_config, overwrite_cache=False)  # the first rank has just rebuilt it
     task = main_process_first(
-        accelerator, lambda: _build(task_config, config.console, accelerator), local=local, at_once=at_once
+        accelerator, lambda: _build(task_config, builder, config.console, accelerator), local=local, at_once=at_once
     )
     task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
@@ -74,10 +77,7 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
         raise ConfigError(
             "--save_merged_model needs whole weights in one place, and ZeRO-3 and FSDP divide them; leave it out."
         )
-    if config.data.overfit_batches is not None:
-        per_batch = config.data.per_device_train_batch_size * accelerator.num_processes
-        samples = first_samples(task.train_dataset, config.data.overfit_batches * per_batch)
-        task = replace(task, train_dataset=samples, eval_dataset=samples)
+    task = _on_few_batches(task, config.data, accelerator.num_processes)
     if weights is not None:
         load_weights(task.model, weights)
     elif task.check is not None and config.run.trains:
@@ -109,11 +109,20 @@ def assemble(config: Config, backend: Backend, output_dir: Path, *, weights: Pat
     )
 
 
-def _build(task_config: TaskConfig, console: ConsoleConfig, accelerator: Accelerator) -> Task:
-    resolve(task_config.task)
+def _on_few_batches(task: Task, config: DataConfig, num_processes: int) -> Task:
+    """Return the task with the data that --overfit_batches leaves."""
+    if config.overfit_batches is None:
+        return task
+    per_batch = config.per_device_train_batch_size * num_processes
+    samples = first_samples(task.train_dataset, config.overfit_batches * per_batch)
+    return replace(task, train_dataset=samples, eval_dataset=samples)
+
+
+def _build(task_config: TaskConfig, builder: Builder | None, console: ConsoleConfig, accelerator: Accelerator) -> Task:
+    builder = builder or resolve(task_config.task)
     # A second time, for the libraries that the task has imported.
     set_up_logging(console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
-    return build_task(task_config)
+    return build_task(task_config, builder)
 
 
 def _check_data(config: Config, task: Task, num_processes: int) -> None:

@@ -19,7 +19,7 @@ from harness.checkpoint.lock import Lock
 from harness.config import together
 from harness.distributed.accelerator import build_accelerator, check_compile_backend, choose_backend
 from harness.distributed.devices import check_cublas, describe_idle
-from harness.distributed.precision import tf32_kept
+from harness.distributed.process import process_kept
 from harness.distributed.ranks import close_group, settle, tell_all
 from harness.errors import ConfigError, StoppedError
 from harness.flags import Config
@@ -27,12 +27,13 @@ from harness.loop import fit, is_over
 from harness.model import optim
 from harness.model.adapters import describe
 from harness.model.weights import own_weights, raw_weights
-from harness.results import conclude, save_final
+from harness.results import Result, conclude, save_final
 from harness.resume import bring_checkpoint, find_checkpoint
 from harness.session import Run, Session
 from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
 from harness.snapshot import rehearse, restore
-from harness.tracking import run_config, trackers
+from harness.tasks import Builder
+from harness.tracking import WandbTracker, run_config, trackers
 from harness.tracking.artifacts.download import record_use
 from harness.tracking.lifecycle import (
     close_trackers,
@@ -42,7 +43,9 @@ from harness.tracking.lifecycle import (
     open_trackers,
     wandb_tracker,
 )
-from harness.training.console import set_up_logging
+from harness.tracking.run.terminal import terminal_kept
+from harness.training import rng
+from harness.training.console import logging_kept, set_up_logging
 from harness.training.debug import describe_batch, watch_training
 from harness.training.state import TrainState
 from harness.training.stopping import PREEMPTED_FILE
@@ -61,25 +64,29 @@ def check_names(config: Config) -> None:
     )
 
 
-def run_command(config: Config) -> None:
-    """Collective: do everything that a command line asks for."""
+def run_command(config: Config, builder: Builder | None = None) -> Result:
+    """
+    Collective: do everything that a command line asks for; the process is afterwards as it was.
+
+    A `builder` takes the place of the one that --task names.
+    """
     check_names(config)
     job = slurm_job()
     if job is not None and config.run.trains:
         config = replace(config, checkpoint=in_job(config.checkpoint, job))
     if config.topology.full_determinism and not config.topology.use_cpu:
         check_cublas()
-    with tf32_kept():
-        _run(config)
+    with process_kept(), rng.kept(), logging_kept(), terminal_kept() if config.tracking.uses_wandb else nullcontext():
+        return _run(config, builder)
 
 
-def _run(config: Config) -> None:
+def _run(config: Config, builder: Builder | None) -> Result:
     try:
         checkpoints_activations = config.modeling.checkpoints_activations
         accelerator = build_accelerator(config.topology, activation_checkpointing=checkpoints_activations)
         try:
             with Lock() as lock:
-                run_on(accelerator, config, lock)
+                result = run_on(accelerator, config, lock, builder)
         except StoppedError:
             accelerator.wait_for_everyone()  # a launcher kills all ranks when one exits, and rank zero is still closing
             close_group(together=True)
@@ -89,9 +96,10 @@ def _run(config: Config) -> None:
         raise
     settle()
     accelerator.end_training()
+    return result
 
 
-def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
+def run_on(accelerator: Accelerator, config: Config, lock: Lock, builder: Builder | None) -> Result:
     """Collective: find the checkpoint, build the run, train, evaluate, show the results."""
     backend = choose_backend(accelerator)
     set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
@@ -104,7 +112,7 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         logger.warning("Passed over %s.", reason)
     # Absolute: a wandb-core that an earlier run of this process has started may have another working directory.
     chosen = trackers(config.tracking, dir=str(output_dir.absolute()), resumes=config.checkpoint.resumes)
-    session = assemble(config, backend, output_dir, weights=found.path)
+    session = assemble(config, backend, output_dir, weights=found.path, builder=builder)
     state = TrainState()
     if config.run.trains and not config.tracking.uses_wandb:
         chosen = [local_tracker(output_dir, resumes=found.path is not None), *chosen]
@@ -121,11 +129,20 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
     open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
     session.console.table(describe_links(accelerator))
     record_use(tracker.tracker, [*session.artifacts, *([found.artifact] if found.artifact else [])])
+    return carry_out(session, run, state, tracker, lock, record)
+
+
+def carry_out(
+    session: Session, run: Run | None, state: TrainState, tracker: WandbTracker, lock: Lock, record: JobRecord
+) -> Result:
+    """Collective: train, evaluate, show the results, and close what is open, however it ends."""
+    accelerator, output_dir = session.accelerator, session.output_dir
     exit_code, how = 1, FAILED
     rows: list[tuple[str, str]] = []
     try:
         trained = train(session, run, state) if run is not None else {}
-        rows = conclude(session, run, state, trained)
+        metrics, rows = conclude(session, run, state, trained)
+        found = (tracker.run_id, tracker.run_url)
         accelerator.wait_for_everyone()  # no other rank waits for rank zero's last uploads
         exit_code, how = 0, FINISHED
     except StoppedError as stopped:
@@ -135,6 +152,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
         raise
     finally:
         session.console.close()
+        # The caller's model again: mixed precision has wrapped its forward.
+        model = accelerator.unwrap_model(session.task.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         # A launcher kills all ranks when one exits: the end of the run is recorded before that.
         with run.stop.listening() if run is not None and exit_code != 0 else nullcontext():
             is_shut_out = lock.is_lost()
@@ -143,6 +162,7 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock) -> None:
                 record.end(how)
         rows.append(("folder", str(output_dir)))  # the only place that names it, however the run ended
         session.console.table(rows + describe_trackers(accelerator))  # after W&B's closing messages
+    return Result(metrics=metrics, model=model, output_dir=output_dir, run_id=found[0], run_url=found[1], state=state)
 
 
 def stop_if_finished(accelerator: Accelerator, record: JobRecord) -> None:

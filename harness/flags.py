@@ -28,6 +28,7 @@ from harness.data.flags import DataConfig
 from harness.distributed.flags import TopologyConfig
 from harness.errors import ConfigError
 from harness.model.flags import BY_METRIC, AdapterConfig, OptimConfig
+from harness.tasks import OWN
 from harness.tasks.files import data_files
 from harness.tasks.flags import PARTS as TASK_PARTS
 from harness.tasks.flags import SHIPPED, TaskConfig
@@ -338,11 +339,12 @@ def _dump(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def read(argv: Sequence[str]) -> Reading:
+def read(argv: Sequence[str], *, own_task: bool = False) -> Reading:
     """
     Read a command line and what lies under it.
 
-    Flags go over WANDB_* variables, over `--config` or, where nothing says what to train, over quickstart. With a bare
+    Flags go over WANDB_* variables, over `--config` or, where nothing says what to train, over quickstart; with
+    `own_task` the caller has model and data. With a bare
     --debug whatever no flag gives takes the values of DEBUG_DEFAULTS.
     """
     given, problems = read_argv(argv, FLAGS, NOT_TAKEN)
@@ -350,13 +352,14 @@ def read(argv: Sequence[str]) -> Reading:
     of_file: list[str] = []
     source = given.get("config")
     origin = f"--config {source}"
-    if source is None and not given.keys() & {*SAY_WHAT_TO_TRAIN}:
+    if source is None and not own_task and not given.keys() & {*SAY_WHAT_TO_TRAIN}:
         source, origin = QUICKSTART, f"recipe {QUICKSTART}: nothing says what to train"
     if source is not None:
         from_file, of_file = read_yaml(source, FLAGS, refused=NOT_TAKEN)
     variables, of_variables = from_environment()
     is_debugging = DebugConfig.meant(str(given.get("debug", from_file.get("debug", "")))) == "on"
     layers: list[tuple[Mapping[str, Any], Mapping[str, str]]] = [
+        ({"task": OWN} if own_task else {}, {"task": "argument"}),
         (from_file, dict.fromkeys(from_file, origin)),
         (DEBUG_DEFAULTS if is_debugging else {}, dict.fromkeys(DEBUG_DEFAULTS, "--debug")),
         (variables, {name: f"variable {FLAGS[name].env}" for name in variables}),

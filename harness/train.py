@@ -24,11 +24,16 @@ import os
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from harness.config import is_first_rank
-from harness.distributed.flags import hide_accelerators
-from harness.errors import MemoryShortError, exit_code_of
+from harness.distributed.flags import environment_kept, hide_accelerators
+from harness.errors import ConfigError, MemoryShortError, exit_code_of
 from harness.flags import Config, help_text, help_topic, read
+from harness.tasks import is_whole, own_builder
+
+if TYPE_CHECKING:
+    from harness.results import Result
 
 SECONDS_FOR_RANK_ZERO = 10.0
 
@@ -52,18 +57,43 @@ def _command(argv: Sequence[str]) -> int:
     config = reading.config if "print_config" in reading.values else reading.checked()
     if config.run.print_config:
         _show(reading.as_yaml(everything=config.run.print_config == "all"))
-        return 0
-    _load(config)
-    from harness.execute import run_command
-
-    try:
-        run_command(config)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch may not be imported
-            raise
-        remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
-        raise MemoryShortError(f"Out of memory: {remedy}. ({str(error).splitlines()[0]})") from error
+    else:
+        run(config)
     return 0
+
+
+def run(config: Sequence[str] | Config, **own: Any) -> Result:
+    """
+    Collective under a launcher: do what a command line says, or a Config, and return what has come of it.
+
+    `own` are values of a `harness.tasks.Task`'s fields, under the Trainer's names where it has them: model,
+    train_dataset, eval_dataset, test_dataset, data_collator, processing_class, compute_loss_func, metrics ... A model
+    and a data set are a task of their own; anything else takes the place of what --task builds.
+
+    It may be called again and again, in a notebook too: what it changes of the process (logging, environment, random
+    generators, determinism, accelerate's state) is put back. Raises what goes wrong: ConfigError, CheckpointError,
+    StoppedError after a stop that saved, KeyboardInterrupt, and bugs as they are. It never exits.
+    """
+    if isinstance(config, str):
+        raise ConfigError(f"harness.run takes a list of words, not the text {config!r}: give {config.split()}.")
+    builder = own_builder(own) if own else None
+    if not isinstance(config, Config):
+        config = read([str(word) for word in config], own_task=is_whole(own)).checked()
+    if config.run.print_config:
+        raise ConfigError(
+            "--print_config is for a command line; in Python there is harness.flags.parse(argv).as_yaml()."
+        )
+    with environment_kept():
+        _load(config)
+        from harness.execute import run_command
+
+        try:
+            return run_command(config, builder)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch may not be imported
+                raise
+            remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
+            raise MemoryShortError(f"Out of memory: {remedy}. ({str(error).splitlines()[0]})") from error
 
 
 def _show(text: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import TrainingArguments
@@ -259,7 +260,7 @@ def test_a_refused_flag_ends_with_2_and_the_remedy(name: str, capsys: pytest.Cap
 def test_the_task_of_ones_own_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = blocks("python")
+    example = next(block for block in blocks("python") if "def build(" in block)
     (tmp_path / "parabola.py").write_text(example, encoding="utf-8")
     command = next(command for command in commands() if "parabola:build" in command)
     assert command.startswith("PYTHONPATH=. harness train ")
@@ -272,6 +273,18 @@ def test_the_task_of_ones_own_learns(
     assert len(losses) == 10
     assert losses[-1] < losses[0] / 10
     assert str(output_dir.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def test_the_example_in_python_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(next(block for block in blocks("python", MAP) if "harness.run(" in block), names)  # noqa: S102
+    losses = [row["eval_loss"] for row in names["result"].state.log_history if "eval_loss" in row]
+    assert losses[-1] < losses[0] / 2
+    given = {"harness": harness, "model": names["Network"](), "data": names["points"]}
+    exec(next(block for block in blocks("python") if "harness.run(" in block), given)  # noqa: S102
+    assert given["result"].state.global_step == 100  # type: ignore[attr-defined]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
 def test_the_tracker_works_in_a_loop_of_ones_own(tmp_path: Path) -> None:

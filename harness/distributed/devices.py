@@ -8,12 +8,12 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from harness.distributed.flags import CUBLAS_VARIABLE
 from harness.distributed.launch import find_launch, where
 from harness.errors import ConfigError
 
 # What hides accelerators from a process: NVIDIA's variable, AMD's two, Intel's.
 VISIBILITY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")  # the two values that torch accepts
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from harness.config import arg, at_least, choice, section
@@ -10,6 +12,7 @@ from harness.errors import ConfigError
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 # Each is there where a driver is: NVIDIA's, AMD's, that of Windows below Linux.
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
@@ -22,6 +25,26 @@ def hide_accelerators() -> None:
     """
     if any(map(os.path.exists, DRIVERS)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@contextmanager
+def environment_kept() -> Iterator[None]:
+    """
+    Put the environment back at the end of the block.
+
+    wandb's own variables belong to its process, which lives on; and cuBLAS has read its variable for good.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in {*before, *os.environ}:
+            if name.startswith("WANDB_") or name == CUBLAS_VARIABLE or os.environ.get(name) == before.get(name):
+                continue
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 @section("devices")

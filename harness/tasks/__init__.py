@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.errors import ConfigError
@@ -23,8 +23,13 @@ __all__ = [
     "SamplePredictions",
     "Task",
     "TaskConfig",
+    "is_whole",
+    "own_builder",
     "resolve",
 ]
+
+OWN = "harness:run"  # what --task is recorded as where model and data are arguments of that function
+DATASETS = ("train_dataset", "eval_dataset", "test_dataset")
 
 
 class Metrics(Protocol):
@@ -123,6 +128,8 @@ Builder = Callable[[TaskConfig], Task]
 
 def resolve(name: str) -> Builder:
     """Return the builder of a shipped task by its name, or of `package.module:function`. Raises ConfigError."""
+    if name == OWN:
+        raise ConfigError(f"--task={name}: model and data were arguments of harness.run in Python; call it again.")
     module_name, _, attribute = SHIPPED.get(name, name).partition(":")
     try:
         builder: Builder = getattr(importlib.import_module(module_name), attribute)
@@ -136,3 +143,39 @@ def resolve(name: str) -> Builder:
     except AttributeError as error:
         raise ConfigError(f"--task={name}: module {module_name} has no {attribute}.") from error
     return builder
+
+
+def is_whole(own: Mapping[str, Any]) -> bool:
+    """Whether these values of a Task's fields are a task of their own: a model, and data."""
+    return own.get("model") is not None and any(own.get(name) is not None for name in DATASETS)
+
+
+def own_builder(own: Mapping[str, Any]) -> Builder:
+    """
+    Return the builder of a task with `own` values of its fields: of these alone, or in place of those of --task.
+
+    Without a collator it is the Trainer's: one that pads with the processing class, or stacks. Raises ConfigError for
+    names that a Task does not have.
+    """
+    known = [field.name for field in fields(Task)]
+    if unknown := [name for name in own if name not in known]:
+        raise ConfigError(f"harness.run takes no {unknown[0]}; it takes what a Task has: {', '.join(known)}.")
+
+    def build(config: TaskConfig) -> Task:
+        if not is_whole(own):
+            return replace(resolve(config.task)(config), **own)
+        return Task(**{"train_dataset": None, "data_collator": _collator(own.get("processing_class")), **own})
+
+    return build
+
+
+def _collator(processing_class: Any) -> Any:
+    from transformers import (
+        DataCollatorWithPadding,
+        PreTrainedTokenizerBase,
+        SequenceFeatureExtractor,
+        default_data_collator,
+    )
+
+    pads = isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor))
+    return DataCollatorWithPadding(processing_class) if pads else default_data_collator

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from harness.errors import ConfigError
-from harness.tasks import Task, TaskConfig, resolve
+from harness.tasks import Builder, Task, TaskConfig
 
 # What is called of a task, where it is given.
 FUNCTIONS = (
@@ -17,9 +17,9 @@ FUNCTIONS = (
 )
 
 
-def build_task(config: TaskConfig) -> Task:
-    """Call the builder of --task. Raises ConfigError, which names it, if it returns no usable Task."""
-    flag, builder = f"--task={config.task}", resolve(config.task)
+def build_task(config: TaskConfig, builder: Builder) -> Task:
+    """Call the builder, that of --task or one that was given. Raises ConfigError, which names it, if it returns no usable Task."""
+    flag = f"--task={config.task}"
     if not callable(builder):
         raise ConfigError(f"{flag} is no function but {_shown(builder)}; name one that takes a TaskConfig.")
     try:

@@ -85,6 +85,17 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return self._live.run
 
     @property
+    def run_id(self) -> str | None:
+        """The run's id; None where `tracker` is."""
+        return None if self._live.run is None else str(self._live.run.id)
+
+    @property
+    def run_url(self) -> str | None:
+        """The run's address; None offline, and where `tracker` is."""
+        run = self._live.run
+        return None if run is None or run.offline or run.disabled else str(run.url)
+
+    @property
     def stop_requested(self) -> bool:
         """Whether somebody has pressed Stop in the W&B app. Of use on the main rank only."""
         return self._stop.is_set()
@@ -232,7 +243,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         """
         End the run if it was made here: an adopted one is its owner's. A second call does nothing.
 
-        In a notebook a run that did not fail stays open until `wandb.finish()`, as under the Trainer.
+        In a notebook a run that did not fail stays open until `wandb.finish()`, as under the Trainer, in a loop of
+        one's own: without `attempts`.
         """
         if self._local is not None:
             self._local.close()

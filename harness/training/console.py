@@ -40,6 +40,30 @@ def set_up_logging(config: ConsoleConfig, *, is_main: bool, is_local_main: bool)
     _set_up_libraries(None if level == "passive" else ours.level, shows_progress=shows_progress)
 
 
+@contextmanager
+def logging_kept() -> Iterator[None]:
+    """Put our log and the libraries' back, as `set_up_logging` has found them, at the end of the block."""
+    import huggingface_hub.utils
+    from transformers.utils import logging as transformers_logging
+
+    ours, models = logging.getLogger("harness"), logging.getLogger("transformers.modeling_utils")
+    before = list(ours.handlers), ours.level, ours.propagate
+    verbosity, filters = transformers_logging.get_verbosity(), list(models.filters)
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    hides_hub = huggingface_hub.utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        ours.handlers[:], ours.propagate = before[0], before[2]
+        ours.setLevel(before[1])
+        models.filters[:] = filters
+        transformers_logging.set_verbosity(verbosity)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+        if not hides_hub:
+            huggingface_hub.utils.enable_progress_bars()  # type: ignore[attr-defined]
+
+
 class Console:
     """
     Progress and results for a person: lines above a bar if stderr is a terminal, else one line a report.

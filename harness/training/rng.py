@@ -73,6 +73,19 @@ def restore_host(state: RngState) -> None:
 
 
 @contextmanager
+def kept() -> Iterator[None]:
+    """Put the generators of the host back at the end of the block, and those of the GPUs if they were in use."""
+    before, had_devices = capture_host(), torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    of_devices = torch.cuda.get_rng_state_all() if had_devices else []
+    try:
+        yield
+    finally:
+        restore_host(before)
+        if of_devices:
+            torch.cuda.set_rng_state_all(of_devices)
+
+
+@contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Seed the generators of `capture_host` from numbers of 0 or more for the block; then restore them."""
     before = capture_host()

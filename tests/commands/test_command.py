@@ -14,6 +14,7 @@ import harness
 from harness.__main__ import COMMANDS, main
 from harness.checkpoint.find import list_checkpoints
 from harness.commands import completion
+from harness.errors import ConfigError
 from tests.support.parity import TRAINING, as_flags, reset
 
 ROOT = Path(__file__).parents[2]
@@ -128,13 +129,14 @@ def test_the_package_trains_and_finds_the_newest_whole_checkpoint(tmp_path: Path
     assert harness.latest_checkpoint(tmp_path / "out") is None
     flags = {**TRAINING, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": tmp_path / "out"}
     argv = ["--task=tests.support.tasks.parity_task:build", *as_flags(flags), "--report_to=none", "--use_cpu"]
-    assert harness.run(argv) == 0
+    assert harness.run(argv).state.global_step == 4
     newest = harness.latest_checkpoint(str(tmp_path / "out"))
     assert newest == tmp_path / "out" / "checkpoint-4"
     (newest / "model.safetensors").write_bytes(b"damaged")
     assert len(list_checkpoints(tmp_path / "out")) == 2
     assert harness.latest_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
-    assert harness.run(["--learning_rat=1"]) == 2
+    with pytest.raises(ConfigError, match="--learning_rat is not a known flag"):
+        harness.run(["--learning_rat=1"])
 
 
 def test_the_package_has_no_other_names() -> None:

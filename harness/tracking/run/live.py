@@ -89,7 +89,8 @@ class LiveRun:
 
     def close(self, exit_code: int) -> list[str]:
         """End the run if it was opened here; returns what has arrived of it and what has not. Twice changes nothing."""
-        ends = self._is_own and not (exit_code == 0 and is_notebook())
+        # With `attempts` the training is over, its rows are counted, and the next one in a notebook is another run.
+        ends = self._is_own and not (exit_code == 0 and is_notebook() and self._attempts is None)
         sent = self.deliver(lambda run: run.step)  # if wandb's process has died, another one ends the run
         # An attempt that another one follows, which delivers what is left, does not wait for slow uploads.
         limit = self._config.wandb_finish_timeout if exit_code else None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger("harness.wandb")
@@ -23,6 +26,16 @@ def speak_through_log(settings: Any) -> None:
     merged.update_from_settings(settings)
     is_silent, merged.silent = merged.silent, True  # wandb's word for not printing it itself
     wandb.termsetup(merged, None if is_silent else _Log(merged))
+
+
+@contextmanager
+def terminal_kept() -> Iterator[None]:
+    """Let wandb print by itself again at the end of the block, after runs that spoke through the log."""
+    try:
+        yield
+    finally:
+        if (wandb := sys.modules.get("wandb")) is not None:
+            wandb.termsetup(wandb.setup().settings, None)
 
 
 class _Log:
