@@ -36,6 +36,7 @@ from harness.training.best import BestModel
 from harness.training.console import Console, set_up_logging
 from harness.training.evaluation import Evaluator
 from harness.training.flags import ConsoleConfig
+from harness.training.hooks import Hooks
 from harness.training.loss import Loss, prepare_model
 from harness.training.metrics import Clock, Window, Work
 from harness.training.plan import Plan, resolve_plan
@@ -101,6 +102,7 @@ def assemble(
         accelerator=accelerator,
         backend=backend,
         task=task,
+        hooks=Hooks(task),
         loss=loss,
         evaluator=evaluator,
         output_dir=output_dir,
@@ -227,6 +229,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         backend=backend,
         model=model,
         processing_class=task.processing_class,
+        hooks=session.hooks,
         loss=session.loss,
         optimizer=optimizer,
         # Not passed to `prepare`: accelerate would step it once for each process.
@@ -238,7 +241,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         eval_sets=session.eval_sets(),
         best=BestModel(config.best, metric=config.best_metric, keeps_checkpoints=saves),
         checkpoints=checkpoints,
-        window=Window(accelerator, config.metrics),
+        window=Window(accelerator, config.metrics, session.hooks.logged_outputs),
         work=work,
         throughput=Throughput(task.model, config.throughput, accelerator, flops_per_token=work.flos_per_element),
         clock=Clock(state),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from harness.data.loader import Batch, step_groups
 from harness.distributed.transfer import gather_numbers
-from harness.errors import CheckpointError, StoppedError
+from harness.errors import CheckpointError
 from harness.model.flags import BY_METRIC
 from harness.model.optim import current_learning_rate
 from harness.model.weights import load_weights
@@ -21,7 +21,7 @@ from harness.tracking import rewrite
 from harness.tracking.media.tables import is_due, last_evaluation
 from harness.training.plan import Due
 from harness.training.state import TrainState
-from harness.training.stopping import PREEMPTED_EXIT_CODE, StopReason
+from harness.training.stopping import StopReason, stopped
 from harness.training.throughput import as_text
 from harness.training.watchdog import END, EVALUATION, REPORT
 
@@ -41,7 +41,8 @@ def fit(run: Run, state: TrainState) -> dict[str, float]:
             state.global_step += 1
             state.epoch = epoch + run.loader.batches_drawn / run.plan.batches_per_epoch
             run.console.advance(state.global_step)
-            follow(run, state, run.plan.at_step(state))
+            due = run.plan.at_step(state)
+            follow(run, state, due, values=after_step(run, state, due, window))
             heed_stop(run, state)
         if run.loader.batches_drawn == 0:
             run.console.line(f"The stream has ended at step {state.global_step} of {run.plan.max_steps}.")
@@ -80,7 +81,9 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
     shares = run.loss.shares(run.model, window)
     for i, (batch, share) in enumerate(zip(window, shares, strict=True), start=1):
         with run.stepper.micro_batch(is_last=i == len(window)):
-            loss, _ = run.loss(run.model, batch, share)
+            loss, outputs = run.loss(run.model, batch, share)
+            # Each micro-batch of each rank has an equal share of the global batch.
+            run.window.add_outputs(outputs, share=1 / (len(window) * run.accelerator.num_processes))
             run.stepper.backward(loss)
         run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
         run.work.add(batch)
@@ -95,10 +98,27 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
         clear_device_cache()
 
 
-def follow(run: Run, state: TrainState, due: Due, *, ends_epoch: bool = False) -> None:
-    """Collective: log, evaluate and save, as far as each is due, in the order of Trainer._maybe_log_save_evaluate."""
+def after_step(run: Run, state: TrainState, due: Due, window: Sequence[Batch]) -> dict[str, float]:
+    """Collective: return the values that the task's after_step has for this step, if there is one."""
+    if run.hooks.after_step is None:
+        return {}
+    ends_epoch = run.loader.remaining == 0 or is_over(run, state)
+    log_due = due.log or (ends_epoch and run.plan.config.logging_strategy == "epoch")
+    return run.hooks.values_of_step(run.view(state, log_due=log_due, batches=tuple(window)))
+
+
+def follow(
+    run: Run, state: TrainState, due: Due, *, values: Mapping[str, float] | None = None, ends_epoch: bool = False
+) -> None:
+    """
+    Collective: log, evaluate and save, as far as each is due, in the order of Trainer._maybe_log_save_evaluate.
+
+    `values` of the task's own go into the report, or else into a row of their own, as Trainer.log makes it.
+    """
     if due.log and state.global_step > state.last_logged_step:
-        report(run, state)
+        report(run, state, values or {})
+    elif values:
+        run.console.report(emit(run, state, values, {}), step=state.global_step, rate=None)
     with run.throughput.paused() if due.evaluate or due.save else nullcontext():
         is_best = evaluate(run, state) if due.evaluate else False
         state.is_ended = ends_epoch and is_over(run, state)  # a save from here on records it
@@ -106,18 +126,20 @@ def follow(run: Run, state: TrainState, due: Due, *, ends_epoch: bool = False) -
             save(run, state)
 
 
-def report(run: Run, state: TrainState) -> None:
+def report(run: Run, state: TrainState, own: Mapping[str, float]) -> None:
     """
     Collective: report the steps since the last report. Only here a step waits for the device, and only once.
 
-    A value of your own goes into `extras` as train/NAME for the trackers alone, or into `logs` for the history too.
+    `own` are the task's values for this step. One that only trackers are to have goes into `extras`, as train/NAME.
     """
     run.watchdog.at(REPORT, state.global_step)
     values = {**run.window.values(), **run.work.values(), **run.throughput.values()}
     of_ranks = gather_numbers(run.accelerator, {**values, "skipped": run.stepper.take_skipped()})
+    steps = state.global_step - state.last_logged_step
+    outputs = run.window.mean_outputs(of_ranks, num_steps=steps)
     total, num_nonfinite = run.window.drain(of_ranks)
     rates = run.throughput.report(of_ranks)
-    logs = {"loss": total / (state.global_step - state.last_logged_step), **run.window.last_step()}
+    logs = {"loss": total / steps, **run.window.last_step(), **outputs, **own}
     state.total_loss += total
     state.last_logged_step = state.global_step
     run.work.add_to(state, of_ranks)
@@ -182,8 +204,8 @@ def heed_stop(run: Run, state: TrainState) -> None:
     reason = run.stop.agreed()
     if reason == StopReason.NONE:
         return
+    where = f"step {state.global_step} of {run.plan.max_steps}"
     if reason == StopReason.SHUT_OUT:
-        where = f"step {state.global_step} of {run.plan.max_steps}"
         raise CheckpointError(f"Another process has taken over {run.checkpoints.output_dir}: this one ends at {where}.")
     if reason != StopReason.REQUESTED:
         run.tracker.mark_preempting()
@@ -192,15 +214,7 @@ def heed_stop(run: Run, state: TrainState) -> None:
     if saves and run.checkpoints.saved_step != state.global_step:
         save(run, state)
         run.checkpoints.check_last()
-    where = f"step {state.global_step} of {run.plan.max_steps}"
-    done = f"saved; go on with --resume_from_checkpoint true --output_dir {run.checkpoints.output_dir}"
-    if reason != StopReason.REQUESTED:
-        code = PREEMPTED_EXIT_CODE if saves else 1
-        why = "The job's time limit is near: stopped" if reason == StopReason.TIME_LIMIT else "Preempted"
-        message = f"{why} at {where}: {done if saves else 'nothing is saved with --save_strategy no'}."
-    else:
-        code, message = 0, f"Stopped from the W&B app at {where}: {done if saves else 'nothing was saved'}."
-    raise StoppedError(message, exit_code=code, was_preempted=reason != StopReason.REQUESTED)
+    raise stopped(reason, at=where, saved_in=run.checkpoints.output_dir if saves else None)
 
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:

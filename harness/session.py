@@ -18,16 +18,18 @@ from harness.data.samples import LengthGroups, Samples, build_eval_loader, usabl
 from harness.distributed.backend import Backend, Stepper, StepSize
 from harness.flags import Config
 from harness.model.flags import OptimConfig
-from harness.tasks import Task
+from harness.tasks import Task, View
 from harness.tracking import WandbTracker
 from harness.tracking.media.tables import SampleTables
 from harness.training.best import BestModel
 from harness.training.console import Console
 from harness.training.evaluation import EvalSet, Evaluator
 from harness.training.flags import ModelingConfig
+from harness.training.hooks import Hooks
 from harness.training.loss import Loss
 from harness.training.metrics import Clock, Window, Work
 from harness.training.plan import Plan
+from harness.training.state import TrainState
 from harness.training.stopping import Stop
 from harness.training.throughput import Throughput
 from harness.training.watchdog import Watchdog
@@ -41,6 +43,7 @@ class Session:
     accelerator: Accelerator
     backend: Backend
     task: Task
+    hooks: Hooks
     loss: Loss
     evaluator: Evaluator
     output_dir: Path
@@ -94,6 +97,7 @@ class Run:
     backend: Backend
     model: torch.nn.Module
     processing_class: Any
+    hooks: Hooks
     loss: Loss
     optimizer: AcceleratedOptimizer
     scheduler: Any
@@ -122,3 +126,15 @@ class Run:
         """The model without any wrapper, torch.compile's included."""
         bare: torch.nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return bare
+
+    def view(self, state: TrainState, **of_the_moment: Any) -> View:
+        """Return what the task's functions see of this training now."""
+        return View(
+            global_step=state.global_step,
+            max_steps=self.plan.max_steps,
+            epoch=state.epoch,
+            model=self.model,
+            optimizer=self.optimizer,
+            accelerator=self.accelerator,
+            **of_the_moment,
+        )

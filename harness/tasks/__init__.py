@@ -13,8 +13,12 @@ from harness.tasks.flags import SHIPPED, TaskConfig
 if TYPE_CHECKING:  # the parser imports this package and must not load torch
     import numpy.typing as npt
     import torch
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 __all__ = [
+    "AfterEvaluation",
+    "AfterStep",
     "Builder",
     "Generate",
     "LossFunction",
@@ -23,6 +27,7 @@ __all__ = [
     "SamplePredictions",
     "Task",
     "TaskConfig",
+    "View",
     "is_whole",
     "own_builder",
     "resolve",
@@ -77,6 +82,49 @@ class SamplePredictions:
                 raise ValueError(f"{name} holds {len(values)} values for {len(self.rows)} rows; give one a row.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """
+    What after_step and after_evaluation see of a training. To look at: the loop goes on as it would have.
+
+    - global_step, max_steps: the optimizer steps that are done, and those of the plan. epoch: a fraction.
+    - log_due: whether the step is reported. To read a value waits for the device, as a report does anyway: who returns
+      values only then, or at some steps, leaves the others as fast as they were.
+    - batches: the micro-batches of the step, this rank's, on its device; () after an evaluation.
+    - eval_set: `eval`, or `eval_<name>` where there are several; "" after a step.
+    - model, optimizer: as they are trained, wrapped; without a training there is no optimizer.
+    """
+
+    global_step: int
+    max_steps: int
+    epoch: float
+    log_due: bool = False
+    batches: Sequence[Mapping[str, Any]] = ()
+    eval_set: str = ""
+    model: torch.nn.Module
+    optimizer: AcceleratedOptimizer | None
+    accelerator: Accelerator
+
+    @property
+    def bare_model(self) -> torch.nn.Module:
+        """The model without any wrapper; sharded, its parameters are this rank's parts."""
+        bare: torch.nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return bare
+
+    @property
+    def num_processes(self) -> int:
+        """The number of ranks."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank zero, whose values are recorded."""
+        return bool(self.accelerator.is_main_process)
+
+
+Values = Mapping[str, Any]
+AfterStep = Callable[[View], "Values | None"]
+AfterEvaluation = Callable[[View, Mapping[str, float]], "Values | None"]
 PredictSamples = Callable[["torch.nn.Module", Sequence[Any]], SamplePredictions]
 Generate = Callable[["torch.nn.Module", Mapping[str, Any]], "torch.Tensor"]
 LossFunction = Callable[[Any, "torch.Tensor | None", "torch.Tensor | None"], "torch.Tensor"]
@@ -106,6 +154,12 @@ class Task:
       model is the unwrapped one in eval mode, without gradients; samples are the first of an evaluation set, as the
       collator takes them. Runs on rank zero only. It may draw random numbers and switch the model's modes: both are
       put back.
+    - after_step(view) -> values by name, or None: called on all ranks after each optimizer step, before what is due at
+      it. Rank zero's values are recorded, once over all attempts of a run, in the row of the step's report or in one of
+      their own: as NAME in the history, as train/NAME in the trackers. Numbers, also of numpy, and tensors without
+      dimensions. What it remembers from step to step is lost with the process, unless it is a buffer of the model.
+    - logged_outputs: names of scalars among the model's outputs (a router's loss, the parts of a loss). A report shows
+      the mean of each over the global batches since the last one, without a further wait for the device.
     """
 
     model: torch.nn.Module
@@ -121,6 +175,8 @@ class Task:
     sample: Callable[[torch.nn.Module], str] | None = None
     describe_predictions: Callable[[npt.NDArray[Any]], list[str]] | None = None
     predict_samples: PredictSamples | None = None
+    after_step: AfterStep | None = None
+    logged_outputs: tuple[str, ...] = ()
 
 
 Builder = Callable[[TaskConfig], Task]

@@ -23,12 +23,14 @@ class Window:
     The losses since the last report: a float32 sum on the device that is only read at a report.
 
     Mirrors the Trainer's `_tr_loss` and its filter: a loss that is not finite counts as the sum so far divided by 1 +
-    the steps since the report. The number of such losses is kept too.
+    the steps since the report. The number of such losses is kept too, and of `logged_outputs`, names of scalars among
+    the model's outputs, the sums over this rank's part of the global batches.
     """
 
-    def __init__(self, accelerator: Accelerator, config: MetricsConfig) -> None:
+    def __init__(self, accelerator: Accelerator, config: MetricsConfig, logged_outputs: tuple[str, ...] = ()) -> None:
         self.accelerator = accelerator
         self.filters = config.logging_nan_inf_filter
+        self.outputs = {name: torch.zeros((), device=accelerator.device) for name in logged_outputs}
         # The sum of the losses, and the number of those that are not finite.
         self.sums = torch.zeros(2, device=accelerator.device)
         self.grad_norm: torch.Tensor | float = 0.0
@@ -41,9 +43,23 @@ class Window:
             loss = torch.where(finite, loss, self.sums[0] / (1 + steps_since_report))
         self.sums += torch.stack([loss.float(), (~finite).float()])
 
+    def add_outputs(self, outputs: Any, *, share: torch.Tensor | float) -> None:
+        """
+        Add the logged outputs of a micro-batch, which is this share of the global batch, without a host sync.
+
+        Raises ConfigError for a name that is not among the outputs, or is no scalar.
+        """
+        for name, total in self.outputs.items():
+            total += share * _scalar(outputs, name)
+
     def values(self) -> dict[str, torch.Tensor | float]:
         """Return this rank's numbers, for a report to gather: no host sync."""
-        return {"loss": self.sums[0], "nonfinite_losses": self.sums[1], "grad_norm": self.grad_norm}
+        losses = {"loss": self.sums[0], "nonfinite_losses": self.sums[1], "grad_norm": self.grad_norm}
+        return {**losses, **{f"outputs/{name}": total for name, total in self.outputs.items()}}
+
+    def mean_outputs(self, of_ranks: Sequence[Mapping[str, float]], *, num_steps: int) -> dict[str, float]:
+        """Return the means of the logged outputs over the global batches of `num_steps`, of all ranks' `values`."""
+        return {name: sum(each[f"outputs/{name}"] for each in of_ranks) / num_steps for name in self.outputs}
 
     def drain(self, of_ranks: Sequence[Mapping[str, float]]) -> tuple[float, int]:
         """
@@ -54,6 +70,8 @@ class Window:
         loss = torch.tensor([values["loss"] for values in of_ranks], dtype=torch.float32, device="cpu").mean()
         self.grad_norm = of_ranks[self.accelerator.process_index]["grad_norm"]
         self.sums.zero_()
+        for total in self.outputs.values():
+            total.zero_()
         return loss.item(), int(sum(values["nonfinite_losses"] for values in of_ranks))
 
     def undrained(self) -> float:
@@ -70,22 +88,46 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of what no report has shown yet."""
-        return {"sums": self.sums.cpu().clone(), **self.last_step()}
+        outputs = {name: total.cpu().clone() for name, total in self.outputs.items()}
+        return {"sums": self.sums.cpu().clone(), **self.last_step(), **({"outputs": outputs} if outputs else {})}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned; a logged output that it lacks begins at zero."""
         self.sums.copy_(saved["sums"])
+        for name, total in self.outputs.items():
+            total.copy_(saved.get("outputs", {}).get(name, torch.zeros(())))
         self.grad_norm, self.learning_rate = saved["grad_norm"], saved["learning_rate"]
 
     def load_state_dicts(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """
         Load the windows of all ranks of a run with another number of ranks: the next report has the values of theirs.
 
-        Each rank gets the mean of their losses; losses that were not finite are counted on rank zero only.
+        Each rank gets the mean of their losses; losses that were not finite are counted on rank zero only, and so are
+        the logged outputs, of which a report takes the sum.
         """
         sums = torch.stack([state["sums"] for state in saved])
         num_nonfinite = sums[:, 1].sum() if self.accelerator.is_main_process else torch.zeros(())
-        self.load_state_dict({**saved[0], "sums": torch.stack([sums[:, 0].mean(), num_nonfinite])})
+        whole: dict[str, Any] = {"sums": torch.stack([sums[:, 0].mean(), num_nonfinite])}
+        if self.outputs and self.accelerator.is_main_process:
+            parts = [state.get("outputs", {}) for state in saved]
+            whole["outputs"] = {name: sum(part.get(name, 0.0) for part in parts) for name in self.outputs}
+        self.load_state_dict({**saved[0], "outputs": {}, **whole})
+
+
+def _scalar(outputs: Any, name: str) -> torch.Tensor:
+    """Return an output in float32, off the graph. Raises ConfigError."""
+    start = f"The task's logged_outputs name {name}, and the model's outputs"
+    if not isinstance(outputs, Mapping):
+        raise ConfigError(f"{start} are no mapping but a {type(outputs).__name__}: they have no names.")
+    value = outputs.get(name)
+    if value is None:
+        raise ConfigError(
+            f"{start} have it not, only: {', '.join(key for key in outputs if outputs[key] is not None)}."
+        )
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        what = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ConfigError(f"{start} have it as {what}: it takes a tensor without dimensions.")
+    return value.detach().float()
 
 
 class Work:

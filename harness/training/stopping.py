@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
+from pathlib import Path
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
 
 from harness.distributed.ranks import gloo_group
+from harness.errors import StoppedError
 from harness.signals import SIGNALS
 from harness.training.flags import StoppingConfig
 
@@ -139,3 +141,14 @@ class Stop:
         self._pending.wait()
         self._pending = None
         return StopReason(int(self._flag.item()))
+
+
+def stopped(reason: StopReason, *, at: str, saved_in: Path | None) -> StoppedError:
+    """Return the error that ends a training `at` a step, whose checkpoint is in a folder, or is not saved."""
+    done = f"saved; go on with --resume_from_checkpoint true --output_dir {saved_in}"
+    if reason == StopReason.REQUESTED:
+        message = f"Stopped from the W&B app at {at}: {'nothing was saved' if saved_in is None else done}."
+        return StoppedError(message, exit_code=0, was_preempted=False)
+    why = "The job's time limit is near: stopped" if reason == StopReason.TIME_LIMIT else "Preempted"
+    message = f"{why} at {at}: {'nothing is saved with --save_strategy no' if saved_in is None else done}."
+    return StoppedError(message, exit_code=1 if saved_in is None else PREEMPTED_EXIT_CODE, was_preempted=True)
