@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -22,7 +23,7 @@ from harness.distributed.ranks import agree, is_first, main_process_first, ranks
 from harness.errors import ConfigError
 from harness.flags import Config
 from harness.model.adapters import add_adapter, check_scores
-from harness.model.optim import build_optimizer, build_scheduler
+from harness.model.optim import build_optimizer, build_scheduler, check_elementwise, name_of
 from harness.model.weights import load_weights
 from harness.resume import models_from_wandb
 from harness.session import Run, Session
@@ -218,7 +219,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
     )
     plan.show_in(state)
     state.train_batch_size = data.per_device_train_batch_size
-    optimizer = build_optimizer(task.model, config.optim)
+    optimizer, optimizer_name = _optimizer(session)
     model, optimizer, stepper = backend.prepare(task.model, optimizer, session.step_size)
     saves = config.plan.save_strategy != "no"
     pad_token_id = getattr(task.processing_class, "pad_token_id", None)
@@ -252,8 +253,19 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         watchdog=Watchdog(config.watchdog, ranks=ranks_of(accelerator), timeout_seconds=config.topology.ddp_timeout),
         modeling=config.modeling,
         optim=config.optim,
+        optimizer_name=optimizer_name,
         arguments=_arguments(session, plan),
     )
+
+
+def _optimizer(session: Session) -> tuple[torch.optim.Optimizer, str]:
+    """Return the optimizer, of the task's making where it makes one, and its name for checkpoints."""
+    config, model = session.config.optim, session.task.model
+    made = session.hooks.optimizer(model)
+    optimizer = build_optimizer(model, config, made)
+    if made is not None and session.backend.zero_stage:
+        check_elementwise(optimizer)
+    return optimizer, name_of(config, made)
 
 
 def _checkpoints(session: Session) -> Checkpoints:

@@ -61,8 +61,9 @@ def save_final(session: Session, run: Run, state: TrainState, weights: Mapping[s
         )
     files = save_model(model, session.task.processing_class, output_dir, as_published=True, weights=weights)
     write_json(output_dir / TRAINER_STATE_FILE, state.trainer_state(early_stopping=best.early_stopping))
+    own = run.optimizer_name if run.optimizer_name != session.config.optim.optim else None
     try:
-        write_model_card(output_dir, session.config, state, badge=run.tracker.badge)
+        write_model_card(output_dir, session.config, state, badge=run.tracker.badge, own_optimizer=own)
     except OSError:
         raise
     except Exception as error:  # transformers' own; the model is saved
@@ -194,11 +195,13 @@ def last_metrics(history: Sequence[Mapping[str, float]], results: Mapping[str, f
     return [(name, in_a_line(values)) for name, values in of.items()]
 
 
-def write_model_card(folder: Path, config: Config, state: TrainState, *, badge: str | None) -> None:
+def write_model_card(
+    folder: Path, config: Config, state: TrainState, *, badge: str | None, own_optimizer: str | None = None
+) -> None:
     """
     Write the card that Trainer.create_model_card writes, unless somebody has edited the one that is there.
 
-    `badge` is a line of Markdown. Raises OSError.
+    `badge` is a line of Markdown, `own_optimizer` what a task has made in place of --optim's. Raises OSError.
     """
     path = folder / CARD_FILE
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
@@ -212,7 +215,7 @@ def write_model_card(folder: Path, config: Config, state: TrainState, *, badge: 
         dataset=config.task.dataset_name,
         eval_results=eval_results,
         eval_lines=lines,
-        hyperparameters=_hyperparameters(config),
+        hyperparameters=_hyperparameters(config, own_optimizer),
     )
     base = config.task.model_name_or_path
     if base is not None and not Path(base).is_dir():  # the card makes it a link to the Hub
@@ -231,7 +234,7 @@ def _in_one_order(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{name: entry[name] for name in order[frozenset(entry)]} for entry in history]
 
 
-def _hyperparameters(config: Config) -> dict[str, object]:
+def _hyperparameters(config: Config, own_optimizer: str | None) -> dict[str, object]:
     """Return the hyperparameters of the Trainer's card, in its names and order; those that are off are left out."""
     data, optim, processes = config.data, config.optim, PartialState()
     num_devices = processes.num_processes
@@ -241,7 +244,7 @@ def _hyperparameters(config: Config) -> dict[str, object]:
         betas = f"betas=({optim.adam_beta1},{optim.adam_beta2})"
         with_arguments = f"{betas} and epsilon={optim.adam_epsilon} and {with_arguments}"
     values = {
-        "learning_rate": optim.learning_rate,
+        "learning_rate": optim.learning_rate if own_optimizer is None else None,
         "train_batch_size": train_size,
         "eval_batch_size": eval_size,
         "seed": config.topology.seed,
@@ -250,7 +253,7 @@ def _hyperparameters(config: Config) -> dict[str, object]:
         "gradient_accumulation_steps": accumulated if (accumulated := data.gradient_accumulation_steps) > 1 else None,
         "total_train_batch_size": train_size * num_devices * accumulated if num_devices * accumulated > 1 else None,
         "total_eval_batch_size": eval_size * num_devices if num_devices > 1 else None,
-        "optimizer": f"Use {optim.optim} with {with_arguments}",
+        "optimizer": f"Use {own_optimizer or f'{optim.optim} with {with_arguments}'}",
         "lr_scheduler_type": optim.lr_scheduler_type,
         "lr_scheduler_warmup_steps": optim.warmup_steps or None,
         "training_steps": config.plan.max_steps if config.plan.max_steps > 0 else None,

@@ -119,6 +119,7 @@ class Run:
     watchdog: Watchdog
     modeling: ModelingConfig
     optim: OptimConfig
+    optimizer_name: str
     arguments: Mapping[str, Any]
 
     @property

@@ -255,7 +255,7 @@ class Optimizer:
         found = run.backend.save_optimizer(run.model, run.optimizer, step=content.step)
         content.files |= {SCHEDULER_FILE: run.scheduler.state_dict(), **found.files}
         content.rank_files, content.write_shards = found.rank_files, found.write_shards
-        content.shared |= {"optim": run.optim.optim, "zero_stage": run.backend.zero_stage}
+        content.shared |= {"optim": run.optimizer_name, "zero_stage": run.backend.zero_stage}
 
     def load(self, saved: Saved) -> None:
         """Load the state. Raises ConfigError for another --optim or another stage of ZeRO."""
@@ -269,11 +269,11 @@ class Optimizer:
             raise ConfigError(f"{reason}; give the flags it was saved with.") from error
 
     def _check(self, saved: Saved) -> None:
-        was, now = saved.shared.get("optim", self.run.optim.optim), self.run.optim.optim
+        was, now = saved.shared.get("optim", self.run.optimizer_name), self.run.optimizer_name
         interchangeable = {"adamw_torch", "adamw_torch_fused"}
         if was != now and not {was, now} <= interchangeable:
             raise ConfigError(
-                f"{saved.path} was saved with --optim {was}, not {now}: its state does not fit; give {was}."
+                f"{saved.path} was saved with the optimizer {was}, not {now}: its state does not fit; give {was}."
             )
         stage, num_processes = self.run.backend.zero_stage, self.run.accelerator.num_processes
         was_stage = saved.shared.get("zero_stage", int((saved.path / LATEST_FILE).is_file()))

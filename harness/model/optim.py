@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from harness.config import choice, together
 from harness.errors import ConfigError
 from harness.model.flags import BY_METRIC, UNSUPPORTED_OPTIMIZERS, OptimConfig
 
+logger = logging.getLogger(__name__)
+
 OPTIMIZERS = tuple(name.value for name in OptimizerNames if name.value not in UNSUPPORTED_OPTIMIZERS)
 SCHEDULERS = tuple(name.value for name in SchedulerType)
 # What --optim_args would say a second time.
@@ -33,6 +36,17 @@ OWN_FLAGS = {
     "weight_decay": "--weight_decay",
     "betas": "--adam_beta1 and --adam_beta2",
     "eps": "--adam_epsilon",
+}
+# What does nothing where a task makes the optimizer, and where it makes groups that all say it themselves.
+OF_AN_OPTIMIZER = (
+    *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+FLAGS_OF_GROUPS = {
+    "lr": ("learning_rate",),
+    "weight_decay": ("weight_decay",),
+    "betas": ("adam_beta1", "adam_beta2"),
+    "eps": ("adam_epsilon",),
 }
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
@@ -52,17 +66,90 @@ def decay_parameter_names(model: torch.nn.Module) -> set[str]:
     return set(get_parameter_names(model, [torch.nn.LayerNorm], NO_DECAY_PATTERNS))
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, config: OptimConfig, made: Any = None) -> torch.optim.Optimizer:
     """
     Return the optimizer over two groups in the model's order: with and without weight decay.
 
-    The classes and their arguments come from the Trainer's own table. A state that is loaded into it keeps its numbers
-    and takes this optimizer's implementation. Raises ConfigError for a package that is not installed or arguments that
-    the optimizer does not take.
+    `made` are other groups, or the optimizer itself, as the task's build_optimizer returned them. The classes and their
+    arguments come from the Trainer's own table. A state that is loaded into it keeps its numbers and takes this
+    optimizer's implementation. Raises ConfigError for a package that is not installed, for arguments that the optimizer
+    does not take, and for flags that would do nothing beside what the task has made.
     """
-    optimizer = _optimizer(model, config)
+    if made is None:
+        optimizer = _optimizer(model, config, None)
+    elif isinstance(made, torch.optim.Optimizer):
+        optimizer = made
+        _refuse_without_effect(config, OF_AN_OPTIMIZER, "an optimizer")
+    else:
+        optimizer = _optimizer(model, config, _own_groups(made, config))
+    if made is not None:
+        _check_own(model, optimizer)
     optimizer.register_load_state_dict_pre_hook(_with_own_implementation)
     return optimizer
+
+
+def name_of(config: OptimConfig, made: Any) -> str:
+    """Return what a checkpoint says of the optimizer, since its state fits no other."""
+    is_own = isinstance(made, torch.optim.Optimizer)
+    return f"{type(made).__name__} of the task's build_optimizer" if is_own else config.optim
+
+
+def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer of the task's that goes by whole matrices, which ZeRO has not."""
+    kinds = {each.__name__ for each in type(optimizer).__mro__}
+    if found := kinds & {"Adafactor", "Muon", "Shampoo", "SparseAdam"}:
+        raise ConfigError(
+            f"The task's build_optimizer returned {type(optimizer).__name__}: {found.pop()} goes by the shapes of "
+            "parameters, and DeepSpeed's ZeRO gives an optimizer flat pieces of them. Use a launch config without it, "
+            "such as fsdp2.yaml or ddp.yaml."
+        )
+    if not type(optimizer).__module__.startswith("torch."):
+        logger.info(
+            "ZeRO gives %s flat pieces of the parameters: right for an optimizer that treats each number by itself.",
+            type(optimizer).__name__,
+        )
+
+
+def _own_groups(made: Any, config: OptimConfig) -> list[dict[str, Any]]:
+    """Return parameter groups with --weight_decay where they say none. Raises ConfigError."""
+    start = "The task's build_optimizer returned"
+    if not isinstance(made, list | tuple) or not all(isinstance(group, Mapping) for group in made):
+        raise ConfigError(
+            f"{start} a {type(made).__name__}: return a list of parameter groups, as in [{{'params': [...], 'lr': "
+            "1e-4}], or a torch.optim.Optimizer."
+        )
+    if not made or not all("params" in group for group in made):
+        raise ConfigError(f"{start} {'no parameter groups' if not made else 'a group without params'}.")
+    for name, flags in FLAGS_OF_GROUPS.items():
+        if all(name in group for group in made):
+            _refuse_without_effect(config, flags, f"groups that all have their own {name}")
+    return [{"weight_decay": config.weight_decay, **group} for group in made]
+
+
+def _refuse_without_effect(config: OptimConfig, flags: Sequence[str], what: str) -> None:
+    for flag in flags:
+        value = getattr(config, flag)
+        if value != type(config).__dataclass_fields__[flag].default:
+            raise ConfigError(
+                f"--{flag}={value} does nothing here: the task's build_optimizer returned {what}. Leave it out, or "
+                "change the function."
+            )
+
+
+def _check_own(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for an optimizer that the loop can't step, or that would train something else."""
+    start = f"The task's build_optimizer returned {type(optimizer).__name__}"
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(f"{start}, whose step needs a closure: it computes losses itself, and this loop does that.")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    foreign = len(held - {id(parameter) for parameter in model.parameters()})
+    if foreign or not held:
+        what = f"{foreign} of its {len(held)} parameters are" if held else "its parameters are"
+        raise ConfigError(f"{start}: {what} not of the model that the function was given.")
+    left = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in held]
+    if left:
+        logger.info("%s: %d parameters are not in it and stay as they are, the first: %s.", start, len(left), left[0])
 
 
 def _with_own_implementation(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -81,13 +168,17 @@ def _with_own_implementation(optimizer: torch.optim.Optimizer, state: dict[str, 
     return {**state, "param_groups": groups}
 
 
-def _optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def _groups(model: torch.nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     decay = decay_parameter_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups: Any = [
+    return [
         {"params": [p for name, p in trained if name in decay], "weight_decay": config.weight_decay},
         {"params": [p for name, p in trained if name not in decay], "weight_decay": 0.0},
     ]
+
+
+def _optimizer(model: torch.nn.Module, config: OptimConfig, own: Any) -> torch.optim.Optimizer:
+    """Return the optimizer of --optim, over the task's `own` groups if it has some."""
     args = SimpleNamespace(
         parallel_mode=ParallelMode.NOT_PARALLEL,  # only read for layerwise optimizers
         **{name: getattr(config, name) for name in OptimConfig.__dataclass_fields__},
@@ -102,10 +193,13 @@ def _optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optim
         context = OptimizerContext(args, model, {"lr": config.learning_rate}, adam, given)
         cls, kwargs = _OPTIMIZER_HANDLERS[args.optim](context)
         kwargs |= _further(given, cls, config)
+        if own is not None and (is_optimizer_factory(cls) or "params" in kwargs):
+            raise ValueError("it makes its own parameter groups, and the task's build_optimizer returned some")
         if is_optimizer_factory(cls):
             optimizer: torch.optim.Optimizer = cls()(model, **kwargs)
             return optimizer
-        groups = kwargs.pop("params", groups)  # GaLore and APOLLO make their own groups
+        # GaLore and APOLLO make their own groups.
+        groups = kwargs.pop("params", None) or own or _groups(model, config)
         optimizer = cls(groups, **kwargs)
     except (ImportError, ValueError, TypeError) as error:
         raise ConfigError(f"--optim={config.optim}: {error}") from error

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the parser imports this package and must not load torch
 __all__ = [
     "AfterEvaluation",
     "AfterStep",
+    "BuildOptimizer",
     "Builder",
     "Generate",
     "LossFunction",
@@ -124,6 +125,7 @@ class View:
 
 Values = Mapping[str, Any]
 AfterStep = Callable[[View], "Values | None"]
+BuildOptimizer = Callable[["torch.nn.Module"], "Sequence[Mapping[str, Any]] | torch.optim.Optimizer"]
 AfterEvaluation = Callable[[View, Mapping[str, float]], "Values | None"]
 PredictSamples = Callable[["torch.nn.Module", Sequence[Any]], SamplePredictions]
 Generate = Callable[["torch.nn.Module", Mapping[str, Any]], "torch.Tensor"]
@@ -160,6 +162,10 @@ class Task:
       dimensions. What it remembers from step to step is lost with the process, unless it is a buffer of the model.
     - logged_outputs: names of scalars among the model's outputs (a router's loss, the parts of a loss). A report shows
       the mean of each over the global batches since the last one, without a further wait for the device.
+    - build_optimizer(model) -> parameter groups for the optimizer of --optim, or the optimizer itself, one of torch's
+      class. The model is not wrapped yet; under ZeRO-3 its parameters may be empty, and `ds_shape` is their shape.
+      Groups take --learning_rate, --weight_decay and the like where they don't say it themselves; a flag that would do
+      nothing is refused. The schedule multiplies each group's learning rate. Saved and resumed like any other.
     """
 
     model: torch.nn.Module
@@ -177,6 +183,7 @@ class Task:
     predict_samples: PredictSamples | None = None
     after_step: AfterStep | None = None
     logged_outputs: tuple[str, ...] = ()
+    build_optimizer: BuildOptimizer | None = None
 
 
 Builder = Callable[[TaskConfig], Task]

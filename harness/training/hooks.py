@@ -30,6 +30,7 @@ class Hooks:
 
     def __init__(self, task: Task) -> None:
         self.after_step = task.after_step
+        self.build_optimizer = task.build_optimizer
         self.logged_outputs = _names(task.logged_outputs)
         self._has_warned: set[str] = set()
 
@@ -49,6 +50,16 @@ class Hooks:
                     "itself; name it differently (W&B shows NAME as train/NAME)."
                 )
         return values
+
+    def optimizer(self, model: torch.nn.Module) -> Any:
+        """Return what build_optimizer returned for the model, groups or an optimizer; None without that function."""
+        if self.build_optimizer is None:
+            return None
+        with named("build_optimizer", self.build_optimizer):
+            made = self.build_optimizer(model)
+        if made is None:
+            raise ConfigError(f"{_shown('build_optimizer', self.build_optimizer)} returned None; return groups.")
+        return made
 
     def _call(self, kind: str, function: Callable[..., Any], *given: Any) -> dict[str, float]:
         with named(kind, function):

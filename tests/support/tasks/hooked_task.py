@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +73,58 @@ ODD: dict[str, Any] = {
     "nan": {"name": float("nan"), "other": np.float32("inf")},
     "types": {"half": torch.tensor(0.5, dtype=torch.bfloat16), "whole": np.array(3), "flag": np.bool_(True), "a/b": 1},
 }
+
+
+def no_decay_for_embeddings(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Three groups: with a learning rate of its own, with a weight decay of its own, and with neither."""
+    embeddings = [parameter for name, parameter in model.named_parameters() if "wte" in name or "wpe" in name]
+    norms = [parameter for name, parameter in model.named_parameters() if ".ln_" in name]
+    known = {id(parameter) for parameter in (*embeddings, *norms)}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    return [{"params": rest}, {"params": embeddings, "lr": 5e-4}, {"params": norms, "weight_decay": 0.0}]
+
+
+def momentum(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+
+
+class HalfSteps(torch.optim.Optimizer):
+    """An optimizer that nobody knows: it goes half way against a running mean of the gradients' signs."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in (each for each in group["params"] if each.grad is not None):
+                state = self.state[parameter]
+                mean = state.setdefault("mean", torch.zeros_like(parameter))
+                mean.mul_(0.9).add_(parameter.grad.sign(), alpha=0.1)
+                parameter.sub_(mean, alpha=group["lr"] / 2)
+
+
+def of_a_copy(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(deepcopy(model).parameters(), lr=0.05)
+
+
+def all_say_their_own(model: torch.nn.Module) -> list[dict[str, Any]]:
+    return [{"params": [parameter], "lr": 1e-3, "weight_decay": 0.0} for parameter in model.parameters()]
+
+
+BUILD_OPTIMIZER: dict[str, Any] = {
+    "groups": no_decay_for_embeddings,
+    "momentum": momentum,
+    "unknown": lambda model: HalfSteps(model.parameters(), lr=1e-3),
+    "head": lambda model: [{"params": list(model.transformer.ln_f.parameters())}],
+    "own": all_say_their_own,
+    "copy": of_a_copy,
+    "none": lambda _: None,
+    "names": lambda _: ["wte"],
+    "empty": lambda _: [],
+    "closure": lambda model: torch.optim.LBFGS(model.parameters()),
+    "Adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-3),
+}
 AFTER_STEP = {"third": every_third, "reports": at_reports, "mean": mean_over_ranks, "fails": fails_at_7}
 
 
@@ -79,10 +132,13 @@ def build(config: TaskConfig) -> Task:
     """`after_step` names a function above or a value of ODD; `logged` are the logged outputs; the rest: parity_task."""
     given = dict(config.task_args or {})
     after_step, logged = given.pop("after_step", None), tuple(given.pop("logged", ()))
+    build_optimizer = given.pop("build_optimizer", None)
     builder = faulty_task if "times" in given else parity_task
     task = builder.build(replace(config, task_args=Json(given)))
     if after_step is not None:
         task = replace(task, after_step=AFTER_STEP.get(after_step) or returning(ODD[after_step]))
+    if build_optimizer is not None:
+        task = replace(task, build_optimizer=BUILD_OPTIMIZER[build_optimizer])
     model = WithPenalty(GPT2Config(**_shape(task.model), bos_token_id=0, eos_token_id=0))
     return replace(task, model=model, logged_outputs=logged)
 
