@@ -86,13 +86,8 @@ def assemble(
         task.check(task.model)
     prepare_model(task.model, config.modeling, task.processing_class, accelerator)
     loss = Loss(task.model, config.modeling, accelerator, task.compute_loss_func)
-    evaluator = Evaluator(
-        accelerator,
-        loss=loss,
-        metrics=None if config.evaluation.prediction_loss_only else task.metrics,
-        generate=task.generate,
-        drops_non_finite=config.metrics.logging_nan_inf_filter,
-    )
+    hooks = Hooks(task)
+    evaluator = _evaluator(config, task, hooks, loss)
     check_scores(task.model, has_scores=evaluator.metrics is not None)
     _check_best_metric(config, task, evaluator)
     _tell_of_labels(task, loss)
@@ -103,7 +98,7 @@ def assemble(
         accelerator=accelerator,
         backend=backend,
         task=task,
-        hooks=Hooks(task),
+        hooks=hooks,
         loss=loss,
         evaluator=evaluator,
         output_dir=output_dir,
@@ -119,6 +114,17 @@ def _on_few_batches(task: Task, config: DataConfig, num_processes: int) -> Task:
     per_batch = config.per_device_train_batch_size * num_processes
     samples = first_samples(task.train_dataset, config.overfit_batches * per_batch)
     return replace(task, train_dataset=samples, eval_dataset=samples)
+
+
+def _evaluator(config: Config, task: Task, hooks: Hooks, loss: Loss) -> Evaluator:
+    return Evaluator(
+        loss.accelerator,
+        loss=loss,
+        metrics=None if config.evaluation.prediction_loss_only else task.metrics,
+        generate=task.generate,
+        drops_non_finite=config.metrics.logging_nan_inf_filter,
+        logged_outputs=hooks.logged_outputs,
+    )
 
 
 def _build(task_config: TaskConfig, builder: Builder | None, console: ConsoleConfig, accelerator: Accelerator) -> Task:
@@ -193,9 +199,10 @@ def _check_best_metric(config: Config, task: Task, evaluator: Evaluator) -> None
     prefixes = ["eval" if name is None else f"eval_{name}" for name in sets]
     known = sorted(f"{prefix}_{name}" for prefix in prefixes for name in evaluator.metric_names())
     if config.best_metric not in known:
+        own = " The values of after_evaluation are not known before, so none of them can decide."
         raise ConfigError(
             f"--metric_for_best_model={config.best.metric_for_best_model or 'loss'} is in no evaluation; "
-            f"there are: {', '.join(known)}."
+            f"there are: {', '.join(known)}.{own if task.after_evaluation is not None else ''}"
         )
 
 

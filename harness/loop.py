@@ -179,9 +179,10 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
     previous = last_evaluation(state.log_history)
     for data in run.eval_sets:
         outcome = run.evaluator.run(run.model, data)
-        emit(run, state, outcome.metrics, outcome.extras)
-        run.console.evaluation(outcome.metrics, step=state.global_step)
-        metrics |= outcome.metrics
+        of_set = run.hooks.with_values(outcome.metrics, run.view(state, eval_set=data.prefix))
+        emit(run, state, of_set, outcome.extras)
+        run.console.evaluation(of_set, step=state.global_step)
+        metrics |= of_set
     if run.tables is not None and is_due(state.epoch, previous, run.tracker.config.wandb_eval_samples_freq):
         run.tracker.log_media(run.tables.make(run.bare_model, epoch=state.epoch), step=state.global_step)
     run.model.train()

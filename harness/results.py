@@ -18,7 +18,7 @@ from harness.files import update_json, write_json
 from harness.flags import Config
 from harness.model.adapters import complete_card, is_adapted, merged
 from harness.model.weights import save_model
-from harness.session import Run, Session
+from harness.session import Run, Session, view_of
 from harness.tracking import rewrite
 from harness.training.console import in_a_line
 from harness.training.state import TRAINER_STATE_FILE, TrainState
@@ -128,10 +128,15 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
     keeps = task.describe_predictions is not None
     for data in sets:
         outcome = session.evaluator.run(model, data, keep_predictions=keeps and data.prefix == "test")
-        session.console.evaluation(outcome.metrics, step=state.global_step)
-        row = {**outcome.metrics, "epoch": state.epoch, **outcome.extras}
+        metrics = outcome.metrics
+        if data.prefix != "test":
+            optimizer = None if run is None else run.optimizer
+            view = view_of(accelerator, model, state, optimizer=optimizer, eval_set=data.prefix)
+            metrics = session.hooks.with_values(metrics, view)
+        session.console.evaluation(metrics, step=state.global_step)
+        row = {**metrics, "epoch": state.epoch, **outcome.extras}
         accelerator.log(rewrite(row), step=state.global_step)
-        results |= outcome.metrics
+        results |= metrics
         if outcome.predictions is not None and task.describe_predictions and accelerator.is_main_process:
             lines = task.describe_predictions(outcome.predictions)
             (session.output_dir / PREDICTIONS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -130,12 +130,16 @@ class Run:
 
     def view(self, state: TrainState, **of_the_moment: Any) -> View:
         """Return what the task's functions see of this training now."""
-        return View(
-            global_step=state.global_step,
-            max_steps=self.plan.max_steps,
-            epoch=state.epoch,
-            model=self.model,
-            optimizer=self.optimizer,
-            accelerator=self.accelerator,
-            **of_the_moment,
-        )
+        return view_of(self.accelerator, self.model, state, optimizer=self.optimizer, **of_the_moment)
+
+
+def view_of(accelerator: Accelerator, model: torch.nn.Module, state: TrainState, **more: Any) -> View:
+    """Return what the task's functions see of a model, which is the wrapped one."""
+    return View(
+        global_step=state.global_step,
+        max_steps=state.max_steps,
+        epoch=state.epoch,
+        accelerator=accelerator,
+        model=model,
+        **more,
+    )

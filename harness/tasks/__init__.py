@@ -160,8 +160,13 @@ class Task:
       it. Rank zero's values are recorded, once over all attempts of a run, in the row of the step's report or in one of
       their own: as NAME in the history, as train/NAME in the trackers. Numbers, also of numpy, and tensors without
       dimensions. What it remembers from step to step is lost with the process, unless it is a buffer of the model.
+    - after_evaluation(view, metrics) -> values by name, or None: called on all ranks after each evaluation of a set, by
+      --do_eval too, while the model is in eval mode. `metrics` are those of the set, named as in its row; the values
+      join that row, NAME as eval_NAME (of several sets eval_<name>_NAME). --metric_for_best_model can't name them, as
+      they are not known before the first evaluation: what is to decide belongs into metrics.
     - logged_outputs: names of scalars among the model's outputs (a router's loss, the parts of a loss). A report shows
-      the mean of each over the global batches since the last one, without a further wait for the device.
+      the mean of each over the global batches since the last one, without a further wait for the device. Metrics do not
+      get them as predictions.
     - build_optimizer(model) -> parameter groups for the optimizer of --optim, or the optimizer itself, one of torch's
       class. The model is not wrapped yet; under ZeRO-3 its parameters may be empty, and `ds_shape` is their shape.
       Groups take --learning_rate, --weight_decay and the like where they don't say it themselves; a flag that would do
@@ -184,6 +189,7 @@ class Task:
     after_step: AfterStep | None = None
     logged_outputs: tuple[str, ...] = ()
     build_optimizer: BuildOptimizer | None = None
+    after_evaluation: AfterEvaluation | None = None
 
 
 Builder = Callable[[TaskConfig], Task]

@@ -189,10 +189,11 @@ class Evaluator:
         metrics: Callable[[], Metrics] | None,
         generate: Generate | None,
         drops_non_finite: bool,
+        logged_outputs: tuple[str, ...] = (),
     ) -> None:
         self.generate = generate if metrics is not None else None  # without metrics no texts are needed
         self.accelerator, self.loss, self.metrics = accelerator, loss, metrics
-        self.drops_non_finite = drops_non_finite
+        self.drops_non_finite, self.logged_outputs = drops_non_finite, logged_outputs
 
     def metric_names(self) -> set[str]:
         """
@@ -250,7 +251,7 @@ class Evaluator:
             return self.generate(self.accelerator.unwrap_model(model, keep_torch_compile=False), batch)
         bare = self.accelerator.unwrap_model(model)
         ignored = getattr(bare.config, "keys_to_ignore_at_inference", [CACHE]) if hasattr(bare, "config") else []
-        return _logits(outputs, ignored)
+        return _logits(outputs, [*ignored, *self.logged_outputs])
 
     def _update(self, metrics: Metrics, logits: Any, labels: Any) -> torch.Tensor:
         gather, pad = self.accelerator.gather_for_metrics, self.accelerator.pad_across_processes

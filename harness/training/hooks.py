@@ -13,7 +13,7 @@ import torch
 
 from harness.distributed.sharding import joined
 from harness.errors import ConfigError
-from harness.tasks import Task
+from harness.tasks import Task, View
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ OF_THE_LOOP = (
     *("loss", "grad_norm", "learning_rate", "epoch", "step", "global_step", "num_input_tokens_seen", "total_flos"),
     *("num_nonfinite_losses", "num_skipped_steps"),
 )
+# The loss per token, for the trackers.
+OF_EVALUATIONS = ("loss_per_token", "num_tokens")
 PREFIXES_OF_THE_LOOP = ("train_", "train/", "eval_", "eval/", "test_", "test/", "gradients/", "parameters/", "_")
 
 
@@ -29,7 +31,7 @@ class Hooks:
     """The functions of a task that the loop calls. Raises ConfigError for logged_outputs that can't be logged."""
 
     def __init__(self, task: Task) -> None:
-        self.after_step = task.after_step
+        self.after_step, self.after_evaluation = task.after_step, task.after_evaluation
         self.build_optimizer = task.build_optimizer
         self.logged_outputs = _names(task.logged_outputs)
         self._has_warned: set[str] = set()
@@ -50,6 +52,25 @@ class Hooks:
                     "itself; name it differently (W&B shows NAME as train/NAME)."
                 )
         return values
+
+    def with_values(self, metrics: Mapping[str, float], view: View) -> dict[str, float]:
+        """
+        Collective: return an evaluation's metrics with the values that after_evaluation has for it, if there is one.
+
+        Raises ConfigError as `values_of_step` does.
+        """
+        if self.after_evaluation is None:
+            return dict(metrics)
+        values = self._call("after_evaluation", self.after_evaluation, view, dict(metrics))
+        own = {f"{view.eval_set}_{name}": value for name, value in values.items()}
+        for name in values:
+            taken = f"{view.eval_set}_{name}" in metrics or name in OF_EVALUATIONS
+            if taken or is_of_the_loop(name):
+                raise ConfigError(
+                    f"{_shown('after_evaluation', self.after_evaluation)} returned a value called {name}, which the "
+                    f"evaluation has already; name it differently (NAME becomes {view.eval_set}_NAME)."
+                )
+        return {**metrics, **own}
 
     def optimizer(self, model: torch.nn.Module) -> Any:
         """Return what build_optimizer returned for the model, groups or an optimizer; None without that function."""

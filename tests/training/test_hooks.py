@@ -186,6 +186,62 @@ def test_outputs_that_can_not_be_logged_are_refused_before_a_step_is_made(
     assert message in line
 
 
+# After an evaluation.
+
+
+def evaluates(folder: Path, **arguments: Any) -> list[dict[str, Any]]:
+    events = trains(folder, **{"eval_strategy": "steps", "eval_steps": 6, **arguments})
+    return [event for event in events if any(name.startswith("eval_") for name in event)]
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_values_join_the_row_of_their_evaluation(sets: int, tmp_path: Path) -> None:
+    given = {"after_evaluation": "perplexity", "logged": ["penalty"], "sets": sets}
+    events = evaluates(tmp_path / "run", task_args=given, report_to="wandb", wandb_mode="offline")
+    prefixes = ["eval"] if sets == 1 else ["eval_near", "eval_far"]
+    assert len(events) == 2 * sets
+    for event, prefix in zip(events, 2 * prefixes, strict=True):
+        assert event[f"{prefix}_perplexity"] == math.exp(event[f"{prefix}_loss"])
+        assert event[f"{prefix}_trained"] == 2
+        assert f"{prefix}_accuracy" in event
+    name = {"eval": "eval/perplexity", "eval_near": "eval/near_perplexity", "eval_far": "eval/far_perplexity"}
+    shown = [row[name[each]] for row in rows(tmp_path / "run") for each in prefixes if name[each] in row]
+    expected = zip(events, 2 * prefixes, strict=True)
+    assert shown == [event[f"{prefix}_perplexity"] for event, prefix in expected]
+
+
+def test_a_function_after_an_evaluation_leaves_the_training_as_it_is(tmp_path: Path) -> None:
+    plain = evaluates(tmp_path / "plain", task_args={"after_evaluation": "nothing", "logged": ["penalty"]})
+    events = evaluates(tmp_path / "hooked", task_args={"after_evaluation": "perplexity", "logged": ["penalty"]})
+    own = {"eval_perplexity", "eval_trained", "eval_probe"}
+    assert [{name: value for name, value in event.items() if name not in own} for event in events] == plain
+    assert_equal_weights(tmp_path / "plain", tmp_path / "hooked")
+
+
+def test_an_evaluation_without_a_training_has_them_too(tmp_path: Path) -> None:
+    run_harness(
+        tmp_path / "run",
+        {"do_eval": True, "task_args": {"after_evaluation": "perplexity", "logged": ["penalty"]}},
+        task=TASK,
+    )
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text(encoding="utf-8"))
+    assert results["eval_perplexity"] == math.exp(results["eval_loss"])
+    assert results["eval_trained"] == 0
+
+
+@pytest.mark.parametrize("name", ["accuracy", "num_tokens", "eval_mine"])
+def test_an_evaluations_own_names_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"eval_strategy": "epoch", "task_args": {"after_evaluation": name, "logged": ["penalty"]}}
+    message = f"returned a value called {name}, which the evaluation has already"
+    assert message in refused(tmp_path / "run", capsys, **given)
+
+
+def test_the_best_model_is_chosen_by_a_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"eval_strategy": "epoch", "metric_for_best_model": "perplexity"}
+    error = refused(tmp_path / "run", capsys, task_args={"after_evaluation": "perplexity"}, **given)
+    assert "there are: eval_accuracy, eval_loss. The values of after_evaluation are not known before" in error
+
+
 def test_a_task_has_no_functions_unless_it_brings_some() -> None:
     task = Task(model=None, train_dataset=None, data_collator=list)  # type: ignore[arg-type]
     assert (task.after_step, task.logged_outputs) == (None, ())
