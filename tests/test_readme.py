@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,15 @@ from harness.__main__ import main as harness_command
 from harness.config import release
 from harness.flags import FLAGS, NOT_TAKEN, OWNED_BY_LAUNCH_CONFIG, parse
 from harness.train import main
+from tests.support.inputs import (
+    label_flags,
+    labelled,
+    save_bert_tokenizer,
+    save_gpt_tokenizer,
+    text_flags,
+    write_rows,
+    write_text,
+)
 from tests.support.pages import (
     MAP,
     PAGES,
@@ -260,7 +270,7 @@ def test_a_refused_flag_ends_with_2_and_the_remedy(name: str, capsys: pytest.Cap
 def test_the_task_of_ones_own_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = next(block for block in blocks("python") if "def build(" in block)
+    example = next(block for block in blocks("python") if "Network" in block)
     (tmp_path / "parabola.py").write_text(example, encoding="utf-8")
     command = next(command for command in commands() if "parabola:build" in command)
     assert command.startswith("PYTHONPATH=. harness train ")
@@ -285,6 +295,40 @@ def test_the_example_in_python_trains(tmp_path: Path, monkeypatch: pytest.Monkey
     exec(next(block for block in blocks("python") if "harness.run(" in block), given)  # noqa: S102
     assert given["result"].state.global_step == 100  # type: ignore[attr-defined]
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def train_example(page: str, folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """Train with the `build` of a page's example, which replaces parts of a shipped task; returns the history."""
+    (example,) = [block for block in blocks("python", page) if "replace(" in block]
+    (folder / f"{folder.name}_example.py").write_text(example, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    run_of = ["--output_dir", str(folder / "run"), "--report_to", "none", "--use_cpu", "--save_strategy", "no"]
+    assert main([*flags, f"--task={folder.name}_example:build", "--eval_strategy=epoch", "--seed=1", *run_of]) == 0
+    history = json.loads((folder / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return list(history)
+
+
+def test_the_first_pages_shipped_task_has_another_loss_and_other_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "data.csv", labelled(4))
+    flags = [flag for flag in label_flags(save_bert_tokenizer(tmp_path / "bert"), data) if "--task=" not in flag]
+    history = train_example(README, tmp_path, [*flags, f"--validation_file={data}"], monkeypatch)
+    found = next(entry for entry in history if "eval_loss" in entry)
+    assert {"eval_f1", "eval_recall"} < set(found)
+    assert "eval_accuracy" not in found
+    # As many of either class, of which one weighs five times: 3 times the mean of the plain loss.
+    assert found["eval_loss"] == pytest.approx(3 * math.log(2), rel=0.1)
+
+
+def test_a_shipped_task_takes_all_parts_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = text_flags(save_gpt_tokenizer(tmp_path / "gpt"), write_text(tmp_path / "text.txt"))
+    flags = [*(flag for flag in flags if "--task=" not in flag), "--logging_steps=5", "--max_steps=20"]
+    history = train_example(TEXTS["harness/tasks/README.md"], tmp_path, flags, monkeypatch)
+    found = next(entry for entry in history if "eval_loss" in entry)
+    assert 0 < found["eval_error_rate"] <= 1
+    assert found["eval_perplexity"] == math.exp(found["eval_loss"])
+    assert {entry["step"] for entry in history if "embedding_norm" in entry} == {10, 20}
 
 
 def test_the_tracker_works_in_a_loop_of_ones_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 
 from harness.train import main
-from tests.support.launching import DDP, ROOT, needs_fsdp
+from tests.support.launching import DDP, ROOT, SCRIPT, needs_fsdp, run
 from tests.support.launching import FSDP2 as FSDP
 from tests.support.parity import TRAINING, as_flags, assert_equal_weights, history, reset, run_harness
 from tests.support.two_processes import finished, trained
@@ -132,13 +133,15 @@ def two() -> dict[str, Any]:
 def trains_and_resumes(config: Path, name: str, folder: Path) -> None:
     """On two processes; each step's loss is that of the same global batches on one."""
     arguments = {**two(), **OWN[name], "task_args": {"build_optimizer": name, "dropout": 0.0}}
-    run = finished(config, folder, **arguments)
-    events = history(run)
-    assert trained(config, folder, **arguments, resume_from_checkpoint=run / "checkpoint-4").code == 0
-    assert history(run) == events
+    folder_of_two = finished(config, folder, **arguments)
+    events = history(folder_of_two)
+    assert trained(config, folder, **arguments, resume_from_checkpoint=folder_of_two / "checkpoint-4").code == 0
+    assert history(folder_of_two) == events
     alone = {**TRAINING, **arguments, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     alone |= {"max_grad_norm": 0.9}
+    alone |= {"report_to": "none", "output_dir": folder / "alone", "save_strategy": "no", "use_cpu": True}
     given = {flag: value for flag, value in alone.items() if value is not None}
-    run_harness(folder / "alone", given, task=TASK)
+    ended = run([sys.executable, SCRIPT, *as_flags(given)])
+    assert ended.code == 0, ended.err[-2000:]
     expected = [event["loss"] for event in history(folder / "alone") if "loss" in event]
     assert [event["loss"] for event in events if "loss" in event] == pytest.approx(expected, rel=1e-3)
