@@ -30,8 +30,10 @@ from harness.session import Run, Session
 from harness.slurm import time_limit_at
 from harness.tasks import Builder, Task, TaskConfig, resolve
 from harness.tasks.checks import build_task
+from harness.tasks.text.prompts import prompts_of
 from harness.tracking import WandbTracker
 from harness.tracking.media.tables import SampleTables
+from harness.tracking.media.texts import Texts
 from harness.training import rng
 from harness.training.best import BestModel
 from harness.training.console import Console, set_up_logging
@@ -147,6 +149,11 @@ def _check_data(config: Config, task: Task, num_processes: int) -> None:
         raise ConfigError(f"{flag} needs validation data: give --validation_file, or a data set that has some.")
     if config.run.do_predict and task.test_dataset is None:
         raise ConfigError("--do_predict needs test data: give --test_file, or a data set with a test split.")
+    if config.run.trains and prompts_of(config.task) and task.complete is None:
+        raise ConfigError(
+            f"--generate_steps={config.task.generate_steps}: --task={config.task.task} has no `complete` that writes a "
+            "text for a prompt; use causal-lm or seq2seq, give the task one, or leave the flag out."
+        )
     count = config.tracking.wandb_eval_samples
     if count is not None and config.tracking.uses_wandb and config.run.trains:
         if config.plan.eval_strategy == "no":
@@ -224,6 +231,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         accumulation=accumulation,
         samples_per_step=samples_per_step,
     )
+    plan = replace(plan, generate_steps=config.task.generate_steps)
     plan.show_in(state)
     state.train_batch_size = data.per_device_train_batch_size
     optimizer, optimizer_name = _optimizer(session)
@@ -256,6 +264,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         console=session.console,
         tracker=tracker,
         tables=_sample_tables(session, tracker),
+        texts=_texts(session, tracker),
         stop=_stop(session, tracker, checkpoints),
         watchdog=Watchdog(config.watchdog, ranks=ranks_of(accelerator), timeout_seconds=config.topology.ddp_timeout),
         modeling=config.modeling,
@@ -324,3 +333,12 @@ def _sample_tables(session: Session, tracker: WandbTracker) -> SampleTables | No
         return None
     device = session.accelerator.device
     return SampleTables(predict, session.task.eval_dataset, num_samples=count, device=device)
+
+
+def _texts(session: Session, tracker: WandbTracker) -> Texts | None:
+    complete, prompts = session.task.complete, prompts_of(session.config.task)
+    takes_part = session.accelerator.is_main_process or session.backend.is_sharded
+    if complete is None or not (prompts and takes_part):
+        return None
+    device, say = session.accelerator.device, session.console.line
+    return Texts(complete, prompts, device=device, say=say, tracker=tracker)

@@ -21,6 +21,7 @@ from harness.model.flags import OptimConfig
 from harness.tasks import Task, View
 from harness.tracking import WandbTracker
 from harness.tracking.media.tables import SampleTables
+from harness.tracking.media.texts import Texts
 from harness.training.best import BestModel
 from harness.training.console import Console
 from harness.training.evaluation import EvalSet, Evaluator
@@ -115,6 +116,7 @@ class Run:
     console: Console
     tracker: WandbTracker
     tables: SampleTables | None
+    texts: Texts | None
     stop: Stop
     watchdog: Watchdog
     modeling: ModelingConfig

@@ -21,6 +21,7 @@ __all__ = [
     "AfterStep",
     "BuildOptimizer",
     "Builder",
+    "Complete",
     "Generate",
     "LossFunction",
     "Metrics",
@@ -128,6 +129,7 @@ AfterStep = Callable[[View], "Values | None"]
 BuildOptimizer = Callable[["torch.nn.Module"], "Sequence[Mapping[str, Any]] | torch.optim.Optimizer"]
 AfterEvaluation = Callable[[View, Mapping[str, float]], "Values | None"]
 PredictSamples = Callable[["torch.nn.Module", Sequence[Any]], SamplePredictions]
+Complete = Callable[["torch.nn.Module", Sequence[str]], Sequence[str]]
 Generate = Callable[["torch.nn.Module", Mapping[str, Any]], "torch.Tensor"]
 LossFunction = Callable[[Any, "torch.Tensor | None", "torch.Tensor | None"], "torch.Tensor"]
 
@@ -156,6 +158,9 @@ class Task:
       model is the unwrapped one in eval mode, without gradients; samples are the first of an evaluation set, as the
       collator takes them. Runs on rank zero only. It may draw random numbers and switch the model's modes: both are
       put back.
+    - complete(model, prompts) -> a text for each: what --generate_steps shows. The model is the unwrapped one in eval
+      mode, without gradients. Runs on rank zero only, or on all if the model is sharded. It may draw random numbers and
+      switch the model's modes: both are put back.
     - after_step(view) -> values by name, or None: called on all ranks after each optimizer step, before what is due at
       it. Rank zero's values are recorded, once over all attempts of a run, in the row of the step's report or in one of
       their own: as NAME in the history, as train/NAME in the trackers. Numbers, also of numpy, and tensors without
@@ -186,6 +191,7 @@ class Task:
     sample: Callable[[torch.nn.Module], str] | None = None
     describe_predictions: Callable[[npt.NDArray[Any]], list[str]] | None = None
     predict_samples: PredictSamples | None = None
+    complete: Complete | None = None
     after_step: AfterStep | None = None
     logged_outputs: tuple[str, ...] = ()
     build_optimizer: BuildOptimizer | None = None

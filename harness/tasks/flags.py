@@ -9,6 +9,7 @@ from harness.config import Json, arg, at_least, choice, flags_of, section, toget
 from harness.errors import ConfigError
 from harness.tasks.image.flags import ImageClassificationFlags
 from harness.tasks.text.flags import (
+    GenerationFlags,
     LanguageModelFlags,
     Seq2SeqFlags,
     TextFlags,
@@ -126,6 +127,7 @@ class TaskConfig(
     ImageClassificationFlags,
     Seq2SeqFlags,
     TokenClassificationFlags,
+    GenerationFlags,
     LanguageModelFlags,
     TextFlags,
     SourceFlags,

@@ -33,7 +33,7 @@ def continued(model: torch.nn.Module, samples: Sequence[Mapping[str, Any]], *, t
     for batch in _batches(texts):
         prompts = [ids[: max(1, min(PROMPT_TOKENS, len(ids) // 2))] for ids in batch]
         rests = [ids[len(prompt) : len(prompt) + NEW_TOKENS] for ids, prompt in zip(batch, prompts, strict=True)]
-        found = _generated(model, prompts, max(len(rest) for rest in rests), tokenizer)
+        found = continuations(model, prompts, max(len(rest) for rest in rests), tokenizer)
         for prompt, rest, new in zip(prompts, rests, found, strict=True):
             shown = (prompt, rest, new[: len(rest)])
             rows.append([tokenizer.decode(ids, skip_special_tokens=True) for ids in shown])
@@ -167,7 +167,7 @@ def _batches(samples: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield samples[start : start + BATCH_SIZE]
 
 
-def _generated(
+def continuations(
     model: torch.nn.Module, prompts: Sequence[list[int]], num_tokens: int, tokenizer: Any
 ) -> list[list[int]]:
     """Return up to `num_tokens` tokens for each prompt; padding follows the end of a text."""

@@ -18,6 +18,7 @@ class Due:
     log: bool
     evaluate: bool
     save: bool
+    generate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Plan:
     logging_steps: int
     eval_steps: int
     save_steps: int
+    generate_steps: int | None = None
 
     def at_step(self, state: TrainState) -> Due:
         """Return what is due after an optimizer step."""
@@ -48,6 +50,7 @@ class Plan:
             or (config.logging_strategy == "steps" and step % self.logging_steps == 0),
             evaluate=config.eval_strategy == "steps" and late_enough and (last or step % self.eval_steps == 0),
             save=config.save_strategy == "steps" and (last or step % self.save_steps == 0),
+            generate=self.generate_steps is not None and step % self.generate_steps == 0,
         )
 
     def at_epoch_end(self, state: TrainState) -> Due:

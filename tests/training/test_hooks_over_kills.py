@@ -32,6 +32,8 @@ ARGUMENTS: dict[str, Any] = {
     "save_total_limit": 2,
     "wandb_log_model": "false",
     "resume_from_checkpoint": "auto",
+    "generate_steps": 25,
+    "generate_prompts": "weights",
 }
 
 
@@ -85,6 +87,11 @@ def test_each_value_is_there_once_and_is_that_of_a_run_that_was_left_alone(serve
     assert history(killed.output_dir) == expected
     assert rows(killed.output_dir) == rows(whole.output_dir)
     assert in_wandb(server, "killed") == in_wandb(server, "whole")
-    assert len(in_wandb(server, "killed")) == len(expected)
+    texts = [line["generated_texts"]["data"] for line in rows(killed.output_dir) if "generated_texts" in line]
+    assert [step for ((step, _, _),) in texts] == [*range(25, MAX_STEPS + 1, 25)]
+    assert sum("generated_texts._type" in row or "generated_texts" in row for row in in_wandb(server, "killed")) == len(
+        texts
+    )
+    assert len(in_wandb(server, "killed")) == len(expected) + len(texts)
     ours, theirs = ((each.output_dir / "model.safetensors").read_bytes() for each in (killed, whole))
     assert ours == theirs

@@ -18,6 +18,7 @@ from harness.tasks.pretrained import check_length, load_config, load_model, load
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import TokenAccuracy
 from harness.tasks.splits import Split, grouped, texts_of
+from harness.tasks.text.prompts import continuing
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def build(config: TaskConfig) -> Task:
         metrics=lambda: TokenAccuracy(shift=1),
         sample=lambda model: _continued(model, tokenizer, next(iter(shown))["input_ids"]),
         predict_samples=partial(continued, tokenizer=tokenizer) if hasattr(model, "generate") else None,
+        complete=continuing(config, tokenizer, model) if hasattr(model, "generate") else None,
     )
 
 

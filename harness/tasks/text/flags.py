@@ -43,6 +43,32 @@ class LanguageModelFlags:
             raise ConfigError(f"--mlm_probability={self.mlm_probability}: use a share between 0 and 1.")
 
 
+@section("generation", on_resume="free")
+@dataclass(frozen=True, kw_only=True)
+class GenerationFlags:
+    """What a model writes while it is trained; see --generate_steps."""
+
+    generate_steps: int | None = arg(
+        help="causal-lm, seq2seq: every N steps show what the model writes for the prompts, here and in W&B."
+    )
+    generate_prompts: list[str] | None = arg(help="The prompts: texts to continue, or to read (seq2seq).")
+    generate_prompts_file: str | None = arg(help="A txt file in their place, with a prompt in each line.")
+    generate_max_new_tokens: int = arg(64, "Most tokens to write for a prompt.")
+
+    def __post_init__(self) -> None:
+        at_least(1, generate_steps=self.generate_steps, generate_max_new_tokens=self.generate_max_new_tokens)
+        given = [name for name in ("generate_prompts", "generate_prompts_file") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError("--generate_prompts and --generate_prompts_file both give the prompts; give one of them.")
+        if self.generate_steps is not None and not given:
+            raise ConfigError(
+                f"--generate_steps={self.generate_steps} needs prompts: give --generate_prompts or "
+                "--generate_prompts_file."
+            )
+        if self.generate_steps is None and given:
+            raise ConfigError(f"--{given[0]} does nothing without --generate_steps; give both.")
+
+
 @section("token-classification")
 @dataclass(frozen=True, kw_only=True)
 class TokenClassificationFlags:

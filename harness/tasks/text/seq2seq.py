@@ -27,6 +27,7 @@ from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import IGNORED, TokenAccuracy
 from harness.tasks.scores.generated import TextScores, decoded
 from harness.tasks.splits import Split, Splits, as_text, column_names, require_tokens, texts_of
+from harness.tasks.text.prompts import answering
 
 # The example scripts' defaults.
 SOURCE_LENGTH, TARGET_LENGTH = 1024, 128
@@ -82,6 +83,7 @@ def build(config: TaskConfig) -> Task:
         generate=generate if config.predict_with_generate else None,
         describe_predictions=partial(_described, tokenizer=tokenizer) if config.predict_with_generate else None,
         predict_samples=partial(written, tokenizer=tokenizer, collate=collate, generate=generate),
+        complete=answering(config, tokenizer, most_tokens=lengths.source),
     )
 
 

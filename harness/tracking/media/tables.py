@@ -64,7 +64,7 @@ class SampleTables:
         warning, once, and its table is missing.
         """
         values: dict[str, Any] = {}
-        with _undisturbed(model, self._device), torch.no_grad():
+        with undisturbed(model, self._device), torch.no_grad():
             for suffix, dataset in self._sets.items():
                 model.eval()
                 try:
@@ -91,7 +91,7 @@ def _first(dataset: Any, count: int) -> list[Any]:
 
 
 @contextmanager
-def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Put back all generators, the modes of the modules, and how the model generates."""
     generators = rng.capture(device, world_size=2)  # of all devices: the model may be spread over them
     owned = [(module, name) for module in model.modules() for name in MODES if name in vars(module)]

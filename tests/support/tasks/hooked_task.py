@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -61,6 +61,12 @@ def returning(value: Any) -> Any:
         return value
 
     return return_it
+
+
+def complete(model: Any, prompts: Sequence[str]) -> list[str]:
+    """Numbers that say which weights the model has; it draws some at random too."""
+    torch.rand(3)
+    return [f"{prompt} {model.lm_head.weight.detach().double().sum().item()!r}" for prompt in prompts]
 
 
 ODD: dict[str, Any] = {
@@ -166,7 +172,7 @@ def build(config: TaskConfig) -> Task:
     if after_evaluation is not None:
         task = replace(task, after_evaluation=AFTER_EVALUATION[after_evaluation])
     model = WithPenalty(GPT2Config(**_shape(task.model), bos_token_id=0, eos_token_id=0))
-    return replace(task, model=model, logged_outputs=logged)
+    return replace(task, model=model, logged_outputs=logged, complete=complete)
 
 
 def _shape(model: Any) -> dict[str, Any]:

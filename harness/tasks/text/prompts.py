@@ -1,0 +1,100 @@
+"""The prompts of --generate_steps, and what a model writes for them: always the likeliest token, nothing is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from harness.errors import ConfigError
+from harness.tasks import Complete
+from harness.tasks.flags import TaskConfig
+from harness.tasks.predictions import BATCH_SIZE, continuations
+from harness.tasks.pretrained import longest_sequence
+
+# What a model needs to begin and to end a text, or to write it in a language.
+KEPT = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id"),
+)
+
+
+def prompts_of(config: TaskConfig) -> list[str]:
+    """Return the prompts of --generate_steps, [] without it. Raises ConfigError."""
+    if config.generate_steps is None:
+        return []
+    path = config.generate_prompts_file
+    if path is None:
+        flag, prompts = "generate_prompts", list(config.generate_prompts or ())
+    else:
+        flag = f"generate_prompts_file={path}"
+        try:
+            prompts = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--{flag} can't be read: {error}; give a txt file with a prompt in each line."
+            ) from error
+        prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ConfigError(f"--{flag}: {'there is no prompt' if not prompts else 'a prompt is empty'}; give some text.")
+    return prompts
+
+
+def continuing(config: TaskConfig, tokenizer: Any, model: Any) -> Complete:
+    """Return the function that continues prompts. Raises ConfigError for prompts that leave no room for a token."""
+    limit, most = longest_sequence(tokenizer, model.config), config.generate_max_new_tokens
+    for prompt in prompts_of(config):
+        if not 0 < (count := len(_ids(prompt, tokenizer))) < limit:
+            raise ConfigError(
+                f"--generate_prompts: {prompt!r} has {count} tokens, and the model takes up to {limit} with those that "
+                "it writes; use another prompt."
+            )
+
+    def complete(model: torch.nn.Module, prompts: Sequence[str]) -> list[str]:
+        texts: list[str] = []
+        for batch in _batches([_ids(prompt, tokenizer) for prompt in prompts]):
+            room = limit - max(len(ids) for ids in batch)
+            new = continuations(model, batch, min(most, room), tokenizer)
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
+
+    return complete
+
+
+def answering(config: TaskConfig, tokenizer: Any, *, most_tokens: int) -> Complete:
+    """Return the function that writes a text for each prompt that an encoder reads, --source_prefix before it."""
+    prefix, most = config.source_prefix or "", config.generate_max_new_tokens
+
+    def complete(model: Any, prompts: Sequence[str]) -> list[str]:
+        settings = model.generation_config
+        kept = {name: getattr(settings, name, None) for name in KEPT}
+        if kept["decoder_start_token_id"] is None:
+            kept["decoder_start_token_id"] = getattr(model.config, "decoder_start_token_id", None)
+        texts: list[str] = []
+        # Not passed as arguments: the model's own settings of sampling would be merged into them, or warned about.
+        model.generation_config = GenerationConfig(max_new_tokens=most, **kept)
+        try:
+            for batch in _batches([prefix + prompt for prompt in prompts]):
+                inputs = tokenizer(batch, padding=True, truncation=True, max_length=most_tokens, return_tensors="pt")
+                names = ("input_ids", "attention_mask")
+                given = {name: inputs[name].to(next(model.parameters()).device) for name in names}
+                texts += tokenizer.batch_decode(model.generate(**given, use_cache=True), skip_special_tokens=True)
+        finally:
+            model.generation_config = settings
+        return texts
+
+    return complete
+
+
+def _ids(prompt: str, tokenizer: Any) -> list[int]:
+    """Return a prompt's tokens, without one that would end the text."""
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _batches(items: Sequence[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(items), BATCH_SIZE):
+        yield list(items[start : start + BATCH_SIZE])
