@@ -15,6 +15,7 @@ from harness.tasks import Task
 from harness.train import main
 from tests.support.launching import DDP, needs_fsdp
 from tests.support.launching import FSDP2 as FSDP
+from tests.support.measuring.syncs import syncs
 from tests.support.parity import TRAINING, as_flags, assert_equal_weights, history, reset, run_harness
 from tests.support.two_processes import finished, rows, trained
 
@@ -160,6 +161,15 @@ def test_micro_batches_share_the_global_batch(tmp_path: Path) -> None:
         **{**quiet, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.0},
     )
     assert accumulated["penalty"] == pytest.approx((first["penalty"] + second["penalty"]) / 2, rel=1e-6)
+
+
+def test_logged_outputs_cost_no_wait_for_the_device(tmp_path: Path) -> None:
+    counts = []
+    for name, logged in (("without", []), ("with", ["penalty"])):
+        with syncs("cpu") as found:
+            trains(tmp_path / name, task_args={"logged": logged})
+        counts.append([len([each for each in found if each.within(part)]) for part in ("train_step", "report")])
+    assert counts[0] == counts[1]
 
 
 def test_a_window_that_a_save_divides_is_reported_to_the_bit(tmp_path: Path) -> None:
