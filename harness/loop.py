@@ -82,8 +82,7 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
     for i, (batch, share) in enumerate(zip(window, shares, strict=True), start=1):
         with run.stepper.micro_batch(is_last=i == len(window)):
             loss, outputs = run.loss(run.model, batch, share)
-            # Each micro-batch of each rank has an equal share of the global batch.
-            run.window.add_outputs(outputs, share=1 / (len(window) * run.accelerator.num_processes))
+            run.window.add_outputs(outputs, part=share.part)
             run.stepper.backward(loss)
         run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
         run.work.add(batch)

@@ -163,8 +163,8 @@ class Task:
       switch the model's modes: both are put back.
     - after_step(view) -> values by name, or None: called on all ranks after each optimizer step, before what is due at
       it. Rank zero's values are recorded, once over all attempts of a run, in the row of the step's report or in one of
-      their own: as NAME in the history, as train/NAME in the trackers. Numbers, also of numpy, and tensors without
-      dimensions. What it remembers from step to step is lost with the process, unless it is a buffer of the model.
+      their own: as NAME in the history, as train/NAME in the trackers. Numbers, also of numpy, and tensors of one
+      element. What it remembers from step to step is lost with the process, unless it is a buffer of the model.
     - after_evaluation(view, metrics) -> values by name, or None: called on all ranks after each evaluation of a set, by
       --do_eval too, while the model is in eval mode. `metrics` are those of the set, named as in its row; the values
       join that row, NAME as eval_NAME (of several sets eval_<name>_NAME). --metric_for_best_model can't name them, as

@@ -13,7 +13,7 @@ from harness.tasks import Builder, Task, TaskConfig
 # What is called of a task, where it is given.
 FUNCTIONS = (
     *("compute_loss_func", "check", "metrics", "generate", "sample"),
-    *("describe_predictions", "predict_samples"),
+    *("describe_predictions", "predict_samples", "complete", "after_step", "after_evaluation", "build_optimizer"),
 )
 
 

@@ -97,7 +97,7 @@ class Hooks:
             number = _number(value)
             if number is None:
                 raise ConfigError(
-                    f"{start} {_described(value)} as {name}; a value is a number or a tensor without dimensions."
+                    f"{start} {_described(value)} as {name}; a value is a number or a tensor of one element."
                 )
             if not math.isfinite(number) and name not in self._has_warned:
                 logger.warning("%s %s as %s; it is recorded as it is.", start, number, name)
@@ -133,9 +133,9 @@ def _names(logged_outputs: Sequence[str]) -> tuple[str, ...]:
 def _number(value: Any) -> float | None:
     """Return a number of Python's; None if it is none. Collective for a scalar that FSDP2 has spread over the ranks."""
     if isinstance(value, torch.Tensor):
-        value = joined(value.detach()).item() if value.dim() == 0 else None
+        value = joined(value.detach()).item() if value.numel() == 1 else None
     elif isinstance(value, np.generic | np.ndarray):
-        value = value.item() if value.ndim == 0 else None
+        value = value.item() if value.size == 1 else None
     if isinstance(value, bool):
         return int(value)
     return value if isinstance(value, int | float) else None

@@ -24,7 +24,7 @@ class Window:
 
     Mirrors the Trainer's `_tr_loss` and its filter: a loss that is not finite counts as the sum so far divided by 1 +
     the steps since the report. The number of such losses is kept too, and of `logged_outputs`, names of scalars among
-    the model's outputs, the sums over this rank's part of the global batches.
+    the model's outputs, the sums over this rank's parts of the global batches, weighted as the loss is.
     """
 
     def __init__(self, accelerator: Accelerator, config: MetricsConfig, logged_outputs: tuple[str, ...] = ()) -> None:
@@ -43,14 +43,18 @@ class Window:
             loss = torch.where(finite, loss, self.sums[0] / (1 + steps_since_report))
         self.sums += torch.stack([loss.float(), (~finite).float()])
 
-    def add_outputs(self, outputs: Any, *, share: torch.Tensor | float) -> None:
+    def add_outputs(self, outputs: Any, *, part: torch.Tensor | float) -> None:
         """
-        Add the logged outputs of a micro-batch, which is this share of the global batch, without a host sync.
+        Add the logged outputs of a micro-batch, which is this part of the global batch, without a host sync.
 
         Raises ConfigError for a name that is not among the outputs, or is no scalar.
         """
         for name, total in self.outputs.items():
-            total += share * _scalar(outputs, name)
+            value = _scalar(outputs, name) * part
+            if isinstance(part, torch.Tensor):
+                value = torch.where(part > 0, value, 0.0)  # without a target it may be no number
+            if isinstance(part, torch.Tensor) or part > 0:
+                total += value
 
     def values(self) -> dict[str, torch.Tensor | float]:
         """Return this rank's numbers, for a report to gather: no host sync."""
@@ -95,14 +99,14 @@ class Window:
         """Load what `state_dict` returned; a logged output that it lacks begins at zero."""
         self.sums.copy_(saved["sums"])
         for name, total in self.outputs.items():
-            total.copy_(saved.get("outputs", {}).get(name, torch.zeros(())))
+            total.copy_(torch.as_tensor(saved.get("outputs", {}).get(name, 0.0)))
         self.grad_norm, self.learning_rate = saved["grad_norm"], saved["learning_rate"]
 
     def load_state_dicts(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """
         Load the windows of all ranks of a run with another number of ranks: the next report has the values of theirs.
 
-        Each rank gets the mean of their losses; losses that were not finite are counted on rank zero only, and so are
+        Each rank gets the mean of their losses. Losses that were not finite are counted on rank zero only, and so are
         the logged outputs, of which a report takes the sum.
         """
         sums = torch.stack([state["sums"] for state in saved])

@@ -25,7 +25,8 @@ class WithPenalty(GPT2LMHeadModel):
     # Named, so that no column is taken for unused.
     def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> dict[str, Any]:
         found = dict(super().forward(input_ids, attention_mask=attention_mask, labels=labels, **kwargs))
-        penalty = found["logits"].float().logsumexp(-1).square().mean()
+        counted = torch.ones_like(input_ids[:, 1:]) if labels is None else labels[:, 1:] != -100
+        penalty = found["logits"][:, :-1].float().logsumexp(-1).square()[counted > 0].mean()
         further = {"rows": found["logits"].mean(-1), "nothing": None} if self.training else {}
         return {**found, "penalty": penalty, **further}
 
@@ -72,7 +73,7 @@ def complete(model: Any, prompts: Sequence[str]) -> list[str]:
 ODD: dict[str, Any] = {
     "a number": 0.5,
     "a text": {"name": "0.5"},
-    "a vector": {"name": torch.zeros(1)},
+    "a vector": {"name": torch.zeros(2)},
     "no text": {3: 0.5},
     "loss": {"loss": 0.5},
     "step": {"step": 3},
@@ -80,7 +81,12 @@ ODD: dict[str, Any] = {
     "train/loss": {"train/loss": 0.5},
     "penalty": {"penalty": 0.5},
     "nan": {"name": float("nan"), "other": np.float32("inf")},
-    "types": {"half": torch.tensor(0.5, dtype=torch.bfloat16), "whole": np.array(3), "flag": np.bool_(True), "a/b": 1},
+    "types": {
+        "half": torch.tensor([0.5], dtype=torch.bfloat16),
+        "whole": np.array(3),
+        "flag": np.bool_(True),
+        "a/b": 1,
+    },
 }
 
 
