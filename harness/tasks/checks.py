@@ -18,7 +18,7 @@ FUNCTIONS = (
 
 
 def build_task(config: TaskConfig, builder: Builder) -> Task:
-    """Call the builder, that of --task or one that was given. Raises ConfigError, which names it, if it returns no usable Task."""
+    """Call the builder of --task, or one that was given. Raises ConfigError, which names it, for no usable Task."""
     flag = f"--task={config.task}"
     if not callable(builder):
         raise ConfigError(f"{flag} is no function but {_shown(builder)}; name one that takes a TaskConfig.")
