@@ -130,7 +130,8 @@ def _evaluator(config: Config, task: Task, hooks: Hooks, loss: Loss) -> Evaluato
 
 
 def _build(task_config: TaskConfig, builder: Builder | None, console: ConsoleConfig, accelerator: Accelerator) -> Task:
-    builder = builder or resolve(task_config.task)
+    if builder is None:
+        resolve(task_config.task)
     # A second time, for the libraries that the task has imported.
     set_up_logging(console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
     return build_task(task_config, builder)

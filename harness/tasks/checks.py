@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from harness.errors import ConfigError
-from harness.tasks import Builder, Task, TaskConfig
+from harness.tasks import Builder, Task, TaskConfig, resolve
 
 # What is called of a task, where it is given.
 FUNCTIONS = (
@@ -17,9 +17,14 @@ FUNCTIONS = (
 )
 
 
-def build_task(config: TaskConfig, builder: Builder) -> Task:
-    """Call the builder of --task, or one that was given. Raises ConfigError, which names it, for no usable Task."""
-    flag = f"--task={config.task}"
+def build_task(config: TaskConfig, builder: Builder | None = None) -> Task:
+    """
+    Call the builder of --task, or the one that harness.run has made of its arguments.
+
+    Raises ConfigError, which names it, if it returns no usable Task.
+    """
+    flag = f"--task={config.task}" if builder is None else "harness.run"
+    builder = resolve(config.task) if builder is None else builder
     if not callable(builder):
         raise ConfigError(f"{flag} is no function but {_shown(builder)}; name one that takes a TaskConfig.")
     try:
@@ -38,11 +43,6 @@ def check_task(task: Task, given: str) -> None:
     """Raise ConfigError, which begins with what was `given`, for a field that is something else than it must be."""
     if not isinstance(task.model, torch.nn.Module):
         raise ConfigError(f"{given}: model is {_shown(task.model)}; give a torch.nn.Module.")
-    if getattr(task.model, "is_distributed_loading_by_transformers", False):
-        raise ConfigError(
-            f"{given}: the model was sharded when it was loaded (distributed_config), which could not be resumed; load "
-            "it whole, and let launch_configs/fsdp2.yaml shard it."
-        )
     if not callable(task.data_collator):
         raise ConfigError(
             f"{given}: data_collator is {_shown(task.data_collator)}; give a function from a list of samples to a "
