@@ -118,6 +118,25 @@ def test_a_window_of_other_ranks_is_reported_as_theirs(ranks: int, accelerator: 
     assert sum(report[1] for report in reports) == 3, "each loss that was not finite is counted once"
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_logged_outputs_of_other_ranks_are_reported_as_theirs(ranks: int, accelerator: Accelerator) -> None:
+    """Of two steps on two ranks, whose micro-batches were 3/4 and 1/4 of the global batch; one had no target."""
+    saved = []
+    for value, part in ((2.0, torch.tensor(0.75)), (6.0, torch.tensor(0.25))):
+        found = Window(accelerator, MetricsConfig(), ("penalty",))
+        for _ in range(2):
+            found.add_outputs({"penalty": torch.tensor(value, dtype=torch.bfloat16)}, part=part)
+        found.add_outputs({"penalty": torch.tensor(math.nan)}, part=torch.tensor(0.0))
+        saved.append(found.state_dict())
+    of_ranks = []
+    for rank in range(ranks):
+        found = Window(accelerator, MetricsConfig(), ("penalty",))
+        found.accelerator = SimpleNamespace(is_main_process=rank == 0)  # type: ignore[assignment]
+        found.load_state_dicts(saved)
+        of_ranks.append({name: float(value) for name, value in found.values().items()})
+    assert found.mean_outputs(of_ranks, num_steps=2) == {"penalty": 3.0}
+
+
 def test_saved_window_does_not_change_with_later_steps(accelerator: Accelerator) -> None:
     found = window(accelerator, FINITE, True)
     saved = found.state_dict()
