@@ -30,7 +30,7 @@ from harness.session import Run, Session
 from harness.slurm import time_limit_at
 from harness.tasks import Builder, Task, TaskConfig, resolve
 from harness.tasks.checks import build_task
-from harness.tasks.text.prompts import prompts_of
+from harness.tasks.text.flags import prompts_of
 from harness.tracking import WandbTracker
 from harness.tracking.media.tables import SampleTables
 from harness.tracking.media.texts import Texts

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 HARNESS = ROOT / "harness"
 HEAVY = {"PIL", "datasets", "deepspeed", "pandas", "peft", "scipy", "sklearn", "wandb"}
 # The tasks that read rows with `datasets`, and what a caller imports once it knows that it wants one of them.
-READ_ROWS = {f"tasks/{name}.py" for name in ("delimited", "image/classification", "quickstart", "rows", "splits")}
+READ_ROWS = {
+    *(f"tasks/{name}.py" for name in ("arrow_cache", "delimited", "image/classification", "json_rows", "quickstart")),
+    *("tasks/rows.py", "tasks/splits.py"),
+}
 
 # What Accelerate and Transformers load by themselves: the last two lines are what every training has from them, and
 # load peft (the schedules, the alignment of special tokens) and DeepSpeed (to save a model) where these are installed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from harness.config import arg, at_least, section
 from harness.errors import ConfigError
@@ -106,3 +107,24 @@ class Seq2SeqFlags:
             generation_max_length=self.generation_max_length,
             generation_num_beams=self.generation_num_beams,
         )
+
+
+def prompts_of(config: GenerationFlags) -> list[str]:
+    """Return the prompts of --generate_steps, [] without it. Raises ConfigError."""
+    if config.generate_steps is None:
+        return []
+    path = config.generate_prompts_file
+    if path is None:
+        flag, prompts = "generate_prompts", list(config.generate_prompts or ())
+    else:
+        flag = f"generate_prompts_file={path}"
+        try:
+            prompts = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--{flag} can't be read: {error}; give a txt file with a prompt in each line."
+            ) from error
+        prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ConfigError(f"--{flag}: {'there is no prompt' if not prompts else 'a prompt is empty'}; give some text.")
+    return prompts

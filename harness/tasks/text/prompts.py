@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,33 +13,13 @@ from harness.tasks import Complete
 from harness.tasks.flags import TaskConfig
 from harness.tasks.predictions import BATCH_SIZE, continuations
 from harness.tasks.pretrained import longest_sequence
+from harness.tasks.text.flags import prompts_of
 
 # What a model needs to begin and to end a text, or to write it in a language.
 KEPT = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("forced_bos_token_id", "forced_eos_token_id"),
 )
-
-
-def prompts_of(config: TaskConfig) -> list[str]:
-    """Return the prompts of --generate_steps, [] without it. Raises ConfigError."""
-    if config.generate_steps is None:
-        return []
-    path = config.generate_prompts_file
-    if path is None:
-        flag, prompts = "generate_prompts", list(config.generate_prompts or ())
-    else:
-        flag = f"generate_prompts_file={path}"
-        try:
-            prompts = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--{flag} can't be read: {error}; give a txt file with a prompt in each line."
-            ) from error
-        prompts = [prompt for prompt in prompts if prompt.strip()]
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ConfigError(f"--{flag}: {'there is no prompt' if not prompts else 'a prompt is empty'}; give some text.")
-    return prompts
 
 
 def continuing(config: TaskConfig, tokenizer: Any, model: Any) -> Complete:
