@@ -53,13 +53,18 @@ class Ended:
     err: str
 
 
-def run(command: Sequence[str], *, cwd: Path = ROOT, forked: bool = True, **variables: str) -> Ended:
-    """Run it to the end, without what a launch or W&B left in the environment."""
+def run(
+    command: Sequence[str], *, cwd: Path = ROOT, forked: bool = True, seconds: float = SECONDS, **variables: str
+) -> Ended:
+    """Run it to the end, within `seconds`, without what a launch or W&B left in the environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
-    return finish(command, cwd, {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}, forked=forked)
+    env = {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return finish(command, cwd, env, forked=forked, seconds=seconds)
 
 
-def finish(command: Sequence[str], cwd: Path, env: Mapping[str, str], *, forked: bool = True) -> Ended:
+def finish(
+    command: Sequence[str], cwd: Path, env: Mapping[str, str], *, forked: bool = True, seconds: float = SECONDS
+) -> Ended:
     """
     Run it to the end; a launch that hangs is ended with all its processes.
 
@@ -71,7 +76,7 @@ def finish(command: Sequence[str], cwd: Path, env: Mapping[str, str], *, forked:
         else:
             process = start(command, env=env, cwd=cwd, out=out, err=err)
         try:
-            code = process.wait(SECONDS)
+            code = process.wait(seconds)
         finally:
             if process.poll() is None:
                 # Ranks have groups of their own.
