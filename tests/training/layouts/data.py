@@ -69,8 +69,9 @@ def measured(dice: torch.Generator) -> Sample:
 
 
 def asked(dice: torch.Generator) -> Sample:
-    tokens = _tokens(dice)
-    start = torch.randint(0, len(tokens) - 1, (1,), generator=dice)[0]
+    """Of one length: BERT looks for an answer in the padding too, so a sample's loss depends on the batch's longest."""
+    tokens = torch.randint(2, VOCABULARY, (LONGEST,), generator=dice)
+    start = torch.randint(0, LONGEST - 1, (1,), generator=dice)[0]
     return {"input_ids": tokens, "start_positions": start, "end_positions": start + 1}
 
 
