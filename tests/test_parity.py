@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.parity import (
+    AS_TRAINER,
     CASES,
     EVERY_4,
     EVERY_EPOCH,
@@ -33,6 +34,42 @@ def test_history_and_weights_are_the_trainers(name: str, tmp_path: Path) -> None
     run_harness(tmp_path / "ours", arguments)
     assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
     assert keys_of_history(tmp_path / "trainer") == keys_of_history(tmp_path / "ours")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keys() >= AS_TRAINER.keys()])
+def test_by_default_the_loss_of_evaluations_alone_is_another(name: str, tmp_path: Path) -> None:
+    by_default = {name: value for name, value in {**TRAINING, **CASES[name]}.items() if name not in AS_TRAINER}
+    run_trainer(tmp_path / "trainer", by_default)
+    run_harness(tmp_path / "ours", by_default)
+    assert_equal_weights(tmp_path / "trainer", tmp_path / "ours")
+    expected, found = history(tmp_path / "trainer"), history(tmp_path / "ours")
+    assert any("eval_loss" in event for event in expected)
+    for theirs, event in zip(expected, found, strict=True):
+        assert {name for name in theirs if event[name] != theirs[name]} == {"eval_loss"} & theirs.keys()
+        assert event.get("eval_loss", 0.0) == pytest.approx(theirs.get("eval_loss", 0.0), rel=2e-3)
+
+
+def test_accumulation_multiplies_the_loss_of_a_bert_as_in_the_trainer_on_request_only(tmp_path: Path) -> None:
+    of_bert = {"task_args": {"case": "BERT, sequence classification", "size": 37}}
+    given: dict[str, Any] = {"task": "tests.training.layouts.tasks:build", "task_config": of_bert}
+    whole = {**TRAINING, "max_steps": 10, "eval_strategy": "steps", "eval_steps": 5}
+    split = {**whole, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    run_trainer(tmp_path / "whole", whole, **given)
+    run_trainer(tmp_path / "split", split, **given)
+    run_harness(tmp_path / "on request", {**split, **AS_TRAINER}, **given)
+    run_harness(tmp_path / "default", split, **given)
+    run_harness(tmp_path / "default, whole", whole, **given)
+    assert_equal_runs(tmp_path / "split", tmp_path / "on request")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "default, whole")
+    expected, found = history(tmp_path / "whole"), history(tmp_path / "default")
+    # total_flos counts padding, which is another in smaller batches.
+    assert found[:-1] == [pytest.approx(event, rel=1e-5) for event in expected[:-1]]
+    doubled = history(tmp_path / "split")[0]
+    assert [doubled[name] for name in ("loss", "grad_norm")] == [
+        pytest.approx(2 * expected[0][name], rel=1e-5) for name in ("loss", "grad_norm")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +129,7 @@ def test_checkpoints_hold_the_trainers_files_and_state(tmp_path: Path) -> None:
             "eval_steps": 4,
             "metric_for_best_model": "loss",
             "include_num_input_tokens_seen": "all",
+            **AS_TRAINER,
         },
     ],
     ids=lambda options: ", ".join(options) or "plain",

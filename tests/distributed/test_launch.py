@@ -21,13 +21,14 @@ from harness.errors import ConfigError
 from harness.train import main
 from tests.support.faulty_training import Training
 from tests.support.launching import DDP, PLAIN, ROOT, SCRIPT, flags, launcher, run, torchrun
-from tests.support.parity import TRAINING, assert_equal_runs, history
+from tests.support.parity import AS_TRAINER, TRAINING, assert_equal_runs, history
 from tests.support.wandb.file import read_all
 from tests.support.wandb_server import WandbServer
 
-# Two processes, and 117 samples: the last round is filled up.
+# Two processes, and 117 samples: the Trainer fills the last round up with samples that count again.
 ARGUMENTS = {
     **TRAINING,
+    **AS_TRAINER,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "num_train_epochs": 1,

@@ -38,9 +38,11 @@ TRAINING: dict[str, Any] = {
     "seed": 42,
     "save_strategy": "no",
 }
+# The Trainer's eval_loss is a mean of means over batches, whatever they hold; by default ours is of all tokens.
+AS_TRAINER = {"loss_scaling": "trainer"}
+EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", **AS_TRAINER}
+EVERY_4 = {"eval_strategy": "steps", "eval_steps": 4, **AS_TRAINER}
 # Settings whose numbers must be the Trainer's.
-EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-EVERY_4 = {"eval_strategy": "steps", "eval_steps": 4}
 CHECKPOINTING = "activation_checkpointing" if release("transformers") >= (5, 23) else "gradient_checkpointing"
 CASES: dict[str, dict[str, Any]] = {
     "dropout, padding, masked labels": {},
@@ -130,6 +132,7 @@ def run_trainer(
 ) -> Trainer:
     """The reference: seed, build, and let the Trainer do it; as Transformers' example scripts."""
     reset()
+    arguments = {name: value for name, value in arguments.items() if name not in AS_TRAINER}
     arguments = TrainingArguments(
         output_dir=str(folder), use_cpu=device == "cpu", report_to="none", disable_tqdm=True, **arguments
     )
