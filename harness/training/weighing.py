@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any, TypeGuard
 
 import torch
@@ -25,6 +25,8 @@ FAR, NOTHING = 2**40, 1e-5
 # How far a loss may be from what a weight makes of its parts'. In half precision, and with kernels that differ by the
 # size of the batch, a small model's first losses are all alike within that: then the likeliest weight is taken.
 EXACT, ROUGH = (1e-6, 1e-5), (5e-3,)
+# Shares of a sample's targets that are left out, until what may weigh divides its batch in other proportions.
+HIDDEN = (1 / 2, 1 / 4, 3 / 4)
 
 
 class Repeated(dict[str, Any]):
@@ -129,15 +131,19 @@ class Targets:
         counts = self.of(batch, shifted=self.shifts).ne(-100).flatten(1).sum(1).tolist()
         return sorted(((i, count) for i, count in enumerate(counts) if count > 0), key=lambda each: -each[1])
 
-    def unequal(self, batch: Batch, *, ignores: bool) -> dict[str, Any]:
-        """Return at least two samples, of which the first has fewer targets, if -100 may be put in or is there."""
+    def unequal(self, batch: Batch, *, ignores: bool, hidden: float) -> dict[str, Any]:
+        """
+        Return at least two samples, of which the first has fewer targets, if -100 may be put in or is there.
+
+        `hidden` is the share that it loses.
+        """
         marked = take(batch, range(rows(batch)) if rows(batch) > 1 else (0, 0))
         for name in (self.name, "shift_labels"):
             if are_tokens(labels := marked.get(name)) and (ignores or bool((labels == -100).any())):
                 labels = labels.clone()
                 counted = labels[0].ne(-100)
                 number = counted.flatten().cumsum(0).view_as(counted)
-                labels[0] = torch.where(number <= counted.sum() // 2, -100, labels[0])
+                labels[0] = torch.where(number <= (counted.sum() * hidden).long(), -100, labels[0])
                 marked[name] = labels
         return marked
 
@@ -180,10 +186,13 @@ class Probe:
         Returns None where these samples can't tell, and why it is none of the candidates; empty if it is one.
         """
         names = self.targets.candidates(few)
-        marked = self.targets.unequal(few, ignores=self.ignores)
-        parts = (take(marked, [0]), take(marked, range(1, rows(marked))))
-        weights = {by: tuple(int(self.targets.weight(part, by)) for part in parts) for by in names}
-        if are_tokens(few.get(self.targets.name)) and _are_alike(weights[names[0]], weights[SAMPLES]):
+        for hidden in HIDDEN:
+            marked = self.targets.unequal(few, ignores=self.ignores, hidden=hidden)
+            parts = (take(marked, [0]), take(marked, range(1, rows(marked))))
+            weights = {by: tuple(int(self.targets.weight(part, by)) for part in parts) for by in names}
+            if not are_tokens(few.get(self.targets.name)) or not _are_alike(weights):
+                break
+        else:
             return None, ""
         far = int(self.targets.weight(few, names[0])) * FAR
         try:
@@ -199,8 +208,12 @@ class Probe:
         return BATCHES, f"the loss of a batch is no mean of its parts' by {' nor by '.join(names)}"
 
 
-def _are_alike(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return one[0] * other[1] == one[1] * other[0]
+def _are_alike(weights: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether two weights divide a whole alike; tokens and shifted tokens may be the same."""
+    return any(
+        one[0] * other[1] == one[1] * other[0] and (one != other or SAMPLES in (name, by))
+        for (name, one), (by, other) in combinations(weights.items(), 2)
+    )
 
 
 @contextmanager

@@ -312,3 +312,12 @@ def test_samples_that_stay_alike_are_looked_at_a_few_times_only() -> None:
         assert loss.weighing is None
         loss.shares(model, [alike])
     assert loss.weighing == mean_of(TOKENS)
+
+
+def test_shifted_tokens_that_divide_a_batch_as_its_samples_do_are_not_taken_for_them() -> None:
+    model, batch, loss = made("own sum and mean")
+    few = take(batch, [0, 2, 4, 7])
+    # With half of the first's eight left out: 4 and 15 tokens, 4 and 12 without each sample's first, 1 and 3 samples.
+    few["labels"] = torch.where(torch.arange(12) < torch.tensor([8, 5, 5, 5]).unsqueeze(1), few["input_ids"], -100)
+    loss.shares(model, [few])
+    assert loss.weighing == CASES["own sum and mean"][-1]
