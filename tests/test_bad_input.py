@@ -138,7 +138,10 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
         lambda i: train_file(i, "text.docx", "x"),
         ("--train_file=.*text.docx", "unknown format '.docx'; use one of .csv"),
     ),
-    "broken json": (lambda i: train_file(i, "bad.jsonl", '{"text": \n'), ("bad.jsonl, line 2, can't be read: .*; correct it",)),
+    "broken json": (
+        lambda i: train_file(i, "bad.jsonl", '{"text": \n'),
+        ("bad.jsonl, line 2, can't be read: .*; correct it",),
+    ),
     "too little text": (lambda i: train_file(i, "few.txt", "a\n"), ("--train_file=.*few.txt", "lower --block_size")),
     "missing column": (
         lambda i: [*i.labels, "--text_column_names=sentence"],
