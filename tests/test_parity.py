@@ -21,6 +21,7 @@ from tests.support.parity import (
     needs_trainer,
     run_harness,
     run_trainer,
+    without_ours,
 )
 
 pytestmark = needs_trainer
@@ -40,7 +41,7 @@ def test_history_and_weights_are_the_trainers(name: str, tmp_path: Path) -> None
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keys() >= AS_TRAINER.keys()])
 def test_by_default_the_loss_of_evaluations_alone_is_another(name: str, tmp_path: Path) -> None:
-    by_default = {name: value for name, value in {**TRAINING, **CASES[name]}.items() if name not in AS_TRAINER}
+    by_default = without_ours({**TRAINING, **CASES[name]})
     run_trainer(tmp_path / "trainer", by_default)
     run_harness(tmp_path / "ours", by_default)
     assert_equal_weights(tmp_path / "trainer", tmp_path / "ours")

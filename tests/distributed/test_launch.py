@@ -21,7 +21,7 @@ from harness.errors import ConfigError
 from harness.train import main
 from tests.support.faulty_training import Training
 from tests.support.launching import DDP, PLAIN, ROOT, SCRIPT, flags, launcher, run, torchrun
-from tests.support.parity import AS_TRAINER, TRAINING, assert_equal_runs, history
+from tests.support.parity import AS_TRAINER, TRAINING, assert_equal_runs, history, without_ours
 from tests.support.wandb.file import read_all
 from tests.support.wandb_server import WandbServer
 
@@ -70,6 +70,24 @@ def test_two_processes_are_the_trainer_on_two(trainers: Path, ours: Path) -> Non
     assert processes_of(ours) == 2
     assert any("eval_loss" in entry for entry in history(ours))
     assert_equal_runs(trainers, ours)
+
+
+@pytest.mark.slow
+def test_by_default_the_loss_of_evaluations_and_of_a_step_that_is_filled_up_are_others(
+    trainers: Path, tmp_path: Path
+) -> None:
+    by_default = without_ours(ARGUMENTS)
+    folder = tmp_path / "out"
+    ended = run([*launcher(DDP), SCRIPT, *flags(folder, {**by_default, "expect_num_processes": 2})])
+    assert ended.code == 0, ended.err[-3000:]
+    others = {
+        (event["step"], name)
+        for theirs, event in zip(history(trainers), history(folder), strict=True)
+        for name in theirs
+        if event[name] != theirs[name]
+    }
+    of_the_last_step = {(8, name) for name in ("loss", "grad_norm", "eval_loss", "total_flos", "train_loss")}
+    assert others == {(4, "eval_loss"), *of_the_last_step}
 
 
 def test_each_rank_has_its_generators_in_a_checkpoint(ours: Path) -> None:

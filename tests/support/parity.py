@@ -115,6 +115,11 @@ def as_flags(arguments: Mapping[str, Any]) -> list[str]:
     return flags
 
 
+def without_ours(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What TrainingArguments takes."""
+    return {name: value for name, value in arguments.items() if name not in AS_TRAINER}
+
+
 def reset() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -132,9 +137,12 @@ def run_trainer(
 ) -> Trainer:
     """The reference: seed, build, and let the Trainer do it; as Transformers' example scripts."""
     reset()
-    arguments = {name: value for name, value in arguments.items() if name not in AS_TRAINER}
     arguments = TrainingArguments(
-        output_dir=str(folder), use_cpu=device == "cpu", report_to="none", disable_tqdm=True, **arguments
+        output_dir=str(folder),
+        use_cpu=device == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        **without_ours(arguments),
     )
     set_seed(arguments.seed)
     built = resolve(task)(TaskConfig(task=task, **(task_config or {})))

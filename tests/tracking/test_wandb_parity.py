@@ -33,8 +33,8 @@ from harness.tracking.recorded import run_config
 from tests.support.forking import Forked, fork
 from tests.support.inputs import save_gpt_tokenizer
 from tests.support.launching import DDP, launcher
+from tests.support.parity import AS_TRAINER, TRAINING, as_flags, without_ours
 from tests.support.parity import CASES as SETTINGS
-from tests.support.parity import TRAINING, as_flags
 from tests.support.wandb import pair as wandb_pair
 from tests.support.wandb import seen as wandb_seen
 from tests.support.wandb.artifact_processes import environment
@@ -50,7 +50,7 @@ BOTH: dict[str, Any] = {**TRAINING, "num_train_epochs": 2.0, "learning_rate": 1e
 # Histograms are due at step 100, whose row is that of step 120; the best evaluation is not the last.
 LONG = {"num_train_epochs": 8.0, "logging_steps": 30}
 SAVES = {"save_strategy": "steps", "save_steps": 15}
-EVALUATES = {**SAVES, "eval_strategy": "steps", "eval_steps": 15}
+EVALUATES = {**SAVES, "eval_strategy": "steps", "eval_steps": 15, **AS_TRAINER}
 LOG_MODEL, WATCH = ("false", "end", "checkpoint"), ("false", "gradients", "parameters", "all")
 
 
@@ -449,7 +449,8 @@ def test_config_of_other_settings_is_the_trainers(name: str) -> None:
     settings = {**BOTH, **{**SETTINGS, **own}[name]}
     config = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8, bos_token_id=0, eos_token_id=0)
     model = wandb_pair.parity_task.GPT2LMHeadModel(config)
-    arguments = TrainingArguments(output_dir="out", use_cpu=True, report_to="wandb", disable_tqdm=True, **settings)
+    options = {"use_cpu": True, "report_to": "wandb", "disable_tqdm": True, **without_ours(settings)}
+    arguments = TrainingArguments(output_dir="out", **options)
     flags = as_flags({"task": wandb_pair.TASK, "output_dir": "out", "report_to": "wandb", **settings})
     ours = run_config(model, parse([*flags, "--use_cpu", "--disable_tqdm"]).flat())
     theirs = run_config(model, arguments.to_dict())  # in JSON's types

@@ -24,7 +24,7 @@ from harness.config import Json
 from harness.tasks import Task, TaskConfig
 from harness.tracking.client import separate_randomness
 from harness.train import main as train
-from tests.support.parity import as_flags, reset
+from tests.support.parity import as_flags, reset, without_ours
 from tests.support.tasks import parity_task
 
 TASK = "tests.support.wandb.pair:build"
@@ -55,7 +55,8 @@ def build(config: TaskConfig) -> Task:
 def by_trainer(folder: Path, arguments: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> None:
     """As Transformers' example scripts do it."""
     reset()
-    given = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="wandb", disable_tqdm=True, **arguments)
+    options = {"use_cpu": True, "report_to": "wandb", "disable_tqdm": True, **without_ours(arguments)}
+    given = TrainingArguments(output_dir=str(folder), **options)
     set_seed(given.seed)
     if adapter is None:
         task = build(TaskConfig(task=TASK))
