@@ -99,7 +99,7 @@ def _run(config: Config, builder: Builder | None) -> Result:
     return result
 
 
-def run_on(accelerator: Accelerator, config: Config, lock: Lock, builder: Builder | None) -> Result:
+def run_on(accelerator: Accelerator, config: Config, lock: Lock, builder: Builder | None = None) -> Result:
     """Collective: find the checkpoint, build the run, train, evaluate, show the results."""
     backend = choose_backend(accelerator)
     set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)

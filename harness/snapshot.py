@@ -272,8 +272,9 @@ class Optimizer:
         was, now = saved.shared.get("optim", self.run.optimizer_name), self.run.optimizer_name
         interchangeable = {"adamw_torch", "adamw_torch_fused"}
         if was != now and not {was, now} <= interchangeable:
+            kind = "the optimizer" if " " in f"{was}{now}" else "--optim"
             raise ConfigError(
-                f"{saved.path} was saved with the optimizer {was}, not {now}: its state does not fit; give {was}."
+                f"{saved.path} was saved with {kind} {was}, not {now}: its state does not fit; give {was}."
             )
         stage, num_processes = self.run.backend.zero_stage, self.run.accelerator.num_processes
         was_stage = saved.shared.get("zero_stage", int((saved.path / LATEST_FILE).is_file()))

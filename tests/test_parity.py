@@ -108,7 +108,7 @@ def test_checkpoints_hold_the_trainers_files_and_state(tmp_path: Path) -> None:
         names = {path.name for path in ours.iterdir()}
         # Its arguments are pickled: nobody can load them safely, and no resume needs them.
         assert {path.name for path in theirs.iterdir()} - names == {"training_args.bin"}
-        assert names - {path.name for path in theirs.iterdir()} == {"harness_state.json"}
+        assert names - {path.name for path in theirs.iterdir()} == {"harness_state.json", "metrics.jsonl"}
         a, b = (json.loads((folder / "trainer_state.json").read_text()) for folder in (theirs, ours))
         for state in (a, b):
             del state["log_history"]

@@ -43,6 +43,11 @@ def check_task(task: Task, given: str) -> None:
     """Raise ConfigError, which begins with what was `given`, for a field that is something else than it must be."""
     if not isinstance(task.model, torch.nn.Module):
         raise ConfigError(f"{given}: model is {_shown(task.model)}; give a torch.nn.Module.")
+    if getattr(task.model, "is_distributed_loading_by_transformers", False):
+        raise ConfigError(
+            f"{given}: the model was sharded when it was loaded (distributed_config), which could not be resumed; load "
+            "it whole, and let launch_configs/fsdp2.yaml shard it."
+        )
     if not callable(task.data_collator):
         raise ConfigError(
             f"{given}: data_collator is {_shown(task.data_collator)}; give a function from a list of samples to a "

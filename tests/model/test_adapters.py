@@ -80,7 +80,8 @@ def test_checkpoints_hold_the_trainers_files_and_the_same_state(tmp_path: Path) 
         theirs, found = tmp_path / "trainer" / name, tmp_path / "ours" / name
         names = {path.name for path in found.iterdir()}
         assert {path.name for path in theirs.iterdir()} - names == {"training_args.bin"}
-        assert names - {path.name for path in theirs.iterdir()} == {"harness_state.json", "model_config.json"}
+        of_ours = {"harness_state.json", "metrics.jsonl", "model_config.json"}
+        assert names - {path.name for path in theirs.iterdir()} == of_ours
         assert "model.safetensors" not in names, "the base is in no checkpoint"
         a, b = (json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) for folder in (theirs, found))
         for config in (a, b):

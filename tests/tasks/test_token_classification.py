@@ -321,7 +321,7 @@ def test_a_training_equals_the_trainers_with_seqeval(given: dict[str, Any], tmp_
     steps = {"max_steps": 12, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "no"}
     steps |= {"learning_rate": 4e-3, "per_device_eval_batch_size": 16, "report_to": "none"}
     argv = [f"--{name}={value}" for name, value in {**given, **steps, "output_dir": tmp_path / "ours"}.items()]
-    assert main([*argv, "--label_all_tokens", "--use_cpu"]) == 0
+    assert main([*argv, "--label_all_tokens", "--loss_scaling=trainer", "--use_cpu"]) == 0
     ours = json.loads((tmp_path / "ours" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     set_seed(42)
     task = built(given, label_all_tokens=True)
