@@ -82,7 +82,8 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
     for i, (batch, share) in enumerate(zip(window, shares, strict=True), start=1):
         with run.stepper.micro_batch(is_last=i == len(window)):
             loss, outputs = run.loss(run.model, batch, share)
-            run.window.add_outputs(outputs, part=share.part)
+            if run.window.outputs:
+                run.window.add_outputs(outputs, part=share.part)
             run.stepper.backward(loss)
         run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
         run.work.add(batch)
