@@ -23,6 +23,8 @@ from harness.tasks import TaskConfig, resolve
 from harness.train import main
 from tests.support.inputs import TINY_BERT, labelled, save_bert_tokenizer, save_gpt, write_rows, write_text
 from tests.support.parity import (
+    EVERY_4,
+    EVERY_EPOCH,
     TRAINING,
     as_flags,
     assert_equal_runs,
@@ -40,7 +42,6 @@ ADAPTED = "tests.support.tasks.parity_task:build_adapted"
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["c_attn", "c_fc"]}
 LORA_FLAGS = {"lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.1}
 LORA_TARGETS = ("--lora_target_modules", "c_attn", "c_fc")
-EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 RESUMABLE = {"save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
 
 
@@ -122,7 +123,7 @@ def test_a_resume_is_the_uninterrupted_trainer_and_checkpoints_cross(tmp_path: P
 def test_any_adapter_of_peft_trains_and_resumes_as_the_trainers(config: dict[str, Any], tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     if config["peft_type"] != "PROMPT_TUNING":  # the Trainer's scores stumble over its tokens
-        arguments |= {"eval_strategy": "steps", "eval_steps": 3}
+        arguments |= {**EVERY_4, "eval_steps": 3}
     else:
         arguments["prediction_loss_only"] = True
     trained(tmp_path / "trainer", arguments, config)
