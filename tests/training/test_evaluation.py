@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.training.evaluation import _joined
+from harness.training.evaluation import _joined, _logits
 from tests.benchmarks.evaluation_memory import LENGTH, WORDS, measured
 from tests.support.parity import TRAINING, history, run_harness
 
@@ -35,6 +35,13 @@ def test_the_keys_and_values_that_a_model_keeps_are_no_predictions(tmp_path: Pat
     for name in ("with", "without"):
         run_harness(tmp_path / name, {**short, "use_cache": name == "with"})
     assert history(tmp_path / "with") == history(tmp_path / "without")
+
+
+def test_a_scalar_among_the_outputs_is_a_part_of_the_loss_and_no_prediction() -> None:
+    logits = torch.ones(2, 3)
+    given = {"loss": torch.tensor(1.0), "aux_loss": torch.tensor(0.1), "logits": logits}  # as Mixtral orders them
+    assert _logits(given, []) is logits
+    assert _logits(tuple(given.values()), []) is logits
 
 
 @pytest.mark.slow
