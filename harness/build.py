@@ -178,7 +178,7 @@ def _check_labels(config: Config, task: Task) -> None:
 
 
 def _tell_of_labels(task: Task, loss: Loss) -> None:
-    if task.eval_dataset is not None and not loss.label_names:
+    if task.eval_dataset is not None and not (loss.label_names or loss.needs_no_labels):
         logger.warning(
             "%s.forward has no argument with `label` in its name: evaluations have no loss and no metrics. Give "
             "--label_names with the keys of a batch that are labels.",

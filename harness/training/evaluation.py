@@ -73,6 +73,11 @@ class Measured:
         items = self.of["items"]
         return found + _mean(self.of["summed"], items, self.of["samples"], drops_non_finite=drops_non_finite)
 
+    @property
+    def num_samples(self) -> int:
+        """The number of samples, each counted once."""
+        return int(self.of["samples"].astype(np.float64).sum())
+
     def per_token(self) -> tuple[float, float]:
         """Return the loss per token and the number of tokens."""
         tokens, loss = (self.of[name].astype(np.float64) for name in ("tokens", "token_loss"))
@@ -201,7 +206,8 @@ class Evaluator:
 
         Times are left out: they differ between ranks, which must decide alike.
         """
-        loss = {"loss"} if self.loss.label_names else set()  # as in the Trainer, there is none without labels
+        # As in the Trainer there is none without labels, unless the model's loss needs none.
+        loss = {"loss"} if self.loss.label_names or self.loss.needs_no_labels else set()
         return {*loss, *(self.metrics().names if self.metrics is not None else ())}
 
     @torch.no_grad()
@@ -212,16 +218,16 @@ class Evaluator:
         metrics = self.metrics() if self.metrics is not None else None
         losses = EvalLosses(self.loss, self.accelerator, batch_size=data.batch_size)
         kept: list[torch.Tensor] = []
-        seen = 0
+        seen, labels = 0, None
         for batch in data.loader:
             labels = self._labels(batch)
             if labels is None and data.prefix != "test":
                 self.loss.check_labels(batch)
             outputs: Any = None
-            if labels is None and self.generate is None:
-                outputs = model(**batch)
-            elif labels is not None:
+            if labels is not None or self.loss.needs_no_labels:
                 outputs = losses.measure(model, batch, has_tokens=are_tokens(labels))
+            elif self.generate is None:
+                outputs = model(**batch)
             seen += data.batch_size * self.accelerator.num_processes
             if metrics is not None:
                 predictions = self._update(metrics, self._predicted(model, batch, outputs), labels)
@@ -229,8 +235,10 @@ class Evaluator:
                     kept.append(predictions.cpu())
         reshard(model)
         measured = losses.gather()
-        num_samples = data.num_samples if data.num_samples is not None else seen
-        values = self._values(data.prefix, measured, metrics)
+        num_samples = data.num_samples
+        if num_samples is None:  # a stream
+            num_samples = seen if measured is None else measured.num_samples
+        values = self._values(data.prefix, measured, metrics if labels is not None else None)
         steps = math.ceil(num_samples / (data.batch_size * self.accelerator.num_processes))
         values |= speed_metrics(data.prefix, started_at, num_samples=num_samples, num_steps=steps)
         return Evaluation(

@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import align_special_tokens, unwrap_peft_model
-from transformers.utils import find_labels
+from transformers.utils import can_return_loss, find_labels
 
 from harness.distributed.sharding import reshard
 from harness.distributed.transfer import to_device
@@ -153,6 +153,8 @@ class Loss:
         self._tries = 0
         self.label_names: list[str] = config.label_names or find_labels(model.__class__)
         self.are_named = config.label_names is not None
+        # A loss of an evaluation needs no labels, as CLIP's.
+        self.needs_no_labels = not self.label_names and can_return_loss(model.__class__)
         accepts = getattr(model, "accepts_loss_kwargs", None)
         if accepts is None:
             parameters = inspect.signature(model.forward).parameters.values()

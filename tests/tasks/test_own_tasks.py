@@ -200,6 +200,17 @@ def test_a_forward_without_labels_is_told_of(tmp_path: Path, caplog: pytest.LogC
 
 
 @needs_trainer
+@pytest.mark.parametrize("scaling", ["trainer", "global"])
+def test_a_loss_without_labels_is_evaluated_where_the_model_returns_it(scaling: str, tmp_path: Path) -> None:
+    arguments = {**TRAINING, "eval_strategy": "steps", "eval_steps": 3}
+    given = {"task": f"{OWN}:with_return_loss"}
+    run_trainer(tmp_path / "trainer", arguments, **given)
+    run_harness(tmp_path / "ours", {**arguments, "loss_scaling": scaling}, **given)
+    assert_equal_runs(tmp_path / "trainer", tmp_path / "ours")
+    assert history(tmp_path / "ours")[3]["eval_loss"] > 0
+
+
+@needs_trainer
 def test_a_model_without_a_config_may_call_an_output_as_a_cache_is_called(tmp_path: Path) -> None:
     arguments = {**TRAINING, "eval_strategy": "steps", "eval_steps": 3, "label_names": ["targets"]}
     given = {"task": f"{OWN}:with_output_named_cache"}

@@ -174,6 +174,17 @@ def with_output_named_cache(config: TaskConfig) -> Task:
     return dataclasses.replace(with_targets(config), model=Cached(takes_others=False))
 
 
+def with_return_loss(config: TaskConfig) -> Task:
+    """No labels: a loss of the inputs alone, as CLIP's, which an evaluation has because of `return_loss`."""
+
+    class Returning(Targets):
+        def forward(self, x: torch.Tensor, targets: Any = None, return_loss: bool = True) -> dict[str, torch.Tensor]:
+            return super().forward(x, x[:, 0] ** 2 if return_loss else None)
+
+    task = with_targets(config)
+    return dataclasses.replace(task, model=Returning(takes_others=False), metrics=None)
+
+
 def with_renamed_targets(config: TaskConfig) -> Task:
     """Samples of `datasets` with a column `wanted`, which the collator gives the model as `targets` too."""
 
