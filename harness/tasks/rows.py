@@ -12,20 +12,18 @@ from typing import Any
 
 import datasets
 from datasets.data_files import DataFilesList
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from fsspec.compression import register_compression
 
 from harness.config import flags_of
 from harness.errors import ConfigError
-from harness.tasks import delimited, json_rows
+from harness.tasks import delimited, image_rows, json_rows
 from harness.tasks.arrow_cache import cache_folder
 from harness.tasks.files import DataFile, data_files, is_delimited, source_of
 from harness.tasks.flags import TaskConfig
-from harness.tasks.splits import SPLITS, Splits, split_of, user_data
+from harness.tasks.splits import SPLITS, Split, Splits, user_data
 
 logger = logging.getLogger(__name__)
 
-IMAGE_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # with labels of its own, maybe
 VALIDATION_NAMES = ("validation", "dev", "validation_matched")
 TEST_NAMES = ("test", "test_matched")
 
@@ -37,17 +35,18 @@ def load_splits(config: TaskConfig, *, keep_linebreaks: bool = False) -> Splits:
     "train", "validation" and "test" where they exist, at least one of them; other splits keep their own names.
     `keep_linebreaks` concerns txt files. Raises ConfigError for data that is missing, empty or malformed.
     """
-    raw: dict[str, Any] = {}
+    splits = Splits()
     if config.dataset_name:
-        raw = _named_splits(config, f"--dataset_name={config.dataset_name}")
+        source = f"--dataset_name={config.dataset_name}"
+        for name, rows in _named_splits(config, source).items():
+            splits[name] = Split(name, rows, f"{source} ({name})")
     for name in SPLITS:
         if (given := getattr(config, f"{name}_file")) is not None:
-            raw[name] = _load_files(f"{name}_file", given, config, keep_linebreaks)
-        folder = getattr(config, f"{name}_dir", None)
-        if folder is not None:
-            raw[name] = _load_images(f"--{name}_dir={folder}", Path(folder), config)
-    _check_csv_flags(config)
-    splits = Splits({name: split_of(config, name, rows) for name, rows in raw.items()})
+            rows = _load_files(f"{name}_file", given, config, keep_linebreaks)
+            splits[name] = Split(name, rows, source_of(f"{name}_file", given), is_delimited(given))
+        if (folder := getattr(config, f"{name}_dir", None)) is not None:
+            splits[name] = image_rows.load(name, folder, config)
+    _check_csv_flags(config, splits)
     if not splits.known:
         raise ConfigError("No data; give --train_file or --dataset_name.")
     for split in splits.known:
@@ -55,9 +54,9 @@ def load_splits(config: TaskConfig, *, keep_linebreaks: bool = False) -> Splits:
     return splits
 
 
-def _check_csv_flags(config: TaskConfig) -> None:
+def _check_csv_flags(config: TaskConfig, splits: Splits) -> None:
     """Refuse flags of csv files where none is read."""
-    if any(is_delimited(getattr(config, f"{name}_file")) for name in SPLITS):
+    if any(split.is_delimited for split in splits.values()):
         return
     flags = flags_of(TaskConfig)
     for name in ("csv_delimiter", "csv_quoting", "csv_header"):
@@ -163,35 +162,3 @@ def _plainly_named(file: DataFile, config: TaskConfig) -> Path:
         with suppress(FileExistsError):  # another process was faster
             link.symlink_to(path)
     return link
-
-
-def _load_images(source: str, folder: Path, config: TaskConfig) -> Any:
-    if not folder.is_dir():
-        raise ConfigError(f"{source}: no such folder; check the path (relative ones start at {Path.cwd()}).")
-    # Where labels are the names of its subfolders, a single one is a label too.
-    has_classes = any(each.is_dir() for each in folder.iterdir())
-    has_metadata = any(any(folder.rglob(name)) for name in IMAGE_METADATA)
-    if has_classes and not has_metadata:
-        _check_classes(source, folder)
-    options = {"drop_labels": False} if has_classes and not has_metadata else {}
-    with user_data(source):
-        return datasets.load_dataset(
-            "imagefolder",
-            data_files={"data": f"{glob.escape(str(folder))}/**"},
-            split="data",
-            cache_dir=config.cache_dir,
-            **options,
-        )
-
-
-def _check_classes(source: str, folder: Path) -> None:
-    """Refuse images elsewhere than directly in the folders of the classes: their class would be some other folder."""
-    for path in sorted(folder.rglob("*")):
-        within = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in within.parts)
-        if len(within.parts) != 2 and not is_hidden and path.suffix.lower() in ImageFolder.EXTENSIONS:
-            where = "beside" if len(within.parts) == 1 else "below"
-            raise ConfigError(
-                f"{source}: {within} lies {where} the folders of the classes, "
-                "each of which holds its images directly; move it, or name the folder that holds the classes."
-            )

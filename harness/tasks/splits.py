@@ -16,7 +16,6 @@ from datasets.exceptions import DatasetGenerationError
 
 from harness.errors import ConfigError
 from harness.tasks.delimited import cells_of, is_number
-from harness.tasks.files import is_delimited, source_of
 from harness.tasks.flags import TaskConfig
 
 logger = logging.getLogger(__name__)
@@ -157,14 +156,9 @@ class Splits(dict[str, Split]):
         if shuffled:
             # A fixed seed: the parts are the same whatever --seed a run has.
             train = train.shuffle(seed=0)
-        validation = split_of(config, "validation", train.select(range(held)))
-        return Splits(
-            {
-                **self,
-                "validation": validation,
-                "train": replace(self["train"], rows=train.select(range(held, len(train)))),
-            }
-        )
+        validation = replace(self["train"], name="validation", rows=train.select(range(held)))
+        remaining = replace(self["train"], rows=train.select(range(held, len(train))))
+        return Splits({**self, "validation": validation, "train": remaining})
 
     def label_column(self, config: TaskConfig) -> str:
         """Return the column of --label_column_name, else `label` or `labels`. Raises ConfigError if it is missing."""
@@ -196,20 +190,6 @@ class Splits(dict[str, Split]):
         for split in self.known:
             split.require_columns("text_column_names", *columns)
         return columns
-
-
-def split_of(config: TaskConfig, name: str, rows: Any) -> Split:
-    """Return a part of the data that the flags name."""
-    own = (f"{name}_file", f"{name}_dir")
-    data = config.dataset_name or config.task_name
-    # What is held out comes from the training data.
-    flags = own if data is not None else (*own, "train_file", "train_dir")
-    for flag in flags:
-        if (value := getattr(config, flag, None)) is not None:
-            if isinstance(value, str):
-                return Split(name, rows, f"--{flag}={value}")
-            return Split(name, rows, source_of(flag, value), is_delimited(value))
-    return Split(name, rows, f"--dataset_name={data} ({name})")
 
 
 def column_names(config: TaskConfig) -> list[str]:

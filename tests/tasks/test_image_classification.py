@@ -19,7 +19,7 @@ from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig
 from harness.tasks.image.classification import build, random_box
 from harness.train import main
-from tests.support.images import SHAPES, image_flags, needs_image_processor, save_images
+from tests.support.images import SHAPES, draw, image_flags, needs_image_processor, save_images
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history, run_harness, run_trainer
 
 pytestmark = needs_image_processor
@@ -261,4 +261,125 @@ def test_an_image_that_lies_in_no_class_is_refused(
     (folder / "circle" / "0.png").rename(folder / place / "stray.png")
     (folder / "circle" / "notes.txt").write_text("no image")
     with pytest.raises(ConfigError, match=rf"--train_dir=.*stray\.png lies {where} the folders of the classes"):
+        built(given, train_dir=str(folder))
+
+
+def described(folder: Path, rows: Any, *, metadata: str = "metadata.csv") -> Path:
+    """Images that lie beside a file with a row for each, its name and its label."""
+    (folder / metadata).parent.mkdir(parents=True, exist_ok=True)
+    for number, (name, _) in enumerate(rows):
+        draw(SHAPES[number % 3], number).save((folder / metadata).parent / name)
+    lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows]
+    if metadata.endswith(".csv"):
+        lines = ["file_name,label", *(f"{name},{label}" for name, label in rows)]
+    (folder / metadata).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def names_of(task: Task, data: Any) -> list[str]:
+    return [task.model.config.id2label[sample["labels"]] for sample in data]
+
+
+def test_labels_of_a_csv_beside_the_images_are_texts_as_they_stand(given: dict[str, str], tmp_path: Path) -> None:
+    labels = ["01", "1", "NA", "null", "true", "1"]
+    train = described(tmp_path / "train", [(f"{at}.png", label) for at, label in enumerate(labels)])
+    valid = described(tmp_path / "valid", [("b.png", "01"), ("a.png", "1")])
+    task = built(given, train_dir=str(train), validation_dir=str(valid), without_augmentation=True)
+    assert sorted(task.model.config.label2id) == ["01", "1", "NA", "null", "true"]
+    assert names_of(task, task.train_dataset) == labels
+    assert names_of(task, task.eval_dataset) == ["01", "1"]
+    expected = task.processing_class(Image.open(train / "3.png"), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(task.train_dataset[3]["pixel_values"], expected)
+
+
+def test_numbers_of_a_csv_beside_the_images_are_classes_by_size(given: dict[str, str], tmp_path: Path) -> None:
+    train = described(tmp_path / "train", [(f"{at}.png", label) for at, label in enumerate(["10", "9", "1", "10"])])
+    task = built(given, train_dir=str(train), validation_dir=None, validation_split_percentage=25)
+    assert task.model.config.id2label == {0: "1", 1: "9", 2: "10"}
+    assert (len(task.train_dataset), len(task.eval_dataset)) == (3, 1)
+    (train / "metadata.csv").write_text("file_name;label\n0.png;1.5\n1.png;2.5\n2.png;3.5\n3.png;1.5\n")
+    with pytest.raises(ConfigError, match="holds no single label an image"):
+        built(given, train_dir=str(train), csv_delimiter=";")
+
+
+def test_labels_of_a_jsonl_beside_the_images_have_one_type(given: dict[str, str], tmp_path: Path) -> None:
+    labels = ["2024-05-01", "01", "NA", "1"]
+    train = described(
+        tmp_path / "train", [(f"{at}.png", label) for at, label in enumerate(labels)], metadata="metadata.jsonl"
+    )
+    task = built(given, train_dir=str(train), validation_dir=None, validation_split_percentage=1)
+    assert sorted(task.model.config.label2id) == sorted(labels)
+    numbers = described(tmp_path / "ids", [("a.png", 1), ("b.png", 10), ("c.png", 9)], metadata="metadata.jsonl")
+    task = built(given, train_dir=str(numbers), validation_dir=str(numbers))
+    assert names_of(task, task.eval_dataset) == ["1", "10", "9"]
+    assert task.model.config.id2label == {0: "1", 1: "9", 2: "10"}
+
+
+def test_each_folder_below_may_describe_its_own_images(given: dict[str, str], tmp_path: Path) -> None:
+    """Labels have one type over all of them, and names start where the row stands."""
+    described(tmp_path / "train", [("a.png", 1), ("b.png", 2)], metadata="first/metadata.jsonl")
+    train = described(tmp_path / "train", [("a.png", "x"), ("./c.png", "2")], metadata="second/metadata.jsonl")
+    (train / ".ipynb_checkpoints").mkdir()
+    (train / ".ipynb_checkpoints" / "metadata.csv").write_text("file_name,label\nnone.png,3\n")
+    task = built(given, train_dir=str(train), validation_dir=str(train))
+    assert names_of(task, task.eval_dataset) == ["1", "2", "x", "2"]
+    expected = Image.open(train / "second" / "a.png").convert("RGB")
+    assert task.eval_dataset.rows[2]["image"].convert("RGB").tobytes() == expected.tobytes()
+
+
+def test_a_parquet_beside_the_images_keeps_its_types(given: dict[str, str], tmp_path: Path) -> None:
+    train = described(tmp_path / "train", [(f"{at}.png", at) for at in range(3)])
+    features = datasets.Features(
+        {"photo_file_name": datasets.Value("string"), "label": datasets.ClassLabel(names="xyz")}
+    )
+    rows = {"photo_file_name": ["2.png", "1.png", "0.png"], "label": [2, 1, 0]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(train / "metadata.parquet")
+    (train / "metadata.csv").unlink()
+    task = built(given, train_dir=str(train), validation_dir=str(train), image_column_name="photo")
+    assert task.model.config.id2label == dict(enumerate("xyz"))
+    assert names_of(task, task.eval_dataset) == ["z", "y", "x"]
+
+
+def rewritten(old: str, new: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "metadata.csv"
+        file.write_text(file.read_text().replace(old, new))
+
+    return change
+
+
+UNMATCHED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no row": (lambda f: draw("circle", 1).save(f / "x.PNG"), r"x\.PNG has no row in .*metadata\.csv"),
+    "no row below": (
+        lambda f: described(f / "more", [("x.png", "1")]).joinpath("metadata.csv").unlink(),
+        r"more/x\.png",
+    ),
+    "no image": (rewritten("b.png", "x.png"), r"metadata\.csv, row 2: 'x\.png' is no file in"),
+    "elsewhere": (rewritten("b.png", "../train/b.png"), r"row 2: '\.\./train/b\.png' is no file in"),
+    "no name": (rewritten("b.png", ""), r"row 2: 'file_name' holds None"),
+    "no column": (rewritten("file_name", "file"), r"has no column `file_name`.*; its columns: file, label"),
+    "ragged": (rewritten("b.png,", "b.png,7,"), r"metadata\.csv, line 3: 3 cells"),
+    "two formats": (lambda f: (f / "metadata.jsonl").touch(), r"csv and .*\.jsonl are of several formats"),
+    "an archive": (lambda f: shutil.make_archive(str(f / "x"), "zip", f), r"x\.zip"),
+    "in an archive": (
+        lambda f: [shutil.make_archive(str(f / "x"), "zip", f), (f / "metadata.csv").unlink()],
+        r"x\.zip.* metadata\.csv",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNMATCHED)
+def test_no_image_and_no_row_is_left_out(given: dict[str, str], tmp_path: Path, name: str) -> None:
+    change, message = UNMATCHED[name]
+    train = described(tmp_path / "train", [("a.png", "x"), ("b.png", "y"), ("c.png", "x")])
+    change(train)
+    with pytest.raises(ConfigError, match=message) as caught:
+        built(given, train_dir=str(train))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_datasets_would_leave_out_is_refused(given: dict[str, str], tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "train", 2)
+    (folder / "circle").rename(folder / "__circle")
+    with pytest.raises(ConfigError, match=r"--train_dir=.*__circle"):
         built(given, train_dir=str(folder))
