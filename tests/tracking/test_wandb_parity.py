@@ -46,11 +46,11 @@ SECONDS = 200
 NAMES = ("samples_per_second", "samples_per_second_per_device", "tokens_per_second", "tokens_per_second_per_device")
 SPEED = {f"train/throughput/{name}" for name in (*NAMES, "data_wait_share")}
 
-BOTH: dict[str, Any] = {**TRAINING, "num_train_epochs": 2.0, "learning_rate": 1e-2, "logging_steps": 7}
+BOTH: dict[str, Any] = {**TRAINING, **AS_TRAINER, "num_train_epochs": 2.0, "learning_rate": 1e-2, "logging_steps": 7}
 # Histograms are due at step 100, whose row is that of step 120; the best evaluation is not the last.
 LONG = {"num_train_epochs": 8.0, "logging_steps": 30}
 SAVES = {"save_strategy": "steps", "save_steps": 15}
-EVALUATES = {**SAVES, "eval_strategy": "steps", "eval_steps": 15, **AS_TRAINER}
+EVALUATES = {**SAVES, "eval_strategy": "steps", "eval_steps": 15}
 LOG_MODEL, WATCH = ("false", "end", "checkpoint"), ("false", "gradients", "parameters", "all")
 
 
