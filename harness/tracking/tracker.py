@@ -243,8 +243,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         """
         End the run if it was made here: an adopted one is its owner's. A second call does nothing.
 
-        In a notebook a run that did not fail stays open until `wandb.finish()`, as under the Trainer, in a loop of
-        one's own: without `attempts`.
+        In a notebook a run that did not fail stays open until `wandb.finish()`, as under the Trainer; with `attempts`
+        the next training ends it.
         """
         if self._local is not None:
             self._local.close()

@@ -324,7 +324,9 @@ def test_a_notebook_trains_twice_and_shows_what_goes_wrong(tmp_path: Path) -> No
         assert "step 4/4" in shown
         shown, reply = cell("again = train('second'); print(result.run_id != again.run_id, again.state.global_step)")
         assert "True 4" in shown
-        assert "None" in cell("import wandb; wandb.run is None or 1/0; print(wandb.run)")[0]
+        shown, _ = cell("import wandb; print(wandb.run.id == again.run_id); wandb.finish(); print(wandb.run)")
+        assert "True" in shown
+        assert "None" in shown
         _, reply = cell("train('third', '--learning_rat', '1')")
         assert (reply["status"], reply["ename"]) == ("error", "ConfigError")
         assert "3" in cell("print(1 + 2)")[0]

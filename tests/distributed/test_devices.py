@@ -276,17 +276,20 @@ STARTED = """
 import os, sys
 import harness.distributed.flags, harness.train
 
+def build(config):
+    from tests.support.tasks import parity_task
+    print("visible:", repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    return parity_task.build(config)
+
 harness.distributed.flags.DRIVERS = [sys.argv.pop(1)]
-code = harness.train.main(sys.argv[1:])
-print("visible:", repr(os.environ.get("CUDA_VISIBLE_DEVICES")))
-sys.exit(code)
+sys.exit(harness.train.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("driver", "visible"), [("/dev/null", "''"), ("/dev/none", "'0'")])
 def test_a_start_on_the_cpu_hides_the_gpus_that_there_are(tmp_path: Path, driver: str, visible: str) -> None:
-    argv = [*flags(tmp_path / "out", {"max_steps": 1}), "--use_cpu"]
+    argv = [*flags(tmp_path / "out", {"max_steps": 1}), "--use_cpu", "--task=__main__:build"]
     ended = run([sys.executable, "-c", STARTED, driver, *argv], forked=False, CUDA_VISIBLE_DEVICES="0")
     assert ended.code == 0, ended.err[-3000:]
     assert f"visible: {visible}" in ended.out

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 MAX_REOPENED = 3  # in one process: what keeps killing wandb's is not ended by starting another
 
 
+# Marks a run that a notebook keeps open after its training, until `wandb.finish()`, as under the Trainer.
+LEFT_OPEN = "_left_open_by_harness"
+
+
 class LiveRun:
     """
     The open run with its rows and its artifacts. On rank zero only.
@@ -56,6 +60,8 @@ class LiveRun:
         import wandb
 
         separate_randomness()
+        if self._attempts is not None and getattr(wandb.run, LEFT_OPEN, False):
+            wandb.finish()  # of a training before this one in a notebook, whose rows are counted: this is another run
         self._is_own = wandb.run is None
         if not self._is_own:
             self.run = wandb.run
@@ -89,8 +95,7 @@ class LiveRun:
 
     def close(self, exit_code: int) -> list[str]:
         """End the run if it was opened here; returns what has arrived of it and what has not. Twice changes nothing."""
-        # With `attempts` the training is over, its rows are counted, and the next one in a notebook is another run.
-        ends = self._is_own and not (exit_code == 0 and is_notebook() and self._attempts is None)
+        ends = self._is_own and not (exit_code == 0 and is_notebook())
         sent = self.deliver(lambda run: run.step)  # if wandb's process has died, another one ends the run
         # An attempt that another one follows, which delivers what is left, does not wait for slow uploads.
         limit = self._config.wandb_finish_timeout if exit_code else None
@@ -101,6 +106,8 @@ class LiveRun:
         if ends:
             self.deliver(lambda run: end_run(run, exit_code, is_preempting=self._is_preempting))
             uploads = self._close_artifacts(0.0) or uploads
+        elif self._is_own and self.run is not None:
+            setattr(self.run, LEFT_OPEN, True)
         run, self.run = self.run, None
         history, self.history = self.history, None
         if history is not None and self._attempts is not None:
