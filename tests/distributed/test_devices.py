@@ -289,7 +289,8 @@ sys.exit(harness.train.main(sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.parametrize(("driver", "visible"), [("/dev/null", "''"), ("/dev/none", "'0'")])
 def test_a_start_on_the_cpu_hides_the_gpus_that_there_are(tmp_path: Path, driver: str, visible: str) -> None:
-    argv = [*flags(tmp_path / "out", {"max_steps": 1}), "--use_cpu", "--task=__main__:build"]
+    given = [flag for flag in flags(tmp_path / "out", {"max_steps": 1}) if not flag.startswith("--task=")]
+    argv = [*given, "--use_cpu", "--task=__main__:build"]
     ended = run([sys.executable, "-c", STARTED, driver, *argv], forked=False, CUDA_VISIBLE_DEVICES="0")
     assert ended.code == 0, ended.err[-3000:]
     assert f"visible: {visible}" in ended.out

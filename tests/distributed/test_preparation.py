@@ -43,7 +43,7 @@ def test_who_is_killed_while_it_prepares_leaves_no_half_to_those_who_wait(tmp_pa
 
     try:
         reading = begin()
-        wait_for(lambda: list(cache.rglob("*.incomplete")))
+        wait_for(lambda: list(cache.rglob("*.partial")))
         reading.kill()
         assert reading.wait() != 0, "it was killed while it read the file"
         several = [begin() for _ in range(3)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
+from weakref import WeakSet
 
 from harness.tracking.artifacts.log import Artifacts, open_artifacts
 from harness.tracking.artifacts.queue import UploadResult
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 MAX_REOPENED = 3  # in one process: what keeps killing wandb's is not ended by starting another
 
 
-# Marks a run that a notebook keeps open after its training, until `wandb.finish()`, as under the Trainer.
-LEFT_OPEN = "_left_open_by_harness"
+# Runs that a notebook keeps open after their training, until `wandb.finish()`, as under the Trainer.
+LEFT_OPEN: WeakSet[Any] = WeakSet()
 
 
 class LiveRun:
@@ -60,7 +61,7 @@ class LiveRun:
         import wandb
 
         separate_randomness()
-        if self._attempts is not None and getattr(wandb.run, LEFT_OPEN, False):
+        if self._attempts is not None and wandb.run in LEFT_OPEN:
             wandb.finish()  # of a training before this one in a notebook, whose rows are counted: this is another run
         self._is_own = wandb.run is None
         if not self._is_own:
@@ -107,7 +108,7 @@ class LiveRun:
             self.deliver(lambda run: end_run(run, exit_code, is_preempting=self._is_preempting))
             uploads = self._close_artifacts(0.0) or uploads
         elif self._is_own and self.run is not None:
-            setattr(self.run, LEFT_OPEN, True)
+            LEFT_OPEN.add(self.run)
         run, self.run = self.run, None
         history, self.history = self.history, None
         if history is not None and self._attempts is not None:
