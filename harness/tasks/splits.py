@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,9 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from harness.errors import ConfigError
+from harness.tasks.arrow_cache import one_at_a_time
 from harness.tasks.delimited import cells_of, is_number
 from harness.tasks.flags import TaskConfig
-
-logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -261,24 +258,8 @@ def user_data(source: str) -> Iterator[None]:
         raise ConfigError(f"{source} can't be read: {reason[0]}") from error
 
 
-@contextmanager
-def _one_at_a_time(dataset: Any, name: str) -> Iterator[None]:
-    """
-    Wait while another process, on any node that shares the cache, applies this to the data.
-
-    A process that dies releases the lock.
-    """
-    try:  # without a cache on disk, or without file locks, each process prepares its own
-        file = (Path(dataset.cache_files[0]["filename"]).parent / f"{dataset._fingerprint}-{name}.lock").open("a")
-    except (IndexError, OSError):
-        yield
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process prepares the same data (%s): waiting for it.", file.name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            logger.info("%s can't be locked: each process prepares the data.", file.name)
-        yield
+def _one_at_a_time(dataset: Any, name: str) -> AbstractContextManager[None]:
+    """Wait while another process applies this to the data; without a cache on disk each process prepares its own."""
+    if not dataset.cache_files:
+        return nullcontext()
+    return one_at_a_time(Path(dataset.cache_files[0]["filename"]).parent / f"{dataset._fingerprint}-{name}.lock")
