@@ -19,7 +19,7 @@ HEAVY = {"PIL", "datasets", "deepspeed", "pandas", "peft", "scipy", "sklearn", "
 # The tasks that read rows with `datasets`, and what a caller imports once it knows that it wants one of them.
 READ_ROWS = {
     *(f"tasks/{name}.py" for name in ("arrow_cache", "delimited", "image/classification", "json_rows", "quickstart")),
-    *("tasks/rows.py", "tasks/splits.py"),
+    *("tasks/image_rows.py", "tasks/rows.py", "tasks/splits.py"),
 }
 
 # What Accelerate and Transformers load by themselves: the last two lines are what every training has from them, and
