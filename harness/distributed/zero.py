@@ -78,6 +78,8 @@ class Zero:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        if self.is_sharded:
+            wait_for_each_gather()
 
     @property
     def zero_stage(self) -> int:
@@ -139,6 +141,23 @@ class Zero:
     def writers_agreement(self) -> Callable[[BaseException | None], str | None]:
         """Return the agreement of rank zero: the engine's shards are written earlier, by the main threads."""
         return no_agreement
+
+
+def wait_for_each_gather() -> None:
+    """
+    Local: let DeepSpeed gather parameters one after the other where it gathers several at once, and does not train.
+
+    It begins all of them and waits for the last alone. NCCL ends them in their order; gloo's threads may still be
+    filling the others: whoever reads them, a save or the next forward, would find what was in the memory before.
+    """
+    if torch.distributed.get_backend() == "nccl":
+        return
+    from deepspeed.runtime.zero import Init
+
+    def gather(init: Any, parameters: list[Any], hierarchy: int | None = 0, **_: bool) -> None:
+        init._allgather_params_sequential(parameters, hierarchy)  # which treats quantized ones by itself
+
+    Init._allgather_params_coalesced = gather
 
 
 def fill_config(accelerator: Accelerator, size: StepSize) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
+from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoModelForCausalLM
 
@@ -98,6 +99,21 @@ def test_each_launch_config_has_the_same_numbers_and_resumes_exactly(
     assert torch.allclose(losses(found), losses(ddp), rtol=1e-6, atol=0)
     shutil.rmtree(found / "checkpoint-100")
     resumed(config, found, tmp_path / "again", **more)
+
+
+@pytest.mark.parametrize("name", ["zero3", "divided"])
+def test_each_gather_of_zero_3_is_waited_for(name: str, divided: Path, tmp_path: Path) -> None:
+    """What DeepSpeed trains with, and what is gathered from it for a checkpoint, is complete."""
+    more = {"max_steps": 3, "save_steps": 2, "eval_steps": 2, "logging_steps": 1, "logging_nan_inf_filter": False}
+    config = divided if name == "divided" else ZERO3
+    arguments = as_flags({"report_to": "none", **ARGUMENTS, **more, "output_dir": tmp_path / "run"})
+    ended = run([*launcher(config), "-m", "tests.support.measuring.late_gathers", *arguments])
+    assert ended.code == 0, ended.err[-3000:]
+    found = tmp_path / "run"
+    assert losses(found).isfinite().all()
+    for folder in (found / "checkpoint-2", found / "checkpoint-3", found):
+        whole = load_file(folder / "model.safetensors")
+        assert not [name for name, weight in whole.items() if not weight.isfinite().all()], folder
 
 
 @pytest.mark.parametrize("name", ["zero2", "divided"])
