@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -9,13 +11,13 @@ import platform
 import secrets
 import threading
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-import psutil
-
-from harness.distributed.ranks import is_running
+from harness.checkpoint.processes import is_running, mark_of
 from harness.errors import ConfigError
 from harness.files import write_whole
 from harness.slurm import SlurmJob, slurm_job
@@ -23,22 +25,61 @@ from harness.slurm import SlurmJob, slurm_job
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "harness.lock"
-HEARTBEAT_SECONDS = 20.0
-# A process on another machine can't be checked: it counts as dead when its lock was not touched for so long.
-SILENCE_SECONDS = 120.0
+MUTEX_FILE = "harness.lock.mutex"
+HEARTBEAT_SECONDS = 10.0
+# Who can't be seen from here counts as dead when its heartbeat stood still for so long; older versions beat each 20.
+WATCH_SECONDS = 60.0
+SECONDS_BETWEEN_LOOKS = 0.25
+# To read a lock and write it anew takes milliseconds; a server of files may need longer to forget a machine that died.
+MUTEX_SECONDS = 60.0
+# Without a mutex the last one to write has the lock, and the others see that after so long.
+SETTLE_SECONDS = 3.0
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The process that holds a lock; `created_at` and `taken_at` in seconds since 1970, `job` is "" outside SLURM."""
+    """
+    The process that holds a lock; `taken_at` in seconds since 1970, `job` is "" outside SLURM.
+
+    `created_at` is the mark of the process. Its name, and the fields, are those of older versions, which would take a
+    lock with others for none; they wrote the time of the process's creation.
+    """
 
     token: str
-    host: str
-    pid: int
-    created_at: float
-    taken_at: float
-    job: str
-    restart_count: int
+    host: str = ""
+    pid: int = 0
+    created_at: str | float = ""
+    taken_at: float = 0.0
+    job: str = ""
+    restart_count: int = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A lock as it was read: who holds it, and its heartbeat, of which only a change says something."""
+
+    holder: Holder
+    beat: tuple[int, int]
+
+
+class Heartbeats:
+    """The heartbeats of locks, watched on a clock of our own: machines' clocks differ, and are set."""
+
+    def __init__(self) -> None:
+        self._since: dict[Path, tuple[Seen, float]] = {}
+
+    @property
+    def num_watched(self) -> int:
+        """Of how many locks it was asked."""
+        return len(self._since)
+
+    def stands_still(self, path: Path, seen: Seen) -> bool:
+        """Whether it has not changed for WATCH_SECONDS, in which this was called now and then."""
+        now = time.monotonic()
+        last, since = self._since.get(path, (None, now))
+        self._since[path] = (seen, since if last == seen else now)
+        return now - self._since[path][1] >= WATCH_SECONDS
 
 
 class Lock:
@@ -53,12 +94,23 @@ class Lock:
         self.token = secrets.token_hex(4)
         self._path: Path | None = None
         self._ended = threading.Event()
+        self._heartbeats = Heartbeats()
 
     def __enter__(self) -> Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def check(self, output_dir: Path) -> None:
+        """
+        Wait until it is known whether the lock of a folder may be taken, without taking it.
+
+        That takes up to WATCH_SECONDS where the process that holds it can't be seen from here. Raises as `take` does.
+        """
+        path = output_dir / LOCK_FILE
+        while self._path is None and (seen := _read(path)) is not None and not self._may_take(path, seen):
+            self._watch(path, seen)
 
     def take(self, output_dir: Path) -> None:
         """
@@ -68,75 +120,183 @@ class Lock:
         """
         if self._path is not None:
             return
-        path = output_dir / LOCK_FILE
-        job = slurm_job()
-        holder = _read(path)
-        if holder is not None and not _may_shut_out(holder, path, job):
-            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.taken_at))
-            raise ConfigError(
-                f"--output_dir={output_dir} is in use by process {holder.pid} on {holder.host} since {since}: wait for "
-                f"its end, or take another folder. If it is gone for sure, delete {path}."
-            )
-        own = Holder(
-            token=self.token,
-            host=platform.node(),
-            pid=os.getpid(),
-            created_at=psutil.Process().create_time(),
-            taken_at=time.time(),
-            job="" if job is None else job.id,
-            restart_count=0 if job is None else job.restart_count,
-        )
-        write_whole(path, json.dumps(asdict(own)) + "\n", suffix=self.token)
-        self._path = path
+        path, job = output_dir / LOCK_FILE, slurm_job()
+        while self._path is None:
+            self.check(output_dir)
+            with _alone(path) as is_alone:
+                seen = _read(path)
+                if seen is not None and not self._may_take(path, seen):
+                    continue  # somebody was faster
+                own = Holder(
+                    token=self.token,
+                    host=platform.node(),
+                    pid=os.getpid(),
+                    created_at=mark_of(),
+                    taken_at=time.time(),
+                    job="" if job is None else job.id,
+                    restart_count=0 if job is None else job.restart_count,
+                )
+                write_whole(path, json.dumps(asdict(own)) + "\n", suffix=self.token)
+                if not is_alone:
+                    time.sleep(SETTLE_SECONDS)
+                if (now := _read(path)) is not None and now.holder.token == self.token:
+                    self._path = path
         threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
 
     def is_lost(self) -> bool:
         """Whether another process has taken over this lock, even if it has finished and released it since."""
         if self._path is None:
             return False
-        holder = _read(self._path)
-        return holder.token != self.token if holder is not None else not self._path.exists()
+        seen = _read(self._path)
+        return seen.holder.token != self.token if seen is not None else not self._path.exists()
 
     def release(self) -> None:
         """Remove the lock, if it is still ours."""
         self._ended.set()
         path, self._path = self._path, None
-        if path is not None and (holder := _read(path)) is not None and holder.token == self.token:
-            with suppress(OSError):
+        if path is None:
+            return
+        # If the folder or its mutex is out of reach the file stays: this process will soon be seen to be gone.
+        with suppress(OSError, ConfigError), _alone(path):
+            if (seen := _read(path)) is not None and seen.holder.token == self.token:
                 path.unlink()
+
+    def _may_take(self, path: Path, seen: Seen) -> bool:
+        gone = _is_gone(seen.holder, slurm_job())
+        return self._heartbeats.stands_still(path, seen) if gone is None else gone
+
+    def _watch(self, path: Path, seen: Seen) -> None:
+        """Return when the holder is seen to be gone, or another one is there; raise ConfigError if it is alive."""
+        holder, name = seen.holder, f"process {seen.holder.pid} on {seen.holder.host or 'an unknown machine'}"
+        if (gone := _is_gone(holder, slurm_job())) is None:
+            logger.warning(
+                "%s is held by %s, which can't be seen from here (another machine or container, or an older version): "
+                "watching its heartbeat for %g s.",
+                *(path, name, WATCH_SECONDS),
+            )
+        while gone is None:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            now = _read(path)
+            if now is None or now.holder != holder:
+                return
+            if self._heartbeats.stands_still(path, now):
+                logger.warning("%s was silent for %g s: its lock is taken over.", name, WATCH_SECONDS)
+                return
+            gone = False if now.beat != seen.beat else _is_gone(holder, slurm_job())
+        if not gone:
+            raise ConfigError(
+                f"--output_dir={path.parent} is in use by {name} since {_as_time(holder.taken_at)}: wait for "
+                f"its end, or take another folder. If it is gone for sure, delete {path}."
+            )
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            path = self._path
-            if path is not None and not self.is_lost():
-                with suppress(OSError):
-                    os.utime(path)
+            if (path := self._path) is not None:
+                with suppress(OSError), path.open(encoding="utf-8") as file:
+                    # By the open file: the path may be another's lock in the next moment.
+                    holder = _parsed(file.read())
+                    if holder is not None and holder.token == self.token:
+                        os.utime(file.fileno())
 
 
-def is_held(output_dir: Path) -> bool | None:
-    """Whether an attempt of the training is running in a folder, on any machine; None if there is no lock file."""
+def is_held(output_dir: Path, heartbeats: Heartbeats) -> bool | None:
+    """
+    Whether an attempt of the training is running in a folder, on any machine; None if there is no lock file.
+
+    One that can't be seen from here is, until `heartbeats` has watched it for long enough.
+    """
     path = output_dir / LOCK_FILE
-    holder = _read(path)
-    return None if holder is None else not _may_shut_out(holder, path, None)
-
-
-def _read(path: Path) -> Holder | None:
-    """Return the holder of the lock; None if there is none, or if the file can't be read."""
-    try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    seen = _read(path)
+    if seen is None:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        logger.debug("%s is no lock: %s", path, error)
-        return None
+    gone = _is_gone(seen.holder, None)
+    return not (heartbeats.stands_still(path, seen) if gone is None else gone)
 
 
-def _may_shut_out(holder: Holder, path: Path, job: SlurmJob | None) -> bool:
+def _is_gone(holder: Holder, job: SlurmJob | None) -> bool | None:
+    """Whether the holder has ended, or is to be fenced: an earlier attempt of the job. None: it can't be seen."""
     if job is not None and job.id == holder.job and job.restart_count > holder.restart_count:
         return True
-    if holder.host == platform.node():
-        return holder.pid == os.getpid() or not is_running(holder.pid, holder.created_at)
+    if (holder.pid, holder.created_at) == (os.getpid(), mark_of()) and holder.created_at:
+        return True  # an earlier training of this process
+    runs = is_running(holder.pid, holder.created_at)
+    if isinstance(holder.created_at, int | float) and holder.host != platform.node():
+        return None
+    return None if runs is None else not runs
+
+
+def _read(path: Path) -> Seen | None:
+    """Return the lock; None if there is none, or if the file can't be read."""
     try:
-        return time.time() - path.stat().st_mtime > SILENCE_SECONDS
+        with path.open(encoding="utf-8") as file:  # opened, so that a network's file system asks its server
+            holder, state = _parsed(file.read()), os.fstat(file.fileno())
     except FileNotFoundError:
-        return True
+        return None
+    except (OSError, ValueError) as error:
+        logger.debug("%s is no lock: %s", path, error)
+        return None
+    return None if holder is None else Seen(holder, (state.st_ino, state.st_mtime_ns))
+
+
+def _parsed(text: str) -> Holder | None:
+    """Return the holder; fields that are missing, of another type or of another version are left out."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("token"), str):
+        return None
+    kinds: dict[str, Any] = {"pid": int, "restart_count": int, "taken_at": int | float, "created_at": str | int | float}
+    given = {each.name: content.get(each.name) for each in fields(Holder)}
+    return Holder(**{name: value for name, value in given.items() if isinstance(value, kinds.get(name, str))})
+
+
+def _as_time(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return "an unknown time"
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[bool]:
+    """
+    Let one process at a time look at a lock and change it; yield False where the file system can't do that.
+
+    It is a record lock (fcntl), which ends with its process however that ends, which children don't inherit, and which
+    network file systems have too. Raises ConfigError if another process holds it for long; OSError.
+    """
+    path = lock.with_name(MUTEX_FILE)
+    deadline = time.monotonic() + MUTEX_SECONDS
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            is_alone = _wait_for(descriptor, path, deadline)
+            # Who was before us has removed the file that we waited for.
+            if is_alone and os.fstat(descriptor).st_nlink == 0:
+                continue
+            try:
+                yield is_alone
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _wait_for(descriptor: int, path: Path, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return False
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--output_dir={path.parent}: another process has held {path.name} for {MUTEX_SECONDS:g} s, in which "
+                "it is decided who writes there. It hangs, or its machine is gone: try again later."
+            )
+        time.sleep(0.01)

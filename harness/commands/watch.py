@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.lock import SILENCE_SECONDS, is_held
-from harness.distributed.ranks import is_running
+from harness.checkpoint.lock import WATCH_SECONDS, Heartbeats, is_held
+from harness.checkpoint.processes import is_running
 from harness.errors import BusyError, ConfigError, DeliveryError, RowsError, SyncError, UnreachableError
 from harness.tracking.artifacts.staging import RECORD_FILE, STAGING_FOLDER
 from harness.tracking.client import one_line, open_api, server_answers
@@ -28,6 +28,7 @@ WANDB_MARKS = ("wandb/run-*/run-*.wandb", "wandb/offline-run-*/run-*.wandb")
 MARKS = (IDENTITY_FILE, f"{STAGING_FOLDER}/*/{RECORD_FILE}", *WANDB_MARKS)
 DEPTHS = ("", "*/", "*/*/")
 LONGEST_PAUSE_SECONDS = 600.0
+QUIET_SECONDS = 120.0
 GOING, FINISHED, PREEMPTED, INTERRUPTED = "running", "finished", "preempted", "interrupted"
 
 Run = OfflineRun | OnlineRuns
@@ -40,6 +41,7 @@ class Watch:
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
         self._api: Any = None
+        self._heartbeats = Heartbeats()
         self._said: dict[Key, str] = {}
         self._whole: dict[Key, object] = {}  # the state of a run's files when all of them had been uploaded
 
@@ -60,7 +62,11 @@ class Watch:
         """
         failures = 0
         while True:
-            waits = until_finished or (not once and GOING in map(state_of, find_runs(self._folders)))
+            states_now = [state_of(run, self._heartbeats) for run in find_runs(self._folders)]
+            waits = until_finished or (not once and GOING in states_now)
+            if once and self._heartbeats.num_watched:
+                _say(f"Watching the heartbeats of runs on other machines or in containers for {WATCH_SECONDS:g} s.")
+                time.sleep(WATCH_SECONDS)
             try:
                 states = self.round()
             except UnreachableError as error:
@@ -87,7 +93,7 @@ class Watch:
         states = {}
         for run in find_runs(self._folders):
             key = _key(run)
-            states[key] = state = state_of(run)
+            states[key] = state = state_of(run, self._heartbeats)
             before = _signature(run, state)
             if self._whole.get(key) == before:
                 continue
@@ -179,17 +185,17 @@ def _unnamed(home: Path) -> Iterator[Run]:
         yield OfflineRun(home, Identity(run_id=run_id, mode="offline", offline_folders=dict.fromkeys(places)))
 
 
-def state_of(run: Run) -> str:
+def state_of(run: Run, heartbeats: Heartbeats) -> str:
     """Return a run's state: of a training by its lock, marker and last attempt's end, of others by their files."""
     identity = identities.read(run.output_dir)
     if identity is None or isinstance(run, OnlineRuns) != (identity.mode == "online"):
         return GOING if any(_is_open(path) for path in _written_lately(run)) else FINISHED
-    held = is_held(run.output_dir)
+    held = is_held(run.output_dir, heartbeats)
     if held is None and identity.exit_code is None:  # a training loop of the user's own has no lock
         processes = identity.processes
         if processes and processes["host"] == platform.node():
             held = is_running(*processes["owner"])
-        else:
+        if held is None:
             held = bool(_written_lately(run))
     if held:
         return GOING
@@ -202,7 +208,7 @@ def state_of(run: Run) -> str:
 def _written_lately(run: Run) -> list[Path]:
     """Return the files that wandb's process has written to lately; it writes every few seconds."""
     files = [path for path in run.files() if path.suffix == ".wandb"]
-    return [path for path in files if time.time() - path.stat().st_mtime < SILENCE_SECONDS]
+    return [path for path in files if time.time() - path.stat().st_mtime < QUIET_SECONDS]
 
 
 def _is_open(path: Path) -> bool:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -22,19 +21,6 @@ SECONDS_FOR_TRACEBACK = 3.0
 def ranks_of(accelerator: Accelerator) -> tuple[int, int]:
     """Return the index of this rank, and the number of ranks."""
     return accelerator.process_index, accelerator.num_processes
-
-
-def is_running(pid: int, created_at: float) -> bool:
-    """
-    Whether the process with this id and creation time (seconds since 1970) runs on this machine.
-
-    A zombie does not.
-    """
-    try:
-        process = psutil.Process(pid)
-        return bool(abs(process.create_time() - created_at) < 1 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 def settle() -> None:

@@ -4,38 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from harness.checkpoint.lock import LOCK_FILE, SILENCE_SECONDS, Holder, Lock
+from harness.checkpoint import lock as locks
+from harness.checkpoint.lock import LOCK_FILE, Heartbeats, Holder, Lock, is_held
+from harness.checkpoint.processes import is_running, mark_of
 from harness.errors import ConfigError
 from tests.support.faulty_training import Training
 
 HOLDER = """
-import sys, time
+import platform, sys, time
 from pathlib import Path
-from harness.checkpoint.lock import Lock
-with Lock() as lock:
-    lock.take(Path(sys.argv[1]))
+from harness.checkpoint import lock as locks
+from harness.errors import ConfigError
+locks.HEARTBEAT_SECONDS = 0.1
+platform.node = lambda: "a-name-that-both-have"
+with locks.Lock() as lock:
+    try:
+        lock.take(Path(sys.argv[1]))
+    except ConfigError as error:
+        sys.exit(str(error))
     print("taken", flush=True)
     sys.stdin.readline()
     print(lock.is_lost(), flush=True)
 """
+# A namespace of process numbers, as each container has: with a /proc of its own, as containers have, or without.
+CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+CONTAINER_WITHOUT_PROC = CONTAINER[:-1]
+needs_containers = pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode,
+    reason="no namespaces of process numbers here: it takes Linux and root",
+)
 
 
 @contextmanager
-def holder(folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def holder(folder: Path, *inside: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)],
+        [*inside, sys.executable, "-c", HOLDER, str(folder)],
         env={**os.environ, **variables},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -111,28 +132,157 @@ def test_an_attempt_stays_fenced_after_the_later_one_has_ended(tmp_path: Path, m
         assert asked(earlier) == "True"
 
 
-def test_a_writer_on_another_machine_is_dead_when_it_is_silent(tmp_path: Path) -> None:
+def change(folder: Path, **values: Any) -> None:
+    path = folder / LOCK_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def short_watch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 1.5)
+    caplog.set_level(logging.WARNING)
+
+
+ELSEWHERE = {"host": "elsewhere", "created_at": "another-boot pid:[1] time:[1] 1"}
+
+
+@pytest.mark.usefixtures("short_watch")
+def test_a_writer_on_another_machine_is_dead_when_it_is_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with holder(tmp_path) as first:
         first.kill()
         first.wait()
-    values = json.loads((tmp_path / LOCK_FILE).read_text()) | {"host": "elsewhere"}
-    (tmp_path / LOCK_FILE).write_text(json.dumps(values))
-    with Lock() as lock, pytest.raises(ConfigError, match="on elsewhere since"):
-        lock.take(tmp_path)
-    long_ago = time.time() - SILENCE_SECONDS - 1
-    os.utime(tmp_path / LOCK_FILE, (long_ago, long_ago))
+    change(tmp_path, **ELSEWHERE)
+    now = time.time()
+    os.utime(tmp_path / LOCK_FILE, (now + 1000, now + 1000))  # by its clock
+    began = time.monotonic()
     with Lock() as lock:
         lock.take(tmp_path)
         assert not lock.is_lost()
+    assert time.monotonic() - began >= 1.5
+    assert f"process {first.pid} on elsewhere" in caplog.text
+    assert "watching its heartbeat for 1.5 s" in caplog.text
+    assert "was silent for 1.5 s: its lock is taken over" in caplog.text
 
 
-def test_a_lock_that_can_not_be_read_is_none(tmp_path: Path) -> None:
-    (tmp_path / LOCK_FILE).write_text("{")
+def test_a_writer_on_another_machine_is_alive_when_its_heartbeat_changes(tmp_path: Path) -> None:
+    with holder(tmp_path):
+        change(tmp_path, **ELSEWHERE)
+        os.utime(tmp_path / LOCK_FILE, (0, 0))  # its clock stands in 1970
+        with Lock() as lock, pytest.raises(ConfigError, match=r"on elsewhere since .* delete"):
+            lock.take(tmp_path)
+
+
+@needs_containers
+@pytest.mark.parametrize("kind", [CONTAINER, CONTAINER_WITHOUT_PROC])
+def test_two_containers_with_one_host_name_do_not_take_each_others_lock(kind: tuple[str, ...], tmp_path: Path) -> None:
+    second = [*kind, sys.executable, "-c", HOLDER, str(tmp_path)]
+    with holder(tmp_path, *kind) as first:
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == 1
+        done = subprocess.run(second, capture_output=True, text=True, input="", timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "is in use by process 1 on a-name-that-both-have" in done.stderr
+        with Lock() as lock, pytest.raises(ConfigError, match="is in use by process 1 "):
+            lock.take(tmp_path)
+        assert is_held(tmp_path, Heartbeats())
+        assert asked(first) == "False"
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_containers
+@pytest.mark.usefixtures("short_watch")
+def test_the_lock_of_a_container_that_was_killed_is_taken_after_the_watch(tmp_path: Path) -> None:
+    with holder(tmp_path, *CONTAINER) as first:
+        first.kill()
+        first.wait()
+        heartbeats = Heartbeats()
+        assert is_held(tmp_path, heartbeats)
+        with Lock() as lock:
+            lock.take(tmp_path)
+            assert not lock.is_lost()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_that_is_set_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = psutil.boot_time()
+    with holder(tmp_path) as first:
+        # psutil adds the time of the boot, by the clock of today, to the time since the boot.
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: true + 3, raising=False)
+        with Lock() as lock, pytest.raises(ConfigError, match=f"in use by process {first.pid} "):
+            lock.take(tmp_path)
+        assert asked(first) == "False"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0])
+def test_a_lock_of_an_older_version_is_held_while_its_process_runs(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with holder(tmp_path) as first:
+        change(tmp_path, created_at=psutil.Process(first.pid).create_time() + seconds, host=platform.node())
+        with Lock() as lock, pytest.raises(ConfigError, match=f"in use by process {first.pid} "):
+            lock.take(tmp_path)
+        first.kill()
+        first.wait()
+        monkeypatch.setattr(locks, "WATCH_SECONDS", 0.3)
+        with Lock() as lock:
+            lock.take(tmp_path)
+
+
+def test_a_lock_of_a_newer_version_is_understood(tmp_path: Path) -> None:
+    with holder(tmp_path) as first:
+        change(tmp_path, field_of_tomorrow=["a"], restart_count=None)
+        with Lock() as lock, pytest.raises(ConfigError, match=f"in use by process {first.pid} "):
+            lock.take(tmp_path)
+
+
+def test_a_killed_process_is_known_at_once_and_its_number_may_be_given_out_again(tmp_path: Path) -> None:
+    with holder(tmp_path) as first:
+        mark = mark_of(first.pid)
+        assert is_running(first.pid, mark)
+        change(tmp_path, pid=os.getpid())  # a living process, started at another time
+        with Lock() as lock:
+            lock.take(tmp_path)
+            assert asked(first) == "True"
+    first.wait()
+    assert is_running(first.pid, mark) is False
+    assert is_running(os.getpid(), mark_of())
+    assert is_running(os.getpid(), f"another-boot{mark_of()}") is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"token": 1}', "9" * 5000, "[" * 100_000])
+def test_a_lock_that_can_not_be_read_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_text(content)
     with Lock() as lock:
         lock.take(tmp_path)
         assert json.loads((tmp_path / LOCK_FILE).read_text()).keys() == {
             field.name for field in dataclasses.fields(Holder)
         }
+
+
+@pytest.mark.parametrize("value", [None, -1, 2**70, 1e300, "x", ["x"], {}])
+def test_a_lock_with_damaged_values_is_watched(value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [field.name for field in dataclasses.fields(Holder) if field.name != "token"]
+    for beats in (True, False):
+        (tmp_path / LOCK_FILE).write_text(json.dumps({"token": "other", **dict.fromkeys(names, value)}))
+        with Lock() as lock:
+            if beats:
+                toucher = threading.Timer(0.1, os.utime, [tmp_path / LOCK_FILE, (0, 0)])
+                toucher.start()
+                with pytest.raises(ConfigError, match="in use by process"):
+                    lock.take(tmp_path)
+                toucher.join()
+            else:
+                monkeypatch.setattr(locks, "WATCH_SECONDS", 0.2)
+                lock.take(tmp_path)
+
+
+def test_the_heartbeat_of_one_that_was_shut_out_is_not_that_of_the_new_lock(tmp_path: Path) -> None:
+    with holder(tmp_path):
+        change(tmp_path, token="another")  # noqa: S106
+        before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
+        time.sleep(0.5)
+        assert (tmp_path / LOCK_FILE).stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from harness.__main__ import main
-from harness.checkpoint.lock import Lock
+from harness.checkpoint.lock import Heartbeats, Lock
 from harness.commands.watch import find_runs, state_of
 from harness.tracking.rows.wandb_file import encode, read_records
 from harness.tracking.run import identity as identities
@@ -418,7 +418,7 @@ def test_how_a_run_is(exit_code: int | None, has_marker: bool, is_held: bool, st
             holder |= {"pid": owner.pid, "created_at": process.create_time()}
             (output_dir / "harness.lock").write_text(json.dumps(holder))
         try:
-            assert state_of(run) == state
+            assert state_of(run, Heartbeats()) == state
         finally:
             if is_held:
                 owner.kill()

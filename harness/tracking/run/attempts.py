@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.distributed.ranks import is_running
+from harness.checkpoint.processes import is_running
 from harness.errors import ConfigError
 from harness.tracking.client import failures, one_line
 from harness.tracking.flags import TrackingConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from harness.distributed.ranks import is_running
+from harness.checkpoint.processes import is_running, mark_of
 from harness.tracking.client import failures
 
 logger = logging.getLogger(__name__)
@@ -23,14 +23,13 @@ PATIENCE_SECONDS = 20.0
 
 def describe_processes() -> dict[str, Any]:
     """Return this process and its wandb-core processes in JSON types, for a later attempt to recognize them."""
-    own = psutil.Process()
     cores = []
     with suppress(psutil.Error):
-        for child in own.children(recursive=True):
+        for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 if child.name().startswith(NAME):
-                    cores.append([child.pid, child.create_time()])
-    return {"host": platform.node(), "owner": [os.getpid(), own.create_time()], "cores": cores}
+                    cores.append([child.pid, mark_of(child.pid)])
+    return {"host": platform.node(), "owner": [os.getpid(), mark_of()], "cores": cores}
 
 
 def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_SECONDS) -> None:
@@ -42,10 +41,10 @@ def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_S
     if not processes or processes["host"] != platform.node() or is_running(*processes["owner"]):
         return
     deadline = time.monotonic() + patience
-    for pid, created_at in processes["cores"]:
-        while is_running(pid, created_at) and time.monotonic() < deadline:
+    for pid, mark in processes["cores"]:
+        while is_running(pid, mark) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if is_running(pid, created_at):
+        if is_running(pid, mark):
             logger.warning("wandb-core (%d) of the attempt before did not end within %g s: ended.", pid, patience)
             with suppress(psutil.Error):
                 psutil.Process(pid).kill()

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.distributed.ranks import is_running
+from harness.checkpoint.processes import is_running
 from harness.tracking.run.wandb_core import describe_processes, wait_for_cores
 
 GONE = [2**22 - 1, 0.0]
