@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from harness.checkpoint.arguments import recorded
+from harness.checkpoint.fit import Asked
 from harness.checkpoint.writer import Checkpoints
 from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
@@ -24,7 +25,6 @@ from harness.errors import ConfigError
 from harness.flags import Config
 from harness.model.adapters import add_adapter, check_scores
 from harness.model.optim import build_optimizer, build_scheduler, check_elementwise, name_of
-from harness.model.weights import load_weights
 from harness.resume import models_from_wandb
 from harness.session import Run, Session
 from harness.slurm import time_limit_at
@@ -51,11 +51,20 @@ from harness.training.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What is known of a training before anything of a checkpoint is loaded."""
+
+    loader: TrainLoader
+    plan: Plan
+    asked: Asked
+
+
 def assemble(
-    config: Config, backend: Backend, output_dir: Path, *, weights: Path | None, builder: Builder | None = None
+    config: Config, backend: Backend, output_dir: Path, *, is_resumed: bool, builder: Builder | None = None
 ) -> Session:
     """
-    Collective: build the task, check it against the flags, set up the model; `weights` is the checkpoint to resume.
+    Collective: build the task, check it against the flags, set up the model; weights to resume are loaded later.
 
     A `builder` takes the place of the one that --task names. Raises ConfigError for everything that the flags ask for
     and the task lacks. Writes nothing.
@@ -82,9 +91,7 @@ def assemble(
             "--save_merged_model needs whole weights in one place, and ZeRO-3 and FSDP divide them; leave it out."
         )
     task = _on_few_batches(task, config.data, accelerator.num_processes)
-    if weights is not None:
-        load_weights(task.model, weights)
-    elif task.check is not None and config.run.trains:
+    if not is_resumed and task.check is not None and config.run.trains:
         task.check(task.model)
     prepare_model(task.model, config.modeling, task.processing_class, accelerator)
     loss = Loss(task.model, config.modeling, accelerator, task.compute_loss_func)
@@ -214,9 +221,9 @@ def _check_best_metric(config: Config, task: Task, evaluator: Evaluator) -> None
         )
 
 
-def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run:
-    """Collective: make loaders, plan, optimizer and schedule, wrapped as the Trainer wraps them."""
-    config, accelerator, backend, task = session.config, session.accelerator, session.backend, session.task
+def plan_run(session: Session) -> Planned:
+    """Collective: make the loader of the training data, and the plan. Raises ConfigError."""
+    config, accelerator, task = session.config, session.accelerator, session.task
     data: DataConfig = config.data
     if data.overfit_batches is not None:
         data = replace(data, train_sampling_strategy="sequential")
@@ -233,8 +240,22 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         samples_per_step=samples_per_step,
     )
     plan = replace(plan, generate_steps=config.task.generate_steps)
+    asked = Asked(
+        arguments=_arguments(session, plan),
+        loader=loader,
+        config=config.checkpoint,
+        optimizer=None if task.build_optimizer is not None else name_of(config.optim, None),
+        zero_stage=session.backend.zero_stage,
+    )
+    return Planned(loader=loader, plan=plan, asked=asked)
+
+
+def build_run(session: Session, planned: Planned, state: TrainState, tracker: WandbTracker) -> Run:
+    """Collective: make optimizer and schedule, and wrap them and the model as the Trainer wraps them."""
+    config, accelerator, backend, task = session.config, session.accelerator, session.backend, session.task
+    plan = planned.plan
     plan.show_in(state)
-    state.train_batch_size = data.per_device_train_batch_size
+    state.train_batch_size = config.data.per_device_train_batch_size
     optimizer, optimizer_name = _optimizer(session)
     model, optimizer, stepper = backend.prepare(task.model, optimizer, session.step_size)
     saves = config.plan.save_strategy != "no"
@@ -252,7 +273,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         # Not passed to `prepare`: accelerate would step it once for each process.
         scheduler=build_scheduler(optimizer, config.optim, plan.max_steps),
         stepper=stepper,
-        loader=loader,
+        loader=planned.loader,
         plan=plan,
         evaluator=session.evaluator,
         eval_sets=session.eval_sets(),
@@ -271,7 +292,7 @@ def build_run(session: Session, state: TrainState, tracker: WandbTracker) -> Run
         modeling=config.modeling,
         optim=config.optim,
         optimizer_name=optimizer_name,
-        arguments=_arguments(session, plan),
+        arguments=planned.asked.arguments,
     )
 
 

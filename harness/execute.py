@@ -13,8 +13,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from harness.build import assemble, build_run
-from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, in_job, remove_leftovers
+from harness.build import Planned, assemble, build_run, plan_run
+from harness.checkpoint.find import check_output_dir, in_job, remove_leftovers
+from harness.checkpoint.fit import check_fit
+from harness.checkpoint.layout import manifest_of
 from harness.checkpoint.lock import Lock
 from harness.config import together
 from harness.distributed.accelerator import build_accelerator, check_compile_backend, choose_backend
@@ -22,13 +24,13 @@ from harness.distributed.devices import check_cublas, describe_idle
 from harness.distributed.process import process_kept
 from harness.distributed.ranks import close_group, settle, tell_all
 from harness.errors import ConfigError, StoppedError
-from harness.flags import Config
+from harness.flags import FLAGS, Config
 from harness.loop import fit, is_over
 from harness.model import optim
 from harness.model.adapters import describe
-from harness.model.weights import own_weights, raw_weights
+from harness.model.weights import check_weights, load_weights, own_weights, raw_weights
 from harness.results import Result, conclude, save_final
-from harness.resume import bring_checkpoint, find_checkpoint
+from harness.resume import Beginning
 from harness.session import Run, Session
 from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
 from harness.snapshot import rehearse, restore
@@ -105,22 +107,27 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock, builder: Builde
     set_up_logging(config.console, is_main=accelerator.is_main_process, is_local_main=accelerator.is_local_main_process)
     if (idle := describe_idle(accelerator)) is not None:
         logger.warning("%s", idle)
-    found, output_dir = tell_all(accelerator, lambda: locate(config, lock))
+    beginning = Beginning(config, lock)
+    found, output_dir = tell_all(accelerator, beginning.look)
     record = JobRecord(output_dir, slurm_job() if config.run.trains and accelerator.is_main_process else None)
     stop_if_finished(accelerator, record)
     for reason in found.passed_over:
         logger.warning("Passed over %s.", reason)
     # Absolute: a wandb-core that an earlier run of this process has started may have another working directory.
     chosen = trackers(config.tracking, dir=str(output_dir.absolute()), resumes=config.checkpoint.resumes)
-    session = assemble(config, backend, output_dir, weights=found.path, builder=builder)
-    state = TrainState()
+    session = assemble(config, backend, output_dir, is_resumed=found.is_there, builder=builder)
+    planned, state = plan_run(session) if config.run.trains else None, TrainState()
+    found = tell_all(accelerator, lambda: beginning.claim(accepts=lambda path: _accept(path, session, planned)))
+    if found.path is not None:
+        load_weights(session.task.model, found.path)
     if config.run.trains and not config.tracking.uses_wandb:
         chosen = [local_tracker(output_dir, resumes=found.path is not None), *chosen]
     tracker = wandb_tracker(chosen)
-    run = build_run(session, state, tracker) if config.run.trains else None
+    run = build_run(session, planned, state, tracker) if planned is not None else None
     if run is not None and found.path is not None:
         restore(run, state, found.path)
-    tell_all(accelerator, lambda: begin_output(session, lock, record, from_step=state.global_step))
+    is_new = found.path is None
+    tell_all(accelerator, lambda: begin_output(session, lock, record, from_step=state.global_step, is_new=is_new))
     if run is not None:
         run.checkpoints.lock = lock
     configuration = run_config(session.task.model, config.flat())
@@ -172,36 +179,21 @@ def stop_if_finished(accelerator: Accelerator, record: JobRecord) -> None:
         raise StoppedError(message, exit_code=0, was_preempted=False)
 
 
-def locate(config: Config, lock: Lock) -> tuple[Found, Path]:
-    """
-    Rank zero: return the checkpoint to resume from and the folder of the run. Raises ConfigError.
-
-    Writes only the lock, and only into a folder that exists, so that no other process writes there while it is read;
-    and a checkpoint that is downloaded from W&B.
-    """
-    output_dir = choose_output_dir(config.checkpoint, config.tracking.run_name)
-    artifact = find_checkpoint(config, output_dir)
-    try:
-        if artifact is not None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-        if config.run.trains and config.checkpoint.resumes and output_dir.is_dir():
-            lock.take(output_dir)
-    except OSError as error:
-        raise ConfigError(f"--output_dir={output_dir} can't be written to: {error}.") from error
-    if artifact is None:
-        found = find(config.checkpoint, output_dir)
-    else:
-        found = bring_checkpoint(config, artifact, output_dir, token=lock.token)
-    check_output_dir(output_dir, may_hold_run=found.path is not None or not config.run.trains)
-    return found, output_dir
+def _accept(path: Path, session: Session, planned: Planned | None) -> None:
+    """Raise ConfigError if the model, or a training as it is asked for, can't go on from the checkpoint."""
+    check_weights(session.task.model, path)
+    if planned is not None:
+        check_fit(path, manifest_of(path), planned.asked, FLAGS)
 
 
-def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: int) -> None:
+def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: int, is_new: bool) -> None:
     """Rank zero: make the folder of the run and write the configuration into it, before anything else is written."""
     try:
         session.output_dir.mkdir(parents=True, exist_ok=True)
         if session.config.run.trains:  # an evaluation alone keeps the file of the training
             lock.take(session.output_dir)
+            if is_new:  # the folder may be another's by now
+                check_output_dir(session.output_dir, may_hold_run=False)
             if left := remove_leftovers(session.output_dir):
                 logger.info("Removed the leftovers of unfinished saves: %s.", ", ".join(left))
             (session.output_dir / PREEMPTED_FILE).unlink(missing_ok=True)

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.find import Found, find, list_checkpoints
+from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, list_checkpoints
 from harness.checkpoint.layout import STATE_FILE, WEIGHTS, step_of, why_invalid
+from harness.checkpoint.lock import Lock
 from harness.errors import ConfigError
 from harness.files import put_in_place, sync
 from harness.flags import Config
@@ -37,6 +39,67 @@ RESUME = "resume_from_checkpoint"
 FROM_PRETRAINED = ("model_name_or_path", "config_name", "tokenizer_name", "image_processor_name")
 # What from_pretrained reads without executing code: no pickles, no Python files.
 OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".bpe", ".spm", ".tiktoken", ".vocab")
+
+
+class Beginning:
+    """
+    Rank zero: what a run goes on from, and the folder that it writes to.
+
+    Both are looked for before anything is loaded, so that a mistake is told at once. The folder is taken over when the
+    arguments are known to be good: a run that is refused must not end one that is going on there.
+    """
+
+    def __init__(self, config: Config, lock: Lock) -> None:
+        self.config, self.lock = config, lock
+        self._output_dir, self._found = Path(), Found(path=None)
+        self._artifact: Any = None
+        self._listed: list[tuple[Path, int]] = []
+
+    def look(self) -> tuple[Found, Path]:
+        """Return the checkpoint and the folder, without writing. Raises ConfigError, also if the folder is in use."""
+        config = self.config
+        self._output_dir = output_dir = choose_output_dir(config.checkpoint, config.tracking.run_name)
+        self._artifact = find_checkpoint(config, output_dir)
+        try:
+            if self._takes:
+                self.lock.check(output_dir)
+            self._listed = _identities(output_dir)
+        except OSError as error:
+            raise ConfigError(f"--output_dir={output_dir} can't be read: {error}.") from error
+        if self._artifact is None:
+            self._found = find(config.checkpoint, output_dir)
+        else:
+            self._found = Found(path=None, artifact=self._artifact.qualified_name)
+        check_output_dir(output_dir, may_hold_run=self._found.is_there or not config.run.trains)
+        return self._found, output_dir
+
+    def claim(self, accepts: Callable[[Path], None]) -> Found:
+        """
+        Take the folder, if it is there, and return the checkpoint: downloaded, or a newer one that was put there since.
+
+        `accepts` raises ConfigError for a checkpoint that the run can't go on from; nothing is taken then.
+        """
+        config, output_dir = self.config, self._output_dir
+        if self._found.path is not None:
+            accepts(self._found.path)
+        try:
+            if self._artifact is not None:
+                output_dir.mkdir(parents=True, exist_ok=True)
+            if self._takes:
+                self.lock.take(output_dir)
+        except OSError as error:
+            raise ConfigError(f"--output_dir={output_dir} can't be written to: {error}.") from error
+        if self._artifact is not None:
+            return bring_checkpoint(config, self._artifact, output_dir, token=self.lock.token)
+        return self._found if _identities(output_dir) == self._listed else find(config.checkpoint, output_dir)
+
+    @property
+    def _takes(self) -> bool:
+        return self.config.run.trains and self.config.checkpoint.resumes and self._output_dir.is_dir()
+
+
+def _identities(output_dir: Path) -> list[tuple[Path, int]]:
+    return [(path, path.stat().st_ino) for path in list_checkpoints(output_dir)]
 
 
 def find_checkpoint(config: Config, output_dir: Path) -> Any:

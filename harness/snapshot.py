@@ -1,7 +1,7 @@
 """
 The content of a checkpoint, part by part: each part says what a save takes and what a resume does with it.
 
-Only the weights are loaded elsewhere: `assemble` loads them into the model before it is wrapped.
+Only the weights are loaded elsewhere: into the model before it is wrapped.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from harness.checkpoint.arguments import Changes, compare
 from harness.checkpoint.find import list_checkpoints
+from harness.checkpoint.fit import Asked, changes, check_arguments, check_optimizer
 from harness.checkpoint.host_copies import emptied
 from harness.checkpoint.layout import SCALER_FILE, SCHEDULER_FILE, Saved, read
 from harness.checkpoint.trial import Trial
@@ -22,7 +22,6 @@ from harness.checkpoint.writer import Content
 from harness.data.position import at_step, converted, describe_change, has_other_layout, why_other_order
 from harness.distributed.accelerator import software
 from harness.distributed.ranks import agree, ranks_of
-from harness.distributed.zero import LATEST_FILE
 from harness.errors import CheckpointError, ConfigError
 from harness.flags import FLAGS
 from harness.model.weights import (
@@ -259,35 +258,14 @@ class Optimizer:
 
     def load(self, saved: Saved) -> None:
         """Load the state. Raises ConfigError for another --optim or another stage of ZeRO."""
-        self._check(saved)
         run = self.run
+        check_optimizer(saved.path, saved.shared, _asked(run))
         try:
             run.backend.load_optimizer(run.model, run.optimizer, saved.path, saved.files)
             run.scheduler.load_state_dict(saved.files[SCHEDULER_FILE])
         except (ValueError, KeyError, RuntimeError) as error:
             reason = f"{saved.path} holds the state of another optimizer or schedule ({error})"
             raise ConfigError(f"{reason}; give the flags it was saved with.") from error
-
-    def _check(self, saved: Saved) -> None:
-        was, now = saved.shared.get("optim", self.run.optimizer_name), self.run.optimizer_name
-        interchangeable = {"adamw_torch", "adamw_torch_fused"}
-        if was != now and not {was, now} <= interchangeable:
-            kind = "the optimizer" if " " in f"{was}{now}" else "--optim"
-            raise ConfigError(
-                f"{saved.path} was saved with {kind} {was}, not {now}: its state does not fit; give {was}."
-            )
-        stage, num_processes = self.run.backend.zero_stage, self.run.accelerator.num_processes
-        was_stage = saved.shared.get("zero_stage", int((saved.path / LATEST_FILE).is_file()))
-        if stage and saved.shared.get("world_size", num_processes) != num_processes:
-            raise ConfigError(
-                f"{saved.path} was saved by {saved.shared['world_size']} processes, and as many have to read the "
-                "shards of DeepSpeed's: launch so many, or start from its weights with --model_name_or_path."
-            )
-        if was_stage != stage:
-            was, now = (f"DeepSpeed ZeRO-{each}" if each else "no DeepSpeed" for each in (was_stage, stage))
-            raise ConfigError(
-                f"{saved.path} was saved with {was}, not {now}: use the launch config that it was saved with."
-            )
 
 
 @dataclass(frozen=True)
@@ -332,31 +310,21 @@ class Arguments:
 
     def load(self, saved: Saved) -> None:
         """Print what differs. Raises one ConfigError for all that is not allowed, the order of the data included."""
-        run, (changes, other_order) = self.run, _changes(self.run, saved)
-        problems = []
-        if changes.refused and not run.checkpoints.config.allow_changed_arguments:
-            problems.append(
-                f"{saved.path} was saved with other arguments ({', '.join(changes.refused)}), so the run would not go "
-                "on as it began: give those it was saved with, or --allow_changed_arguments."
-            )
-        if other_order and not run.loader.config.allow_changed_data_order:
-            problems.append(
-                f"{saved.path} was saved with {other_order}, so the data would come in another order: "
-                "use the same values, or give --allow_changed_data_order."
-            )
-        if problems:
-            raise ConfigError(" ".join(problems))
-        if changes.told:
-            run.console.line(f"Other arguments than those of {saved.path.name}: {', '.join(changes.told)}.")
+        run, asked = self.run, _asked(self.run)
+        check_arguments(saved.path, saved.shared, asked, FLAGS)
+        found, _ = changes(saved.shared, asked, FLAGS)
+        if found.told:
+            run.console.line(f"Other arguments than those of {saved.path.name}: {', '.join(found.told)}.")
 
 
-def _changes(run: Run, saved: Saved) -> tuple[Changes, str]:
-    """Return which arguments differ from the checkpoint's, and what changes the order of the data."""
-    arguments = saved.shared.get("arguments", {})
-    if arguments:  # from before there was a choice
-        arguments = {"loss_scaling": "trainer", **arguments}
-    changes = compare(arguments, run.arguments, FLAGS)
-    return changes, why_other_order(saved.shared.get("data", {}), run.loader.state_dict())
+def _asked(run: Run) -> Asked:
+    return Asked(
+        arguments=run.arguments,
+        loader=run.loader,
+        config=run.checkpoints.config,
+        optimizer=run.optimizer_name,
+        zero_stage=run.backend.zero_stage,
+    )
 
 
 @dataclass(frozen=True)
@@ -372,8 +340,8 @@ class Tracking:
 
     def load(self, saved: Saved) -> None:
         """Load it, with the changes that alter numbers: after one, later rows are not written again as they were."""
-        changes, other_order = _changes(self.run, saved)
-        told = [*changes.refused, *([f"{saved.path.name} was saved with {other_order}"] if other_order else [])]
+        found, other_order = changes(saved.shared, _asked(self.run), FLAGS)
+        told = [*found.refused, *([f"{saved.path.name} was saved with {other_order}"] if other_order else [])]
         self.run.tracker.load_state_dict(saved.shared.get("tracking", {}), saved.path, changes="; ".join(told))
 
 

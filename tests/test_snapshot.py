@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from harness.build import assemble, build_run
+from harness.build import assemble, build_run, plan_run
 from harness.checkpoint.writer import Content
 from harness.distributed.accelerator import build_accelerator, choose_backend
 from harness.flags import parse
 from harness.loop import steps_left, train_step
+from harness.model.weights import load_weights
 from harness.session import Run
 from harness.snapshot import parts, restore, save, take
 from harness.tracking.lifecycle import wandb_tracker
@@ -29,8 +30,10 @@ def begun(folder: Path, weights: Path | None = None) -> tuple[Run, TrainState]:
     config = parse([*flags, "--use_cpu"])
     accelerator = build_accelerator(config.topology, activation_checkpointing=False)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9)
-    session, state = assemble(config, choose_backend(accelerator), folder, weights=weights), TrainState()
-    return build_run(session, state, wandb_tracker([])), state
+    session, state = assemble(config, choose_backend(accelerator), folder, is_resumed=weights is not None), TrainState()
+    if weights is not None:
+        load_weights(session.task.model, weights)
+    return build_run(session, plan_run(session), state, wandb_tracker([])), state
 
 
 def trained(folder: Path, steps: int) -> tuple[Run, TrainState]:

@@ -30,6 +30,11 @@ class Found:
     passed_over: tuple[str, ...] = ()
     artifact: str | None = None
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is one, though it may still be in W&B."""
+        return self.path is not None or self.artifact is not None
+
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """

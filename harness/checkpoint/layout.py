@@ -30,6 +30,15 @@ def rng_file(process_index: int, num_processes: int) -> str:
     return "rng_state.pth" if num_processes == 1 else f"rng_state_{process_index}.pth"
 
 
+def manifest_of(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's manifest; {} if there is none or it is no such file."""
+    try:
+        content = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def why_invalid(path: Path) -> str | None:
     """Return why a folder can't be resumed from; None if it can. Reads every file to compare digests."""
     if not path.is_dir():

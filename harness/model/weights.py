@@ -218,6 +218,15 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     Of a model with an adapter only the adapter is loaded. Raises ConfigError if they belong to another model or can't
     be read.
     """
+    _check_and_load(model, folder, loads=True)
+
+
+def check_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Local: raise ConfigError if `load_weights` would, as far as names and shapes say."""
+    _check_and_load(model, folder, loads=False)
+
+
+def _check_and_load(model: torch.nn.Module, folder: Path, *, loads: bool) -> None:
     adapted = is_adapted(model)
     if adapted != (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
         has = "an adapter alone, and the whole model is trained: give the --lora_* flags, --peft_config or the adapter"
@@ -233,7 +242,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
             files = [ADAPTER_SAFE_WEIGHTS_NAME if adapted else SAFE_WEIGHTS_NAME]
         own = own_weights(model)
         _check_fit(own, [folder / name for name in files], folder)
-        for name in files:
+        for name in files if loads else ():
             _load(model, own, folder / name)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"The weights in {folder} can't be read: {error}") from error

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from transformers import Trainer, TrainingArguments, set_seed
 
-from harness.build import assemble, build_run
+from harness.build import assemble, build_run, plan_run
 from harness.data.loader import step_groups
 from harness.distributed.accelerator import build_accelerator, choose_backend
 from harness.flags import parse
@@ -75,8 +75,8 @@ def with_harness(
     flags += [f"--output_dir={folder}", f"--save_total_limit={KEPT}", *(f"--{k}={v}" for k, v in where.items())]
     config = parse(flags)
     accelerator = build_accelerator(config.topology, activation_checkpointing=False)
-    session, state = assemble(config, choose_backend(accelerator), folder, weights=None), TrainState()
-    run = build_run(session, state, wandb_tracker([]))
+    session, state = assemble(config, choose_backend(accelerator), folder, is_resumed=False), TrainState()
+    run = build_run(session, plan_run(session), state, wandb_tracker([]))
     run.model.train()
     windows = (window for epoch in range(1000) for window in step_groups(run.loader.epoch(epoch), 1))
 

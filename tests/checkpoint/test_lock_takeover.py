@@ -1,0 +1,128 @@
+"""A run that is going on is taken over by a start that goes on with it, and by none that is refused itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.checkpoint.lock import LOCK_FILE, Lock
+from harness.errors import ConfigError
+from harness.flags import parse
+from harness.resume import Beginning
+from harness.train import main
+from tests.support.parity import TASK, TRAINING, as_flags, reset, run_harness
+
+SAVING = {**TRAINING, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+FLAGS = [f"--task={TASK}", "--report_to=none", "--use_cpu"]
+# The attempt before, which SLURM thinks dead.
+HOLDER = """
+import sys
+from pathlib import Path
+from harness.checkpoint.lock import Lock
+with Lock() as lock:
+    lock.take(Path(sys.argv[1]))
+    print("taken", flush=True)
+    sys.stdin.readline()
+    print(lock.is_lost(), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was ended after its checkpoint of step 3."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run_harness(folder, SAVING)
+    for path in (folder / "checkpoint-6", folder / "trainer_state.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(saved, tmp_path / "run")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    return tmp_path / "run"
+
+
+@contextmanager
+def earlier(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "taken\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def has_lost(process: subprocess.Popen[str]) -> bool:
+    said, _ = process.communicate("\n")
+    return {"True": True, "False": False}[said.strip()]
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "another learning rate": {"learning_rate": 1e-3},
+    "another optimizer": {"optim": "sgd", "allow_changed_arguments": True},
+    "a shorter training": {"max_steps": 4},
+    "another global batch": {"per_device_train_batch_size": 2},
+    "a metric that is nowhere": {"metric_for_best_model": "beauty", "eval_strategy": "epoch"},
+    "a task's argument": {"task_args": {"no_such": 1}},
+    "another model": {"task_args": {"llama": True}, "allow_changed_arguments": True},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_start_that_is_refused_takes_nothing(what: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with earlier(run) as process:
+        before = (run / LOCK_FILE).read_text()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        flags = {**SAVING, "output_dir": run, "resume_from_checkpoint": "auto", **REFUSED[what]}
+        reset()
+        assert main([*FLAGS, *as_flags(flags)]) == 2
+        assert (run / LOCK_FILE).read_text() == before
+        assert not has_lost(process)
+
+
+def test_a_start_that_goes_on_takes_the_run_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with earlier(run) as process:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        reset()
+        assert main([*FLAGS, *as_flags({**SAVING, "output_dir": run, "resume_from_checkpoint": "auto"})]) == 0
+        assert has_lost(process)
+    assert (run / "checkpoint-6").is_dir()
+    assert not (run / LOCK_FILE).exists()
+
+
+def config_of(run: Path) -> Any:
+    return parse([*FLAGS, *as_flags({**SAVING, "output_dir": run, "resume_from_checkpoint": "auto"})])
+
+
+def test_what_an_earlier_attempt_saved_until_it_was_fenced_is_gone_on_from(run: Path) -> None:
+    with Lock() as lock:
+        beginning = Beginning(config_of(run), lock)
+        found, output_dir = beginning.look()
+        assert (found.path, output_dir) == (run / "checkpoint-3", run)
+        assert not (run / LOCK_FILE).exists()
+        shutil.copytree(run / "checkpoint-3", run / "checkpoint-5")
+        assert beginning.claim(accepts=lambda _: None).path == run / "checkpoint-5"
+        assert json.loads((run / LOCK_FILE).read_text())["token"] == lock.token
+
+
+def test_a_folder_that_was_taken_since_it_was_looked_at_is_refused(run: Path) -> None:
+    with Lock() as lock:
+        beginning = Beginning(config_of(run), lock)
+        beginning.look()
+        with earlier(run) as process:
+            with pytest.raises(ConfigError, match=f"in use by process {process.pid} "):
+                beginning.claim(accepts=lambda _: None)
+            assert not has_lost(process)
