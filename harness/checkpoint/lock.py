@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.processes import is_running, mark_of
+from harness.checkpoint.processes import fingerprint_of, is_running
 from harness.errors import ConfigError
 from harness.files import write_whole
 from harness.slurm import SlurmJob, slurm_job
@@ -42,8 +42,8 @@ class Holder:
     """
     The process that holds a lock; `taken_at` in seconds since 1970, `job` is "" outside SLURM.
 
-    `created_at` is the mark of the process. Its name, and the fields, are those of older versions, which would take a
-    lock with others for none; they wrote the time of the process's creation.
+    `created_at` is the fingerprint of the process. Its name, and the fields, are those of older versions, which would
+    take a lock with others for none; they wrote the time of the process's creation.
     """
 
     token: str
@@ -131,7 +131,7 @@ class Lock:
                     token=self.token,
                     host=platform.node(),
                     pid=os.getpid(),
-                    created_at=mark_of(),
+                    created_at=fingerprint_of(),
                     taken_at=time.time(),
                     job="" if job is None else job.id,
                     restart_count=0 if job is None else job.restart_count,
@@ -217,7 +217,7 @@ def _is_gone(holder: Holder, job: SlurmJob | None) -> bool | None:
     """Whether the holder has ended, or is to be fenced: an earlier attempt of the job. None: it can't be seen."""
     if job is not None and job.id == holder.job and job.restart_count > holder.restart_count:
         return True
-    if (holder.pid, holder.created_at) == (os.getpid(), mark_of()) and holder.created_at:
+    if (holder.pid, holder.created_at) == (os.getpid(), fingerprint_of()) and holder.created_at:
         return True  # an earlier training of this process
     runs = is_running(holder.pid, holder.created_at)
     if isinstance(holder.created_at, int | float) and holder.host != platform.node():

@@ -1,4 +1,4 @@
-"""Processes, known by marks that neither a clock that is set nor another container with the same numbers blurs."""
+"""Know a process again: by a fingerprint that no clock and no other container with the same numbers makes wrong."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PROC = Path("/proc")
 BOOT_ID = PROC / "sys" / "kernel" / "random" / "boot_id"
 
 
-def mark_of(pid: int | None = None) -> str:
+def fingerprint_of(pid: int | None = None) -> str:
     """
-    Return the mark of a process, by default this one: where its number is valid, and when it was started.
+    Return the fingerprint of a process, by default this one: where its number is valid, and when it was started.
 
     That is the boot of the machine, the namespaces of numbers and of the kernel's clock (containers share the boot),
     and the start by the kernel's own clock, which nobody sets. It is "" where that can't be known.
@@ -26,16 +26,16 @@ def mark_of(pid: int | None = None) -> str:
     return f"{place} {start}" if place and start else ""
 
 
-def is_running(pid: int, mark: str | float) -> bool | None:
+def is_running(pid: int, fingerprint: str | float) -> bool | None:
     """
-    Whether the process with this number and mark runs; a zombie does not. None: that can't be seen from here.
+    Whether the process with this number and fingerprint runs; a zombie does not. None: that can't be seen from here.
 
     So it is with another machine or container, or one that has been booted since, and with files that older versions
-    wrote: their `mark` is the time of creation in seconds since 1970, by a clock that may have been set.
+    wrote: their `fingerprint` is the time of creation in seconds since 1970, by a clock that may have been set.
     """
-    if isinstance(mark, int | float):
-        return _matches(pid, mark) or None
-    place, _, start = mark.rpartition(" ")
+    if isinstance(fingerprint, int | float):
+        return _matches(pid, fingerprint) or None
+    place, _, start = fingerprint.rpartition(" ")
     if not place or place != _place():
         return None
     state, found = _state_and_start(pid)

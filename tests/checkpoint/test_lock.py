@@ -24,7 +24,7 @@ import pytest
 
 from harness.checkpoint import lock as locks
 from harness.checkpoint.lock import LOCK_FILE, Heartbeats, Holder, Lock, is_held
-from harness.checkpoint.processes import is_running, mark_of
+from harness.checkpoint.processes import fingerprint_of, is_running
 from harness.errors import ConfigError
 from tests.support.faulty_training import Training
 
@@ -238,16 +238,16 @@ def test_a_lock_of_a_newer_version_is_understood(tmp_path: Path) -> None:
 
 def test_a_killed_process_is_known_at_once_and_its_number_may_be_given_out_again(tmp_path: Path) -> None:
     with holder(tmp_path) as first:
-        mark = mark_of(first.pid)
-        assert is_running(first.pid, mark)
+        fingerprint = fingerprint_of(first.pid)
+        assert is_running(first.pid, fingerprint)
         change(tmp_path, pid=os.getpid())  # a living process, started at another time
         with Lock() as lock:
             lock.take(tmp_path)
             assert asked(first) == "True"
     first.wait()
-    assert is_running(first.pid, mark) is False
-    assert is_running(os.getpid(), mark_of())
-    assert is_running(os.getpid(), f"another-boot{mark_of()}") is None
+    assert is_running(first.pid, fingerprint) is False
+    assert is_running(os.getpid(), fingerprint_of())
+    assert is_running(os.getpid(), f"another-boot{fingerprint_of()}") is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"token": 1}', "9" * 5000, "[" * 100_000])

@@ -16,6 +16,7 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from harness.__main__ import main
+from harness.checkpoint import lock as locks
 from harness.checkpoint.lock import Heartbeats, Lock
 from harness.commands.watch import find_runs, state_of
 from harness.tracking.rows.wandb_file import encode, read_records
@@ -423,3 +424,22 @@ def test_how_a_run_is(exit_code: int | None, has_marker: bool, is_held: bool, st
             if is_held:
                 owner.kill()
                 owner.communicate()
+
+
+def test_a_run_that_can_not_be_seen_goes_on_until_its_heartbeat_has_been_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output_dir = offline_run(tmp_path / "run", exit_code=None)
+    (run,) = find_runs([output_dir])
+    with Lock() as lock:
+        lock.take(output_dir)
+        holder = json.loads((output_dir / "harness.lock").read_text())
+        (output_dir / "harness.lock").write_text(json.dumps({**holder, "created_at": "another-boot pid:[1] 1"}))
+    os.utime(output_dir / "harness.lock", (0, 0))  # by another machine's clock
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 0.5)
+    heartbeats = Heartbeats()
+    assert state_of(run, heartbeats) == "running"
+    time.sleep(0.6)
+    assert state_of(run, heartbeats) == "interrupted"
+    os.utime(output_dir / "harness.lock", (1, 1))
+    assert state_of(run, heartbeats) == "running"

@@ -15,7 +15,14 @@ from harness.flags import GONE, REFUSED
 from tests.support.wandb.differences import DIFFERENCES
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("README.md", "README.ko.md", "CONTRIBUTING.md", "launch_configs/README.md", "slurm/README.md")
+NAMES = (
+    "README.md",
+    "README.ko.md",
+    "CONTRIBUTING.md",
+    ".github/SECURITY.md",
+    "launch_configs/README.md",
+    "slurm/README.md",
+)
 PAGES = {name: ROOT / name for name in NAMES}
 PAGES |= {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "harness").rglob("README.md"))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}

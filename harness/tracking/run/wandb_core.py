@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from harness.checkpoint.processes import is_running, mark_of
+from harness.checkpoint.processes import fingerprint_of, is_running
 from harness.tracking.client import failures
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ def describe_processes() -> dict[str, Any]:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 if child.name().startswith(NAME):
-                    cores.append([child.pid, mark_of(child.pid)])
-    return {"host": platform.node(), "owner": [os.getpid(), mark_of()], "cores": cores}
+                    cores.append([child.pid, fingerprint_of(child.pid)])
+    return {"host": platform.node(), "owner": [os.getpid(), fingerprint_of()], "cores": cores}
 
 
 def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_SECONDS) -> None:
@@ -41,10 +41,10 @@ def wait_for_cores(processes: Mapping[str, Any], *, patience: float = PATIENCE_S
     if not processes or processes["host"] != platform.node() or is_running(*processes["owner"]):
         return
     deadline = time.monotonic() + patience
-    for pid, mark in processes["cores"]:
-        while is_running(pid, mark) and time.monotonic() < deadline:
+    for pid, fingerprint in processes["cores"]:
+        while is_running(pid, fingerprint) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if is_running(pid, mark):
+        if is_running(pid, fingerprint):
             logger.warning("wandb-core (%d) of the attempt before did not end within %g s: ended.", pid, patience)
             with suppress(psutil.Error):
                 psutil.Process(pid).kill()
