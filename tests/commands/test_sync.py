@@ -434,7 +434,8 @@ def test_a_run_that_can_not_be_seen_goes_on_until_its_heartbeat_has_been_watched
     with Lock() as lock:
         lock.take(output_dir)
         holder = json.loads((output_dir / "harness.lock").read_text())
-        (output_dir / "harness.lock").write_text(json.dumps({**holder, "created_at": "another-boot pid:[1] 1"}))
+    holder |= {"created_at": "another-boot pid:[1] 1"}
+    (output_dir / "harness.lock").write_text(json.dumps(holder))
     os.utime(output_dir / "harness.lock", (0, 0))  # by another machine's clock
     monkeypatch.setattr(locks, "WATCH_SECONDS", 0.5)
     heartbeats = Heartbeats()

@@ -37,6 +37,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     asked = parse(argv)
     signal.signal(signal.SIGTERM, _end)
+    # A shell's background job ignores Ctrl-C, and so would the trainings.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = int(time.time()) if asked.seed is None else asked.seed
     processes = 2 if asked.launch != "ddp" else asked.processes
     among = configurations(processes=processes, tracking=asked.tracking, trainer=asked.trainer, launch=asked.launch)

@@ -17,6 +17,8 @@ from tests.faults.plan import FOLDER_VARIABLE
 SILENCE_SECONDS = 120.0
 POLL_SECONDS = 0.002
 COMMITTED = re.compile(r"checkpoint-(\d+)")
+# As containers are: process numbers of its own, and a first process that is not the training.
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", '"$@"; exit $?', "sh")
 
 
 class HungError(Exception):
@@ -51,11 +53,7 @@ def send(numbers: list[int], what: signal.Signals) -> None:
 
 
 def _is_dead(number: int) -> bool:
-    try:
-        status = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return True
-    return status.rpartition(")")[2].split()[0] in "ZX"
+    return _status(number)[0] in "ZX"
 
 
 def committed_steps(output_dir: Path) -> list[int]:
@@ -68,7 +66,11 @@ def committed_steps(output_dir: Path) -> list[int]:
 
 @dataclass
 class Attempt:
-    """A process that has been started in the folder of a case. `number` counts the attempts of a case from 1."""
+    """
+    A process that has been started in the folder of a case. `number` counts the attempts of a case from 1.
+
+    `reader` stands between its standard output and the file, as a pager does.
+    """
 
     folder: Path
     output_dir: Path
@@ -77,26 +79,38 @@ class Attempt:
     first_step: int
     began_at: float
     ended_at: float = 0.0
+    reader: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def start(
-        cls, command: list[str], variables: dict[str, str], folder: Path, output_dir: Path, number: int
+        cls,
+        command: list[str],
+        variables: dict[str, str],
+        folder: Path,
+        output_dir: Path,
+        number: int,
+        *,
+        is_read: bool = False,
     ) -> Attempt:
         for name in ("built", "steps", "evaluations"):
             (folder / name).unlink(missing_ok=True)
         steps = committed_steps(output_dir)
+        variables = {**variables, FOLDER_VARIABLE: str(folder)}
         with (folder / f"out-{number}").open("wb") as out, (folder / f"err-{number}").open("wb") as err:
+            reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out, env=variables) if is_read else None
             began_at = time.time()
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**variables, FOLDER_VARIABLE: str(folder)},
+                env=variables,
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=reader.stdin if reader else out,
                 stderr=err,
                 start_new_session=True,
             )
-        return cls(folder, output_dir, process, number, steps[-1] if steps else 0, began_at)
+        if reader and reader.stdin:
+            reader.stdin.close()
+        return cls(folder, output_dir, process, number, steps[-1] if steps else 0, began_at, reader=reader)
 
     def lines(self, name: str) -> list[float]:
         """The times that the task wrote into a file of its own in this attempt."""
@@ -141,6 +155,8 @@ class Attempt:
         except subprocess.TimeoutExpired:
             raise HungError(f"attempt {self.number} did not end") from None
         self.ended_at = time.time()
+        if self.reader is not None:
+            self.reader.wait(SILENCE_SECONDS)
         return code
 
     # Who it is made of
@@ -151,7 +167,27 @@ class Attempt:
     def ranks(self) -> list[int]:
         """The training processes in the order of their ranks; of one process the script. May be empty at the start."""
         found = {rank: number for number, rank in self._ranks() if rank is not None}
-        return [found[rank] for rank in sorted(found)] or ([self.process.pid] if not self._is_launched else [])
+        return [found[rank] for rank in sorted(found)] or ([self.script] if not self._is_launched else [])
+
+    @property
+    def script(self) -> int:
+        """The process that the command line names: in a container not the one that was started."""
+        return (self._layers() or [self.process.pid])[-1]
+
+    def reached_by_terminal(self) -> list[int]:
+        """All that Ctrl-C, or a terminal that is closed, sends a signal to."""
+        around = self._layers()[:-1]
+        return [each for each in self.everybody() if each not in around and _group(each) == self.process.pid]
+
+    def _layers(self) -> list[int]:
+        """In a container what was started, its first process, and the script; [] elsewhere or at its start."""
+        if CONTAINER[0] not in self.process.args:
+            return []
+        parents = {number: _parent(number) for number in self.everybody()}
+        found = [self.process.pid]
+        for _ in range(2):
+            found += [number for number, parent in parents.items() if parent == found[-1]][:1]
+        return found if len(found) == 3 else []
 
     @property
     def _is_launched(self) -> bool:
@@ -164,7 +200,7 @@ class Attempt:
             with contextlib.suppress(OSError):
                 variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
                 rank = next((each[5:].decode() for each in variables if each.startswith(b"RANK=")), None)
-                if rank is not None and _parent(number) == self.process.pid:
+                if rank is not None and _parent(number) == self.script:
                     yield number, rank
 
     def cores(self) -> list[int]:
@@ -178,5 +214,17 @@ class Attempt:
 
 
 def _parent(number: int) -> int:
-    status = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
-    return int(status.rpartition(")")[2].split()[1])
+    return int(_status(number)[1])
+
+
+def _group(number: int) -> int:
+    return int(_status(number)[2])
+
+
+def _status(number: int) -> list[str]:
+    """What /proc says of a process, from its state on; zeros if it has ended."""
+    try:
+        status = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ["X", "0", "0"]
+    return status.rpartition(")")[2].split()

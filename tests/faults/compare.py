@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,24 +17,29 @@ from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.layout import read, why_invalid
 from harness.distributed.optimizer_shards import has_optimizer_shards, optimizer_file, read_optimizer
 from harness.distributed.zero import load_shard
-from tests.faults.plan import STEPS
+from tests.faults.plan import FIRST_END, STEPS
 from tests.support.parity import TIMING, history
 
 # wandb's own, and the clock's.
 NOT_COMPARED = ("_timestamp", "_runtime", "_step")
+END = "train/train_loss"  # only the row of the end has it
 VERDICTS = (
     "lost",  # runs that did not get to their end
     "diverged",  # bits: losses, weights, trainer state
     "checkpoints",  # the last checkpoint is missing, damaged or another
     "leftovers",  # folders of saves that did not end
-    "unheeded",  # SIGTERM while it trained, and no end with a checkpoint
+    "unheeded",  # a signal that asks for it while it trained, and no end with a checkpoint; or an end without one
     "sync",  # `wandb sync` of all offline run folders at once failed
     "rows_missing",
     "rows_double",
     "rows_differing",
     "rows_disordered",
     "runs",  # more than one run in W&B, or none
+    "renamed",  # the run in W&B, or an artifact of it, has not the name that it was given
+    "false_word",  # the end says something else of the rows than what W&B has
 )
+CONFIRMED = re.compile(r"(\d+) rows, all confirmed by the server")
+CONFIRMED_IN_PART = re.compile(r"(\d+) of \d+ rows confirmed by the server")
 
 
 @dataclass
@@ -141,6 +147,25 @@ def compare_rows(expected: list[dict[str, Any]], found: list[dict[str, Any]], *,
         verdict.add("rows_differing", f"{_value(first)} instead of {values[_key(first)]}", len(differing))
     if not missing and not double and list(map(_key, expected)) != list(map(_key, found)):
         verdict.add("rows_disordered", f"steps {_short([_key(row)[0] for row in found])}")
+
+
+def without_first_end(rows: list[dict[str, Any]], *, verdict: Verdict) -> list[dict[str, Any]]:
+    """The rows without that of the first end of a run that was extended: it may be there, once."""
+    ends = [row for row in rows if row.get("train/global_step") == FIRST_END and END in row]
+    if len(ends) > 1:
+        verdict.add("rows_double", f"the first end, at step {FIRST_END}", len(ends) - 1)
+    return [row for row in rows if row not in ends]
+
+
+def compare_word(said: str, rows: list[dict[str, Any]], *, verdict: Verdict) -> None:
+    """What the end of an online run says of its rows, and what the server has of it."""
+    if (told := CONFIRMED.search(said)) is not None:
+        if int(told[1]) != len(rows):
+            verdict.add("false_word", f"{told[0]!r}, and W&B has {len(rows)}")
+    elif (told := CONFIRMED_IN_PART.search(said)) is None:
+        verdict.add("false_word", "nothing is said of the rows")
+    elif int(told[1]) > len(rows):
+        verdict.add("false_word", f"{told[0]!r}, and W&B has {len(rows)}")
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:

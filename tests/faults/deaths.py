@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.attempt import Attempt, committed_steps, end_processes_of, send
-from tests.faults.plan import Kill
+from tests.faults.plan import CLOCK_FILE, Kill
 
 FILLER = "filler"
+LEFT_TO_ITSELF = "left to itself"
 # Linux writes back what is older than this by itself.
 WRITTEN_BACK_SECONDS = 30.0
 RANK_SILENCE_SECONDS = 45.0
@@ -42,14 +44,56 @@ def _kill_rank(rng: random.Random, attempt: Attempt) -> str:
 
 
 def _term(rng: random.Random, attempt: Attempt) -> str:
-    send([attempt.process.pid], signal.SIGTERM)
+    send([attempt.script], signal.SIGTERM)
     return "SIGTERM"
 
 
 def _usr1(rng: random.Random, attempt: Attempt) -> str:
     # A launcher has no handler: whoever sends the signal to it means to kill.
-    send(attempt.ranks() or [attempt.process.pid], signal.SIGUSR1)
+    send(attempt.ranks() or [attempt.script], signal.SIGUSR1)
     return "SIGUSR1"
+
+
+def _interrupt(rng: random.Random, attempt: Attempt) -> str:
+    send(attempt.reached_by_terminal(), signal.SIGINT)
+    return "Ctrl-C"
+
+
+def _interrupt_twice(rng: random.Random, attempt: Attempt) -> str:
+    seconds = rng.uniform(0.05, 1.5)
+    _interrupt(rng, attempt)
+    if attempt.sleep(seconds):
+        _interrupt(rng, attempt)
+    return f"Ctrl-C, and again after {seconds:.1f} s"
+
+
+def _hangup(rng: random.Random, attempt: Attempt) -> str:
+    send(attempt.reached_by_terminal(), signal.SIGHUP)
+    return "SIGHUP"
+
+
+def _closed_stdout(rng: random.Random, attempt: Attempt) -> str:
+    assert attempt.reader is not None
+    attempt.reader.kill()
+    return f"nobody reads its output, {_left_to_itself(rng, attempt)}"
+
+
+def _clock(rng: random.Random, attempt: Attempt) -> str:
+    """
+    The clock is set.
+
+    For the training only, which takes it from a file, as this machine has others on it; and for what the lock says.
+    """
+    seconds = rng.choice([-1, 1]) * rng.choice([3.0, 60.0, 86400.0])
+    (attempt.folder / CLOCK_FILE).write_text(str(seconds), encoding="utf-8")
+    done = _left_to_itself(rng, attempt)
+    lock = attempt.output_dir / "harness.lock"
+    with contextlib.suppress(OSError, ValueError):
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+        changed_at = lock.stat().st_mtime + seconds
+        lock.write_text(json.dumps(holder | {"taken_at": holder["taken_at"] + seconds}), encoding="utf-8")
+        os.utime(lock, (changed_at, changed_at))
+    return f"clock set by {seconds:+g} s, {done}"
 
 
 def _stop(rng: random.Random, attempt: Attempt) -> str:
@@ -98,7 +142,7 @@ def _left_to_itself(rng: random.Random, attempt: Attempt) -> str:
     if attempt.sleep(seconds):
         end_processes_of(attempt.folder)
         return "SIGKILL later"
-    return "left to itself"
+    return LEFT_TO_ITSELF
 
 
 def _power_cut(rng: random.Random, attempt: Attempt) -> str:
@@ -130,7 +174,7 @@ def _core_then_script(rng: random.Random, attempt: Attempt) -> str:
 
 
 def _script_then_core(rng: random.Random, attempt: Attempt) -> str:
-    send(attempt.ranks() or [attempt.process.pid], signal.SIGKILL)
+    send(attempt.ranks() or [attempt.script], signal.SIGKILL)
     time.sleep(rng.uniform(0.0, 1.0))
     end_processes_of(attempt.folder)
     return "SIGKILL to the script, then to wandb-core"
@@ -141,6 +185,11 @@ DEATHS = {
     "kill_rank": _kill_rank,
     "term": _term,
     "usr1": _usr1,
+    "interrupt": _interrupt,
+    "interrupt_twice": _interrupt_twice,
+    "hangup": _hangup,
+    "closed_stdout": _closed_stdout,
+    "clock": _clock,
     "stop": _stop,
     "stop_rank": _stop_rank,
     "read_only": _read_only,

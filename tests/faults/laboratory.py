@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import deaths, moments
-from tests.faults.attempt import Attempt, HungError, committed_steps, end_processes_of
-from tests.faults.compare import Verdict, compare_rows, compare_runs
-from tests.faults.plan import SMALL_DISK, Case, Configuration, Kill
+from tests.faults.attempt import CONTAINER, Attempt, HungError, committed_steps, end_processes_of
+from tests.faults.compare import Verdict, compare_rows, compare_runs, compare_word, without_first_end
+from tests.faults.plan import RUN_NAME, SMALL_DISK, Case, Configuration, Kill
 from tests.support.launching import DDP, SCRIPT, launcher
 from tests.support.parity import as_flags
 from tests.support.wandb.artifact_processes import environment
@@ -70,7 +70,8 @@ class Laboratory:
         if not measured.is_file():
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
-            attempt = self._start(configuration, place, place / "run", number=1)
+            alone = Case(seed=0, index=0, configuration=configuration, on_small_disk=False, kills=())
+            attempt = self._start(alone, place, place / "run", number=1, end=configuration.ends[-1])
             code = attempt.end()
             if code != 0:
                 raise RuntimeError(f"the reference in {place} ended with {code}:\n{attempt.text('err')[-3000:]}")
@@ -93,7 +94,7 @@ class Laboratory:
             stack.callback(_free, place)
             output_dir = place / "disk" / "run"
             if self._live(case, place, output_dir, durations, result, verdict):
-                self._compare(case, place, expected, output_dir, verdict)
+                self._compare(case, place, expected, output_dir, result, verdict)
             end_processes_of(place)
             if not verdict.is_good and case.on_small_disk and output_dir.is_dir():
                 deaths.mend_folder(output_dir)
@@ -117,19 +118,22 @@ class Laboratory:
         verdict: Verdict,
     ) -> bool:
         """Run all attempts of a case; returns whether the last one got to the end."""
-        kills = list(case.kills)
+        kills, ends = list(case.kills), list(case.configuration.ends)
         for number in range(1, MOST_ATTEMPTS + 1):
-            attempt = self._start(case.configuration, place, output_dir, number=number)
+            kill = kills[0] if kills else None
+            attempt = self._start(case, place, output_dir, number=number, end=ends[0], kill=kill)
             result.attempts = number
-            kill = kills.pop(0) if kills else None
             try:
                 struck, code = self._one_attempt(case, attempt, kill, durations, result, verdict)
             except HungError as error:
                 verdict.add("lost", str(error))
                 return False
+            kills = kills[1:] if struck else kills
             if code == 0:
-                return True
-            if not struck:
+                ends.pop(0)
+                if not ends:
+                    return True
+            elif not struck:
                 verdict.add("lost", f"attempt {number} ended by itself with {code}: {_last_words(attempt)}")
                 return False
             deaths.mend(attempt)
@@ -160,22 +164,46 @@ class Laboratory:
         record["done"] = deaths.strike(kill, attempt)
         code = attempt.end()
         record["code"] = code
-        if kill.kind == "term" and kill.moment in LISTENS and case.configuration.who == "ours" and code != 0:
-            marked = (attempt.output_dir / "preempted").is_file()
-            if not marked or (case.configuration.processes == 1 and code != 85):
-                verdict.add("unheeded", f"SIGTERM in attempt {attempt.number}: exit code {code}, marker: {marked}")
+        if kill.moment in LISTENS and case.configuration.who == "ours" and code != 0:
+            self._check_heeded(case, attempt, record, verdict)
         return True, code
 
-    def _start(self, configuration: Configuration, place: Path, output_dir: Path, *, number: int) -> Attempt:
-        arguments = {**configuration.arguments, "output_dir": str(output_dir)}
+    def _check_heeded(self, case: Case, attempt: Attempt, record: dict[str, Any], verdict: Verdict) -> None:
+        """What a death that asks for it has come to: a save, or no end at all."""
+        kind, code, is_one = record["kind"], record["code"], case.configuration.processes == 1
+        what = f"{record['done']} in attempt {attempt.number}: exit code {code}"
+        if kind in ("term", "hangup"):
+            marked = (attempt.output_dir / "preempted").is_file()
+            if not marked or (is_one and code != 85):
+                verdict.add("unheeded", f"{what}, marker: {marked}")
+        elif kind == "interrupt":
+            # A batch is drawn ahead of its step: the step that is made is the one before.
+            is_saved = max(committed_steps(attempt.output_dir), default=0) >= record["step"] - 1
+            if not is_saved or (is_one and code != 130):
+                verdict.add("unheeded", f"{what}, saved: {is_saved}")
+        elif kind in ("closed_stdout", "clock") and record["done"].endswith(deaths.LEFT_TO_ITSELF):
+            verdict.add("unheeded", what)
+
+    def _start(
+        self, case: Case, place: Path, output_dir: Path, *, number: int, end: int, kill: Kill | None = None
+    ) -> Attempt:
+        configuration = case.configuration
+        arguments = {**configuration.arguments, "output_dir": str(output_dir), "max_steps": end}
         if configuration.who == "ours":
-            command = [SCRIPT, *as_flags({**arguments, **self._flags(configuration)}), "--resume_from_checkpoint=auto"]
+            flags = as_flags({**arguments, **self._flags(configuration)})
+            if case.is_renamed and not (output_dir / "wandb_run.json").is_file():
+                flags.append(f"--run_name={RUN_NAME}")
+            script = ["-m", "tests.faults.contained"] if case.in_containers else [SCRIPT]
+            command = [*script, *flags, "--resume_from_checkpoint=auto"]
             command = [*command, "--use_cpu"] if configuration.processes == 1 else command
         else:
             arguments |= {"report_to": "none" if configuration.tracking == "none" else "wandb"}
             command = ["-m", "tests.faults.trainer_attempt", json.dumps(arguments)]
         started = launcher(DDP.with_stem(configuration.launch)) if configuration.processes == 2 else [sys.executable]
-        return Attempt.start([*started, *command], self._variables(configuration, place), place, output_dir, number)
+        started = [*CONTAINER, *started] if case.in_containers else started
+        is_read = kill is not None and kill.kind == "closed_stdout"
+        variables = self._variables(configuration, place)
+        return Attempt.start([*started, *command], variables, place, output_dir, number, is_read=is_read)
 
     def _flags(self, configuration: Configuration) -> dict[str, Any]:
         flags: dict[str, Any] = {
@@ -204,7 +232,9 @@ class Laboratory:
         found = environment(place, server, **variables)
         return {name: value for name, value in found.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
-    def _compare(self, case: Case, place: Path, expected: Path, output_dir: Path, verdict: Verdict) -> None:
+    def _compare(
+        self, case: Case, place: Path, expected: Path, output_dir: Path, result: Result, verdict: Verdict
+    ) -> None:
         compare_runs(expected, output_dir, processes=case.configuration.processes, verdict=verdict)
         if case.configuration.tracking == "none":
             return
@@ -216,7 +246,18 @@ class Laboratory:
             verdict.add("runs", f"{len(runs)} runs in W&B: {[run.id for run in runs]}")
         reference = [run for run in self.server.runs() if run.project == expected.parent.name]
         rows = [row for run in runs for row in run.rows]
+        if case.configuration.tracking == "online" and case.configuration.who == "ours":
+            said = (place / f"out-{result.attempts}").read_text(encoding="utf-8", errors="replace")
+            compare_word(said, rows, verdict=verdict)
+        if case.configuration.extends:
+            rows = without_first_end(rows, verdict=verdict)
         compare_rows([row for run in reference for row in run.rows], rows, verdict=verdict)
+        if case.is_renamed:
+            collections = [each.collection for each in self.server.artifacts() if each.project == place.name]
+            names = {each.split("-", 1)[1] for each in collections if each.startswith(("checkpoint-", "model-"))}
+            names |= {run.name for run in runs}
+            if names != {RUN_NAME}:
+                verdict.add("renamed", f"{RUN_NAME} became {sorted(names)}")
 
     def sync(self, place: Path, *, project: str) -> str | None:
         """

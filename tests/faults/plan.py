@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 FOLDER_VARIABLE = "HARNESS_FAULTS"
+CLOCK_FILE = "clock"  # by how many seconds the clock of the training is wrong
 STEPS, SAVE_STEPS, STEP_SECONDS, EVALUATION_SECONDS = 60, 5, 0.05, 0.15
 KILLS_PER_CASE = (3, 5)
+# A run that is extended has been finished at this step before.
+FIRST_END = STEPS // 2
+RUN_NAME = "a-name-of-its-own"
 # Bytes: a dozen checkpoints and W&B's files have room until something fills it.
 SMALL_DISK = "16m"
 
@@ -18,6 +22,11 @@ ANYWHERE = {
     "kill_rank": 3.0,  # SIGKILL to one rank; of one process to the script alone
     "term": 1.5,  # SIGTERM, as a scheduler sends it
     "usr1": 1.0,  # SIGUSR1 to the ranks
+    "interrupt": 1.5,  # Ctrl-C: SIGINT to all that a terminal reaches
+    "interrupt_twice": 0.7,  # and once more, within a second or two
+    "hangup": 1.0,  # a terminal that is closed: SIGHUP to the same
+    "closed_stdout": 1.0,  # who reads the standard output has ended
+    "clock": 1.0,  # the clock is set while it trains; all later attempts have the new time
     "stop": 1.0,  # SIGSTOP to all for seconds, then SIGKILL
     "read_only": 1.0,  # the folder of the run can't be changed any more
     "power_cut": 2.0,  # SIGKILL to all, and what was not synced is cut or zeroed
@@ -42,7 +51,9 @@ MOMENTS = {
 }
 WITH_UPLOADS = {"upload": 2.0}  # a file of an artifact is on its way
 # They need what a start-up does not have yet.
-NOT_AT_THE_START = ("read_only", "disk_full", "core_alone", "core_then_script", "script_then_core", "stop_rank")
+NOT_AT_THE_START = (
+    *("read_only", "disk_full", "core_alone", "core_then_script", "script_then_core", "stop_rank", "clock"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +61,8 @@ class Configuration:
     """
     What is trained, and how it is tracked; `uploads` are artifacts of each checkpoint.
 
-    `launch` is the launch config of several processes, without its ending.
+    `launch` is the launch config of several processes, without its ending. One that `extends` is first finished at
+    FIRST_END; its learning rate is constant, so that a run that was never finished there has the same numbers.
     """
 
     who: str
@@ -58,12 +70,19 @@ class Configuration:
     tracking: str
     uploads: bool = False
     launch: str = "ddp"
+    extends: bool = False
 
     @property
     def label(self) -> str:
         launch = f"-{self.launch}" if self.launch != "ddp" else ""
         uploads = "-uploads" if self.uploads else ""
-        return f"{self.who}-{self.processes}{launch}-{self.tracking}{uploads}"
+        extended = "-extended" if self.extends else ""
+        return f"{self.who}-{self.processes}{launch}-{self.tracking}{uploads}{extended}"
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The steps at which it is finished, one after the other."""
+        return (FIRST_END, STEPS) if self.extends else (STEPS,)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -84,6 +103,7 @@ class Configuration:
             "seed": 42,
             "ddp_find_unused_parameters": False,
             "ddp_timeout": 30,
+            "lr_scheduler_type": "constant" if self.extends else "linear",
         }
 
 
@@ -105,6 +125,8 @@ class Case:
     configuration: Configuration
     on_small_disk: bool
     kills: tuple[Kill, ...]
+    in_containers: bool = False  # each attempt in a namespace of process numbers of its own, under one host name
+    is_renamed: bool = False  # it is given a name once, and not again
 
     @property
     def name(self) -> str:
@@ -117,10 +139,16 @@ def configurations(
     """Those that the command line asks for; what it leaves open is shared out."""
     return [
         Configuration(
-            who="trainer" if trainer else "ours", processes=number, tracking=each, uploads=uploads, launch=launch
+            who="trainer" if trainer else "ours",
+            processes=number,
+            tracking=each,
+            uploads=uploads,
+            launch=launch,
+            extends=extends,
         )
+        for extends in ((False,) if trainer else (False, True))
         for each in ([tracking] if tracking else ["none", "offline", "online"])
-        for uploads in ((False, True) if each == "online" else (False,))
+        for uploads in ((False, True) if each == "online" and not extends else (False,))
         for number in ([processes] if processes else [1, 2])
     ]
 
@@ -130,7 +158,7 @@ def draw_case(seed: int, index: int, among: list[Configuration]) -> Case:
     configuration = among[index % len(among)]
     # What the others do under the same seed is the same but for what they have not got.
     rng = random.Random(f"{seed}/{index}/{configuration.processes}/{configuration.tracking}/{configuration.uploads}")
-    on_small_disk = rng.random() < 0.3
+    on_small_disk, in_containers, is_renamed = rng.random() < 0.3, rng.random() < 0.2, rng.random() < 0.4
     kinds = {**ANYWHERE}
     if configuration.processes > 1:
         kinds |= WITH_TWO_PROCESSES
@@ -146,6 +174,8 @@ def draw_case(seed: int, index: int, among: list[Configuration]) -> Case:
         index=index,
         configuration=configuration,
         on_small_disk=on_small_disk,
+        in_containers=in_containers and configuration.who == "ours",
+        is_renamed=is_renamed and configuration.who == "ours" and configuration.tracking != "none",
         kills=tuple(
             _draw_kill(rng, kinds, step, configuration, is_last=i == number - 1) for i, step in enumerate(steps)
         ),

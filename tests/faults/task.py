@@ -3,7 +3,7 @@ The training that is killed: the parity task at a pace, telling the laboratory w
 
 In the folder that the variable HARNESS_FAULTS names: `built` when the task is made, a line in `steps` for each batch
 that is drawn (one ahead of the step), one in `evaluations` for each evaluation that begins, and one in `synced` for
-each file that the process has made durable.
+each file that the process has made durable. From a file `clock` it takes by how much its clock is set.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.data import Dataset
 
 from harness.tasks import Task, TaskConfig
-from tests.faults.plan import EVALUATION_SECONDS, FOLDER_VARIABLE, STEP_SECONDS
+from tests.faults.plan import CLOCK_FILE, EVALUATION_SECONDS, FOLDER_VARIABLE, STEP_SECONDS
 from tests.support.tasks import parity_task
 
 
@@ -37,6 +38,7 @@ class Paced(Dataset):  # type: ignore[type-arg]
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
         """What a loader calls, and nobody who only looks at the data: one batch."""
         if self.count % self.every == 0:
+            set_clock(Path(os.environ[FOLDER_VARIABLE]) / CLOCK_FILE)
             if self.told is not None:
                 tell(self.told, str(time.time()))
             time.sleep(self.seconds)
@@ -62,9 +64,22 @@ def tell_what_is_synced(told: Path) -> None:
     os.fsync = synced
 
 
+# psutil takes it to say when a process was created.
+CLOCK, BOOTED_AT = time.time, psutil._psplatform.boot_time
+
+
+def set_clock(told: Path) -> None:
+    """Let Python's clock, and the boot's time that follows from it, be wrong by the seconds in the file, if any."""
+    if told.is_file() and (text := told.read_text(encoding="utf-8")):
+        seconds = float(text)
+        time.time = lambda: CLOCK() + seconds
+        psutil._psplatform.boot_time = lambda: BOOTED_AT() + seconds
+
+
 def build(config: TaskConfig) -> Task:
     task = parity_task.build(config)
     folder = Path(os.environ[FOLDER_VARIABLE])
+    set_clock(folder / CLOCK_FILE)
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         tell_what_is_synced(folder / "synced")

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.writer import Checkpoints, Content
-from tests.faults.compare import Verdict, compare_rows, compare_runs
-from tests.faults.plan import STEPS
+from tests.faults.compare import Verdict, compare_rows, compare_runs, compare_word, without_first_end
+from tests.faults.plan import FIRST_END, STEPS
 
 LAST = f"checkpoint-{STEPS}"
 
@@ -152,3 +152,28 @@ def test_what_differs_between_rows_is_counted(what: str) -> None:
     spoil(found)
     compare_rows(rows(), found, verdict=verdict)
     assert dict(verdict.counts) == counts
+
+
+@pytest.mark.parametrize(
+    ("said", "counts"),
+    [
+        ("run  5 rows, all confirmed by the server", {}),
+        ("6 rows, all confirmed by the server", {"false_word": 1}),
+        ("4 rows, all confirmed by the server", {"false_word": 1}),
+        ("3 of 5 rows confirmed by the server; deliver the rest: harness sync out", {}),
+        ("6 of 7 rows confirmed by the server; deliver the rest: harness sync out", {"false_word": 1}),
+        ("", {"false_word": 1}),
+    ],
+)
+def test_what_the_end_says_is_compared_with_the_server(said: str, counts: dict[str, int]) -> None:
+    verdict = Verdict()
+    compare_word(said, rows(), verdict=verdict)
+    assert dict(verdict.counts) == counts
+
+
+def test_the_first_end_of_an_extended_run_may_be_there_once() -> None:
+    end = {"train/global_step": FIRST_END, "train/train_loss": 0.5}
+    for number, counts in ((0, {}), (1, {}), (2, {"rows_double": 1})):
+        verdict = Verdict()
+        assert without_first_end([*rows(), *[end] * number], verdict=verdict) == rows()
+        assert dict(verdict.counts) == counts

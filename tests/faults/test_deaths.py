@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults import deaths
-from tests.faults.attempt import Attempt, end_processes_of, processes_of
+from tests.faults.attempt import CONTAINER, Attempt, end_processes_of, processes_of
 from tests.faults.plan import configurations, draw_case
-from tests.faults.task import tell_what_is_synced
+from tests.faults.task import set_clock, tell_what_is_synced
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the laboratory reads /proc")
 
@@ -121,3 +122,58 @@ def test_a_case_is_the_same_for_the_same_seed_and_all_is_drawn() -> None:
     moments = {kill.moment for case in cases for kill in case.kills}
     assert moments == {"step", "save", "commit", "evaluation", "startup", "opening", "closing", "upload"}
     assert all(kill.moment != "closing" for case in cases for kill in case.kills[:-1])
+    assert {case.configuration.extends for case in cases} == {True, False}
+    for number in (sum(case.in_containers for case in cases), sum(case.is_renamed for case in cases)):
+        assert 20 < number < 200
+
+
+LISTENER = """
+import os, signal, time
+for each in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(each, lambda number, _: print(signal.Signals(number).name, flush=True))
+print("ready", os.getpid(), flush=True)
+while True:
+    time.sleep(0.05)
+"""
+
+
+def heard(attempt: Attempt) -> list[str]:
+    return attempt.text("out").split()
+
+
+@pytest.mark.parametrize("inside", [(), CONTAINER])
+def test_what_a_terminal_sends_reaches_the_script_in_a_container_too(inside: tuple[str, ...], tmp_path: Path) -> None:
+    if inside and os.geteuid() != 0:
+        pytest.skip("a namespace of process numbers can't be made here")
+    command = [*inside, sys.executable, "-c", LISTENER]
+    attempt = Attempt.start(command, dict(os.environ), tmp_path, tmp_path / "run", 1, is_read=True)
+    try:
+        assert attempt.wait_for(lambda: len(heard(attempt)) == 2, 20)
+        assert (heard(attempt)[1] == str(attempt.script)) == (not inside)
+        assert attempt.ranks() == [attempt.script]
+        for death, name in ((deaths.DEATHS["interrupt"], "SIGINT"), (deaths.DEATHS["hangup"], "SIGHUP")):
+            death(random.Random(1), attempt)
+            assert attempt.wait_for(lambda name=name: heard(attempt)[-1] == name, 20)
+        before = len(heard(attempt))
+        assert attempt.reader
+        attempt.reader.kill()
+        attempt.reader.wait()
+        deaths.DEATHS["interrupt"](random.Random(1), attempt)
+        assert attempt.process.wait(20) != 0, "a closed pipe ends who prints into it"
+        assert len(heard(attempt)) == before
+    finally:
+        end_processes_of(tmp_path)
+        attempt.process.wait(20)
+
+
+def test_a_clock_that_is_set_is_that_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", time.time)
+    monkeypatch.setattr(psutil._psplatform, "boot_time", psutil._psplatform.boot_time)
+    true, created_at = time.time(), psutil.Process().create_time()
+    set_clock(tmp_path / "clock")
+    assert abs(time.time() - true) < 60
+    (tmp_path / "clock").write_text("86400.0")
+    for _ in range(2):
+        set_clock(tmp_path / "clock")
+        assert 86400 <= time.time() - true < 86500
+        assert 86399 <= psutil.Process().create_time() - created_at < 86402
