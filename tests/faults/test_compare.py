@@ -172,7 +172,7 @@ def test_what_the_end_says_is_compared_with_the_server(said: str, counts: dict[s
 
 
 def test_the_first_end_of_an_extended_run_may_be_there_once() -> None:
-    end = {"train/global_step": FIRST_END, "train/train_loss": 0.5}
+    end = {"train/global_step": FIRST_END, "train/epoch": 2, "_step": 9}
     for number, counts in ((0, {}), (1, {}), (2, {"rows_double": 1})):
         verdict = Verdict()
         assert without_first_end([*rows(), *[end] * number], verdict=verdict) == rows()
