@@ -93,6 +93,7 @@ class Lock:
     def __init__(self) -> None:
         self.token = secrets.token_hex(4)
         self._path: Path | None = None
+        self._pid = 0
         self._ended = threading.Event()
         self._heartbeats = Heartbeats()
 
@@ -140,7 +141,7 @@ class Lock:
                 if not is_alone:
                     time.sleep(SETTLE_SECONDS)
                 if (now := _read(path)) is not None and now.holder.token == self.token:
-                    self._path = path
+                    self._path, self._pid = path, os.getpid()
         threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
 
     def is_lost(self) -> bool:
@@ -154,7 +155,7 @@ class Lock:
         """Remove the lock, if it is still ours."""
         self._ended.set()
         path, self._path = self._path, None
-        if path is None:
+        if path is None or os.getpid() != self._pid:  # a forked child has no lock
             return
         # If the folder or its mutex is out of reach the file stays: this process will soon be seen to be gone.
         with suppress(OSError, ConfigError), _alone(path):
@@ -271,6 +272,8 @@ def _alone(lock: Path) -> Iterator[bool]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            with suppress(OSError):  # it is another user's, who has said the same
+                os.fchmod(descriptor, 0o666)  # all who may write to the folder must be able to open what a kill left
             is_alone = _wait_for(descriptor, path, deadline)
             # Who was before us has removed the file that we waited for.
             if is_alone and os.fstat(descriptor).st_nlink == 0:

@@ -144,3 +144,34 @@ def test_a_process_that_hangs_while_it_takes_the_lock_is_told_of(
         with Lock() as lock, pytest.raises(ConfigError, match=r"has held harness\.lock\.mutex for 0\.3 s.* try again"):
             lock.take(tmp_path)
     assert not (tmp_path / LOCK_FILE).exists()
+
+
+FORKING = """
+import os, sys
+from pathlib import Path
+from harness.checkpoint.lock import LOCK_FILE, Lock
+folder = Path(sys.argv[1])
+with Lock() as lock:
+    lock.take(folder)
+    try:
+        if (child := os.fork()) == 0:
+            raise SystemExit
+        os.waitpid(child, 0)
+        print((folder / LOCK_FILE).is_file(), lock.is_lost())
+    except SystemExit:
+        pass
+"""
+
+
+def test_a_forked_child_does_not_give_the_lock_back(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "True False\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mutex_that_another_user_left_is_no_obstacle(tmp_path: Path) -> None:
+    with in_mutex(tmp_path) as process:
+        assert (tmp_path / MUTEX_FILE).stat().st_mode & 0o777 == 0o666
+        process.kill()

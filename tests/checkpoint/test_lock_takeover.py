@@ -18,7 +18,8 @@ from harness.errors import ConfigError
 from harness.flags import parse
 from harness.resume import Beginning
 from harness.train import main
-from tests.support.parity import TASK, TRAINING, as_flags, reset, run_harness
+from tests.support.faulty_training import Training
+from tests.support.parity import TASK, TRAINING, as_flags, assert_equal_weights, reset, run_harness
 
 SAVING = {**TRAINING, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 FLAGS = [f"--task={TASK}", "--report_to=none", "--use_cpu"]
@@ -126,3 +127,21 @@ def test_a_folder_that_was_taken_since_it_was_looked_at_is_refused(run: Path) ->
             with pytest.raises(ConfigError, match=f"in use by process {process.pid} "):
                 beginning.claim(accepts=lambda _: None)
             assert not has_lost(process)
+
+
+@pytest.mark.slow
+def test_an_attempt_that_trains_on_is_taken_over_and_nothing_of_its_run_is_lost(tmp_path: Path) -> None:
+    """Its node is out of reach; the next attempt begins while it saves."""
+    arguments = {"report_to": "none", "wandb_run_id": None, "wandb_log_model": None, "resume_from_checkpoint": "auto"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}
+    first = Training(tmp_path / "first", None, pace=1.0, variables=job, **arguments)
+    first.reach(6)
+    same = {"task": {"times": str(first.times)}, "pace": first.pace, "output_dir": first.output_dir, **arguments}
+    job["SLURM_RESTART_COUNT"] = "1"
+    second = Training(tmp_path / "second", None, variables=job, **same)
+    first.ended(1)
+    assert "Another process has taken over" in first.err
+    second.ended(0)
+    reference = Training.here(tmp_path / "reference")
+    assert_equal_weights(reference.output_dir, first.output_dir)
+    assert not (first.output_dir / LOCK_FILE).exists()
