@@ -108,6 +108,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock, builder: Builde
     if (idle := describe_idle(accelerator)) is not None:
         logger.warning("%s", idle)
     beginning = Beginning(config, lock)
+    while not tell_all(accelerator, beginning.is_free):
+        pass
     found, output_dir = tell_all(accelerator, beginning.look)
     record = JobRecord(output_dir, slurm_job() if config.run.trains and accelerator.is_main_process else None)
     stop_if_finished(accelerator, record)

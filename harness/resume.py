@@ -36,6 +36,7 @@ from harness.training.state import TRAINER_STATE_FILE
 logger = logging.getLogger(__name__)
 
 RESUME = "resume_from_checkpoint"
+SECONDS_TO_ANSWER = 5.0
 FROM_PRETRAINED = ("model_name_or_path", "config_name", "tokenizer_name", "image_processor_name")
 # What from_pretrained reads without executing code: no pickles, no Python files.
 OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".bpe", ".spm", ".tiktoken", ".vocab")
@@ -55,17 +56,24 @@ class Beginning:
         self._artifact: Any = None
         self._listed: list[tuple[Path, int]] = []
 
-    def look(self) -> tuple[Found, Path]:
-        """Return the checkpoint and the folder, without writing. Raises ConfigError, also if the folder is in use."""
-        config = self.config
-        self._output_dir = output_dir = choose_output_dir(config.checkpoint, config.tracking.run_name)
-        self._artifact = find_checkpoint(config, output_dir)
+    def is_free(self) -> bool:
+        """
+        Whether the folder may be taken; False: that is not known yet, ask again.
+
+        It answers within some seconds, since other ranks wait for it with a limit. Raises ConfigError if it is in use.
+        """
+        if self._output_dir == Path():
+            self._output_dir = choose_output_dir(self.config.checkpoint, self.config.tracking.run_name)
         try:
-            if self._takes:
-                self.lock.check(output_dir)
-            self._listed = _identities(output_dir)
+            return not self._takes or self.lock.check(self._output_dir, seconds=SECONDS_TO_ANSWER)
         except OSError as error:
-            raise ConfigError(f"--output_dir={output_dir} can't be read: {error}.") from error
+            raise ConfigError(f"--output_dir={self._output_dir} can't be read: {error}.") from error
+
+    def look(self) -> tuple[Found, Path]:
+        """Return the checkpoint and the folder, without writing. Raises ConfigError."""
+        config, output_dir = self.config, self._output_dir
+        self._artifact = find_checkpoint(config, output_dir)
+        self._listed = _identities(output_dir)
         if self._artifact is None:
             self._found = find(config.checkpoint, output_dir)
         else:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import platform
 import secrets
@@ -96,6 +97,7 @@ class Lock:
         self._pid = 0
         self._ended = threading.Event()
         self._heartbeats = Heartbeats()
+        self._watched: Seen | None = None
 
     def __enter__(self) -> Lock:
         return self
@@ -103,15 +105,17 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def check(self, output_dir: Path) -> None:
+    def check(self, output_dir: Path, *, seconds: float = math.inf) -> bool:
         """
-        Wait until it is known whether the lock of a folder may be taken, without taking it.
+        Wait until it is known that the lock of a folder may be taken, without taking it; False: not after `seconds`.
 
         That takes up to WATCH_SECONDS where the process that holds it can't be seen from here. Raises as `take` does.
         """
-        path = output_dir / LOCK_FILE
+        path, until = output_dir / LOCK_FILE, time.monotonic() + seconds
         while self._path is None and (seen := _read(path)) is not None and not self._may_take(path, seen):
-            self._watch(path, seen)
+            if not self._watch(path, seen, until):
+                return False
+        return True
 
     def take(self, output_dir: Path) -> None:
         """
@@ -166,10 +170,17 @@ class Lock:
         gone = _is_gone(seen.holder, slurm_job())
         return self._heartbeats.stands_still(path, seen) if gone is None else gone
 
-    def _watch(self, path: Path, seen: Seen) -> None:
-        """Return when the holder is seen to be gone, or another one is there; raise ConfigError if it is alive."""
+    def _watch(self, path: Path, seen: Seen, until: float) -> bool:
+        """
+        Return when the holder is seen to be gone, or another one is there; False if that is open at `until`.
+
+        Raises ConfigError if it is alive.
+        """
         holder, name = seen.holder, f"process {seen.holder.pid} on {seen.holder.host or 'an unknown machine'}"
-        if (gone := _is_gone(holder, slurm_job())) is None:
+        if (gone := _is_gone(holder, slurm_job())) is None and (
+            self._watched is None or self._watched.holder != holder
+        ):
+            self._watched = seen
             logger.warning(
                 "%s is held by %s, which can't be seen from here (another machine or container, or an older version): "
                 "watching its heartbeat for %g s.",
@@ -179,16 +190,19 @@ class Lock:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             now = _read(path)
             if now is None or now.holder != holder:
-                return
+                return True
             if self._heartbeats.stands_still(path, now):
                 logger.warning("%s was silent for %g s: its lock is taken over.", name, WATCH_SECONDS)
-                return
-            gone = False if now.beat != seen.beat else _is_gone(holder, slurm_job())
+                return True
+            gone = False if now != self._watched else _is_gone(holder, slurm_job())
+            if gone is None and time.monotonic() > until:
+                return False
         if not gone:
             raise ConfigError(
                 f"--output_dir={path.parent} is in use by {name} since {_as_time(holder.taken_at)}: wait for "
                 f"its end, or take another folder. If it is gone for sure, delete {path}."
             )
+        return True
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from harness import resume
+from harness.checkpoint import lock as locks
 from harness.checkpoint.lock import LOCK_FILE, Lock
 from harness.errors import ConfigError
 from harness.flags import parse
@@ -111,6 +114,7 @@ def config_of(run: Path) -> Any:
 def test_what_an_earlier_attempt_saved_until_it_was_fenced_is_gone_on_from(run: Path) -> None:
     with Lock() as lock:
         beginning = Beginning(config_of(run), lock)
+        assert beginning.is_free()
         found, output_dir = beginning.look()
         assert (found.path, output_dir) == (run / "checkpoint-3", run)
         assert not (run / LOCK_FILE).exists()
@@ -122,11 +126,33 @@ def test_what_an_earlier_attempt_saved_until_it_was_fenced_is_gone_on_from(run: 
 def test_a_folder_that_was_taken_since_it_was_looked_at_is_refused(run: Path) -> None:
     with Lock() as lock:
         beginning = Beginning(config_of(run), lock)
+        assert beginning.is_free()
         beginning.look()
         with earlier(run) as process:
             with pytest.raises(ConfigError, match=f"in use by process {process.pid} "):
                 beginning.claim(accepts=lambda _: None)
             assert not has_lost(process)
+
+
+def test_other_ranks_wait_no_longer_than_some_seconds_for_an_answer(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(resume, "SECONDS_TO_ANSWER", 0.1)
+    caplog.set_level("WARNING")
+    (run / LOCK_FILE).write_text(json.dumps({"token": "another's"}))
+    with Lock() as lock:
+        beginning = Beginning(config_of(run), lock)
+        began = time.monotonic()
+        assert not beginning.is_free()
+        assert time.monotonic() - began < 1.0
+        while not beginning.is_free():
+            pass
+        assert time.monotonic() - began >= 1.0
+        assert beginning.look()[0].path == run / "checkpoint-3"
+        assert beginning.claim(accepts=lambda _: None).path == run / "checkpoint-3"
+        assert not lock.is_lost()
+    assert caplog.text.count("watching its heartbeat for 1 s") == 1
 
 
 @pytest.mark.slow
