@@ -16,6 +16,7 @@ from importlib import import_module
 
 import harness
 from harness.errors import ConfigError, exit_code_of
+from harness.masking import tracebacks_masked
 from harness.signals import hold
 
 
@@ -54,7 +55,8 @@ COMMANDS = {
 
 def script() -> None:
     """Run as the installed command `harness`."""
-    sys.exit(main())
+    with tracebacks_masked():
+        sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,4 +103,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -22,7 +22,6 @@ import yaml
 
 from harness.errors import ConfigError
 
-SECRET_SUFFIXES = ("_token", "api_key")
 RECIPES_DIR = Path(__file__).parent / "recipes"
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -280,12 +279,20 @@ def read_yaml(
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return {}, [f"--config={source} is not valid YAML: {error}"]
+        return {}, [f"--config={source} is not valid YAML: {_without_source(error)}"]
     if not isinstance(values, dict):
         return {}, [f"--config={source} holds no mapping; write one `flag: value` a line."]
     faults = {str(key): _why_unknown(str(key), f"{path.name}: {key}", flags, refused) for key in values}
     good = {name: value for name, value in values.items() if faults[str(name)] is None}
     return good, [fault for fault in faults.values() if fault is not None]
+
+
+def _without_source(error: Exception) -> str:
+    """Return what is wrong and where; not the line itself, which may hold a password."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'it can not be read'}"
 
 
 class _NoDuplicates(yaml.SafeLoader):
@@ -318,36 +325,6 @@ def _why_unknown(name: str, shown: str, flags: Mapping[str, Flag], refused: Mapp
 def is_first_rank() -> bool:
     """Whether this process speaks for all, also before there is an Accelerator."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def is_secret(name: str) -> bool:
-    """Whether a value of this name must not be recorded."""
-    return name == "token" or name.endswith(SECRET_SUFFIXES)
-
-
-def masked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without secrets. A text like <image> is a model's special token, or masked already."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            result[name] = masked(value)
-        elif isinstance(value, str) and is_secret(str(name)) and not (value[:1] == "<" and value[-1:] == ">"):
-            result[name] = f"<{name.upper()}>"
-        else:
-            result[name] = value
-    return result
-
-
-def masked_arguments(argv: Sequence[str]) -> list[str]:
-    """A command line without the values of secret flags: wandb records it."""
-    result: list[str] = []
-    hides_next = False
-    for token in argv:
-        flag, equals, _ = token.partition("=")
-        secret = flag.startswith("--") and is_secret(flag[2:].replace("-", "_").lower())
-        result.append("<SECRET>" if hides_next else f"{flag}=<SECRET>" if secret and equals else token)
-        hides_next = secret and not equals
-    return result
 
 
 def is_dumb_terminal() -> bool:

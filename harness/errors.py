@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from harness.masking import masked
+
 
 class HarnessError(Exception):
     """Base class of errors that end a command with one message and `exit_code`, without a traceback."""
@@ -50,14 +52,14 @@ def exit_code_of(
     work: Callable[[], int], say: Callable[[int, str], object], *, interrupted: str = "Interrupted."
 ) -> int:
     """
-    Run the `work` of a command and return its exit code; on an error `say` gets that code and the message.
+    Run the `work` of a command and return its exit code; on an error `say` gets that code and the masked message.
 
     Ctrl-C gives 130. Any error other than HarnessError is a bug and is raised with its traceback.
     """
     try:
         return work()
     except HarnessError as error:
-        code, message = error.exit_code, str(error)
+        code, message = error.exit_code, masked(str(error))
     except KeyboardInterrupt:
         code, message = 130, interrupted
     say(code, message)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,22 @@ def write_whole(path: Path, text: str, *, durable: bool = False, suffix: str = "
     """Write a text to a file, whole or not at all, replacing an older one. Raises OSError."""
     with written_whole(path, durable=durable, suffix=suffix) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def follow_umask(folder: Path) -> None:
+    """
+    Give each file below a folder the mode of a new file there: safetensors writes for its user alone. Raises OSError.
+
+    The umask can be read by setting it only, which other threads would see; a new file shows it, and what the folder's
+    access list adds to it.
+    """
+    probe = folder / "mode.partial"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def put_in_place(partial: Path, final: Path) -> None:

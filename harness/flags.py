@@ -27,6 +27,7 @@ from harness.config import (
 from harness.data.flags import DataConfig
 from harness.distributed.flags import TopologyConfig
 from harness.errors import ConfigError
+from harness.masking import is_masked, masked
 from harness.model.flags import BY_METRIC, AdapterConfig, OptimConfig
 from harness.tasks import OWN
 from harness.tasks.files import data_files
@@ -223,14 +224,14 @@ class Config:
         return self.best.metric(wanted=self.optim.lr_scheduler_type in BY_METRIC)
 
     def flat(self) -> dict[str, Any]:
-        """All values by flag name, tokens masked: what is recorded."""
+        """All values by flag name, without secrets: what is recorded."""
         values: dict[str, Any] = {}
         for field in fields(self):
             values |= asdict(getattr(self, field.name))
         for name, value in values.items():
             if FLAGS[name].path == "file" and isinstance(value, list) and len(value) == 1:
                 values[name] = value[0]  # as one is written
-        return {name: "<TOKEN>" if name == "token" and value else value for name, value in values.items()}
+        return {name: masked(value, name) for name, value in values.items()}
 
     def as_yaml(self) -> str:
         """The values by flag name; `--config` reads them again."""
@@ -367,10 +368,16 @@ def read(argv: Sequence[str], *, own_task: bool = False) -> Reading:
     ]
     values = {name: value for layer, _ in layers for name, value in layer.items()}
     origins = {name: of_layer[name] for layer, of_layer in layers for name in layer}
+    masked(values)  # from here on no message quotes what they call a secret
+    hidden = [
+        f"--{name} ({origins[name]}) holds what stands for a secret that was not recorded: give it with the secret."
+        for name, value in values.items()
+        if is_masked(value, name)
+    ]
     return Reading(
         values={name: value for name, value in values.items() if value is not None},
         origins=origins,
-        problems=[*problems, *of_file, *of_variables],
+        problems=[*problems, *of_file, *of_variables, *hidden],
     )
 
 

@@ -30,6 +30,7 @@ from harness.config import is_first_rank
 from harness.distributed.flags import environment_kept, hide_accelerators
 from harness.errors import ConfigError, MemoryShortError, exit_code_of
 from harness.flags import Config, help_text, help_topic, read
+from harness.masking import tracebacks_masked
 from harness.tasks import is_whole, own_builder
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ SECONDS_FOR_RANK_ZERO = 10.0
 def script() -> None:
     """Run as the installed command `harness-train`."""
     hold()  # before torch and transformers are loaded, which takes seconds
-    sys.exit(main())
+    with tracebacks_masked():
+        sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,4 +127,5 @@ def _say(code: int, message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tracebacks_masked():
+        sys.exit(main())

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 HARNESS = ROOT / "harness"
 # From the bottom up; a package stands for its files.
 LAYERS = (
-    ("errors", "signals"),
+    ("masking", "signals"),
+    ("errors",),
     ("files",),
     ("config",),
     ("slurm",),

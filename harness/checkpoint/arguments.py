@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harness.config import Flag, OnResume, masked, plain
+from harness.config import Flag, OnResume, plain
+from harness.masking import agree, masked
 
 # Not flags: what flags and the launch config together come to.
 RESOLVED: Mapping[str, OnResume] = {
@@ -27,7 +28,8 @@ class Changes:
 
 def recorded(flags: Mapping[str, Any], **resolved: Any) -> dict[str, Any]:
     """What a checkpoint keeps of a run's arguments: JSON types, no secrets."""
-    return masked(plain({**flags, **resolved}))
+    arguments: dict[str, Any] = masked(plain({**flags, **resolved}))
+    return arguments
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], flags: Mapping[str, Flag]) -> Changes:
@@ -37,7 +39,10 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], flags: Mapping[str
     A name that one of them lacks is of another version and says nothing; with {} for a Trainer's nothing differs.
     """
     kinds = {**RESOLVED} | {name: flag.on_resume for name, flag in flags.items()}
-    changed = [name for name in now if kinds[name] != "unrelated" and name in saved and saved[name] != now[name]]
+    # Earlier versions have recorded what is masked now, and of a masked value nobody knows what it was.
+    saved = masked(saved)
+    compared = [name for name in now if kinds[name] != "unrelated" and name in saved]
+    changed = [name for name in compared if not agree(saved[name], now[name], name)]
     refused = [name for name in changed if kinds[name] == "refused"]
     # Longer is a wish; shorter would end on another schedule than it was begun with.
     was_asked = not {"max_steps", "num_train_epochs"}.isdisjoint(changed)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from harness.commands import Parser
 from harness.errors import ConfigError, HarnessError
+from harness.masking import masked, masked_words
 
 if TYPE_CHECKING:
     from harness.flags import Config
@@ -114,9 +115,9 @@ def submit(request: Request, *, is_dry: bool) -> int:
     environment = {**os.environ, **request.variables()}
     config, notes = check(request, environment)
     for note in notes:
-        print(f"checked: {note}")
+        print(f"checked: {masked(note)}")
     line = [f"{name}={shlex.quote(value)}" for name, value in request.variables().items()]
-    print(" ".join([*line, shlex.join(request.command())]), flush=True)
+    print(" ".join([*line, shlex.join(masked_words(request.command()))]), flush=True)
     if is_dry:
         print("Not submitted (--dry-run).")
         return 0

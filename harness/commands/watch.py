@@ -14,6 +14,7 @@ from typing import Any
 from harness.checkpoint.lock import WATCH_SECONDS, Heartbeats, is_held
 from harness.checkpoint.processes import is_running
 from harness.errors import BusyError, ConfigError, DeliveryError, RowsError, SyncError, UnreachableError
+from harness.masking import masked
 from harness.tracking.artifacts.staging import RECORD_FILE, STAGING_FOLDER
 from harness.tracking.client import one_line, open_api, server_answers
 from harness.tracking.rows.wandb_file import read_log
@@ -262,4 +263,4 @@ def _alone(output_dir: Path) -> Iterator[int | None]:
 
 
 def _say(what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {masked(what)}", flush=True)

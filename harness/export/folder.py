@@ -22,7 +22,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDE
 from harness.checkpoint.layout import why_damaged
 from harness.errors import ConfigError
 from harness.export.sources import Weight, is_adapter, read_weights
-from harness.files import sync
+from harness.files import follow_umask, sync
 from harness.model.adapters import merged_model
 
 FILES_PATTERN = "model{suffix}.safetensors"
@@ -65,6 +65,7 @@ def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dty
     try:
         partial.mkdir(parents=True)
         exported = _write(model, weights, checkpoint, partial, max_shard_size)
+        follow_umask(partial)
         for path in (*partial.iterdir(), partial):
             sync(path)
         partial.rename(out)

@@ -15,10 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    logging,
+)
 
 from harness.distributed.sharding import fill, is_part, whole_shape
 from harness.errors import ConfigError
+from harness.files import follow_umask, write_json
+from harness.masking import masked
 from harness.model.adapters import is_adapted, load_tensors, tensors_of, write_adapter
 
 
@@ -170,6 +178,8 @@ def save_model(
     if weights is None:
         weights = {name: tensor.detach() for name, tensor in own_weights(model).items()}
     _write_model(model, weights, processing_class, partial, as_published=as_published)
+    follow_umask(partial)
+    _hide_secrets(partial / CONFIG_NAME)
     files = []
     for path in sorted(partial.rglob("*")):
         final = folder / path.relative_to(partial)
@@ -180,6 +190,13 @@ def save_model(
             files.append(final)
     shutil.rmtree(partial)
     return files
+
+
+def _hide_secrets(path: Path) -> None:
+    """Mask what a task has put into its model's configuration: checkpoints are published."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (hidden := masked(content)) != content:
+        write_json(path, hidden)
 
 
 def _write_model(

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -70,7 +70,8 @@ def _prepared(cache: Path) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     # The folder gets its name when it is whole, so a killed process leaves no partial one.
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
+    partial = cache / f"{folder.name}.{secrets.token_hex(4)}"  # not of tempfile, whose folders no other user can read
+    partial.mkdir()
     try:
         _write(partial)
         os.rename(partial, folder)  # noqa: PTH104 - Path.rename differs between systems where the target exists

@@ -17,6 +17,7 @@ from typing import Any
 import requests
 
 from harness.errors import UnreachableError
+from harness.masking import masked
 
 API_TIMEOUT_SECONDS = 30
 PROBE_TIMEOUT_SECONDS = 4
@@ -96,7 +97,7 @@ def _mailbox_errors() -> tuple[type[Exception], ...]:
 
 def one_line(error: Exception) -> str:
     """An error as a short line."""
-    text = " ".join(str(error).split()) or "no message"
+    text = " ".join(masked(str(error)).split()) or "no message"  # masked as a whole: a part has another form
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
 
 

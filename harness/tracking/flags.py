@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.config import arg, at_least, choice, flags_of, section
 from harness.errors import ConfigError
+from harness.masking import is_secret_name, masked
 
 DEFAULT_PROJECT = "huggingface"
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -93,6 +94,8 @@ class TrackingConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("run_name", "wandb_run_group", "wandb_job_type", "wandb_tags", "wandb_notes"):  # only shown
+            object.__setattr__(self, name, masked(getattr(self, name)))
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ConfigError(f"--report_to {' '.join(self.report_to)}: none stands alone.")
         at_least(
@@ -205,8 +208,10 @@ def check_environment() -> None:
         try:
             settings.update_from_env_vars({name: value})
         except (ValueError, wandb.errors.UsageError) as error:  # pydantic's ValidationError is a ValueError
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"{name}={value} is refused by wandb: {reason}. Put it right or unset it.") from error
+            of_pydantic = [each["msg"] for each in error.errors()] if hasattr(error, "errors") else []  # without values
+            reason = " ".join(masked("; ".join(of_pydantic) or str(error)).split())[:300].rstrip(".")
+            shown = name if is_secret_name(name) else f"{name}={masked(value)}"
+            raise ConfigError(f"{shown} is refused by wandb: {reason}. Put it right or unset it.") from None
 
 
 def _installed() -> list[str]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate.tracking import GeneralTracker
 
-from harness.config import is_secret, masked, plain
+from harness.config import plain
 from harness.distributed import sharding
+from harness.masking import is_secret_name, masked
 
 # Of the environment nothing else is recorded: it holds keys.
 LAUNCH_PREFIXES = ("ACCELERATE_", "SLURM_JOB", "SLURM_RESTART_COUNT")
@@ -25,7 +26,7 @@ def run_config(model: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[str
     peft_config: Any = getattr(model, "peft_config", None)
     of_model = plain(model_config(model) or {})
     given = {
-        name: f"<{name.upper()}>" if is_secret(name) else plain(value)
+        name: f"<{name.upper()}>" if is_secret_name(name) else plain(value)
         for name, value in _derived(arguments).items()
         if value is not None or name not in of_model  # of ours, not the Trainer's: model_type, dtype
     }
@@ -62,9 +63,9 @@ def _derived(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def launch_config() -> dict[str, str]:
     """How the processes were started: the launcher's and the scheduler's variables, by an allow-list."""
     return {
-        name: value
+        name: masked(value)
         for name, value in sorted(os.environ.items())
-        if (name.startswith(LAUNCH_PREFIXES) or name in LAUNCH_VARIABLES) and not is_secret(name.lower())
+        if (name.startswith(LAUNCH_PREFIXES) or name in LAUNCH_VARIABLES) and not is_secret_name(name)
     }
 
 

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.tracking import GeneralTracker
 
-from harness.config import masked, plain
+from harness.config import plain
 from harness.distributed.accelerator import choose_backend
+from harness.masking import masked
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Selection, Watch
@@ -259,6 +260,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return self._report
 
     def _send(self, summary: dict[str, Any], row: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        row = {name: masked(value) if isinstance(value, str) else value for name, value in row.items()}
         if self._local is not None:
             self._local.log(row)
             return

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.config import is_dumb_terminal
+from harness.masking import masked
 from harness.training.flags import ConsoleConfig
 
 TIMING_SUFFIXES = ("_runtime", "_samples_per_second", "_steps_per_second")
@@ -120,7 +121,7 @@ class Console:
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._enabled:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(masked(text), file=sys.stdout)
             sys.stdout.flush()
 
     @contextmanager
@@ -207,7 +208,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(masked(self.format(record)), file=sys.stderr)
             sys.stderr.flush()
         except Exception:  # a logging handler must never raise into the program
             self.handleError(record)

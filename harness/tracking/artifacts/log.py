@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import plain
+from harness.masking import masked
 from harness.tracking.artifacts.queue import Pending, UploadResult, Uploads
 from harness.tracking.artifacts.staging import STAGING_FOLDER, stage, sweep, waiting
 from harness.tracking.client import one_line
@@ -189,6 +190,6 @@ def _allowed(suffix: str, run_id: str) -> str:
 
 
 def _numbers_as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values in JSON types; NaN and the infinities, which JSON has no numbers for, as W&B's texts for them."""
-    found: dict[str, Any] = json.loads(json.dumps(plain(values)), parse_constant=str)
+    """The values masked, in JSON types; NaN and the infinities, for which JSON has no numbers, as W&B's texts."""
+    found: dict[str, Any] = json.loads(json.dumps(masked(plain(values))), parse_constant=str)
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from harness.config import masked_arguments
 from harness.errors import ConfigError, NoCredentialsError
+from harness.masking import masked, masked_words
 from harness.tracking.client import failures, has_credentials, one_line, why_silent
 from harness.tracking.flags import TrackingConfig, check_environment
 from harness.tracking.run.identity import home_of
@@ -21,6 +23,7 @@ from harness.tracking.run.terminal import speak_through_log
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_SECONDS = 30
+GIT_TIMEOUT_SECONDS = 10
 NEEDS_CREDENTIALS = (
     "--wandb_mode=online (WANDB_MODE) needs credentials, and there are none: run `wandb login`, set WANDB_API_KEY, "
     "or use auto or offline."
@@ -74,7 +77,7 @@ def where(run: Any) -> str:
     if run.disabled:
         return ""
     if not run.offline:
-        return str(run.url)
+        return str(masked(str(run.url)))
     folder = Path(run.settings.sync_dir)
     return f"offline; upload it with `harness sync {shlex.quote(_as_typed(home_of(folder)))}`"
 
@@ -104,12 +107,41 @@ def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> A
     }
     if config.wandb_silent:
         ours["silent"] = True
-    inherited = wandb.setup().settings.model_fields_set
+    inherited = wandb.setup().settings
     for name, value in ours.items():
-        if name not in settings.model_fields_set | inherited:
+        if name not in settings.model_fields_set | inherited.model_fields_set:
             setattr(settings, name, value)
+    _hide_secrets(settings, inherited)
     speak_through_log(settings)
     return settings
+
+
+def _hide_secrets(settings: Any, inherited: Any) -> None:
+    """Mask what wandb would record as it is: texts of its own variables, and the login in the address of git."""
+    for name in ("run_name", "run_notes", "run_group", "run_job_type", "run_tags"):
+        value = getattr(settings, name) or getattr(inherited, name)
+        if (hidden := masked(value)) != value:
+            setattr(settings, name, hidden)
+    if settings.disable_git or inherited.disable_git or settings.git_remote_url or inherited.git_remote_url:
+        return
+    remote = settings.git_remote if "git_remote" in settings.model_fields_set else inherited.git_remote
+    address = _ask_git("config", "--get", f"remote.{remote}.url")
+    if (hidden := masked(address)) != address:
+        settings.git_remote_url = hidden
+        settings.git_commit = _ask_git("rev-parse", "--verify", "HEAD") or None  # wandb asks for both or for none
+
+
+def _ask_git(*question: str) -> str:
+    """Return git's answer in the working directory; "" without git or a repository."""
+    if (git := shutil.which("git")) is None:
+        return ""
+    try:
+        done = subprocess.run(  # noqa: S603 - what is asked here
+            [git, *question], capture_output=True, text=True, timeout=GIT_TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 def _why_offline(settings: Any) -> str | None:
@@ -169,7 +201,7 @@ def _init(kwargs: Mapping[str, Any]) -> Any:
 @contextmanager
 def _masked_command_line() -> Iterator[None]:
     # wandb records sys.argv as it is, `--token ...` with it.
-    argv, sys.argv = sys.argv, masked_arguments(sys.argv)
+    argv, sys.argv = sys.argv, masked_words(sys.argv)
     try:
         yield
     finally:
