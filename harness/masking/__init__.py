@@ -22,14 +22,15 @@ __all__ = ["agree", "is_masked", "is_secret_name", "masked", "masked_words", "tr
 
 # Most texts hold none of these, and are searched no further.
 HINT = re.compile(r"(?i)token|secret|key|passw|passphrase|auth|jwt|cookie|credential")
+# Lengths are bounded, so that long texts take no long time.
 # name=value, name: value, and the same in JSON and in Python, also inside a text that has escaped its quotes.
 PAIR = re.compile(
-    r"(?i)(?P<before>(?P<q>\\*[\"']?)(?<![\w-])(?P<name>[\w-]*(?:token|secrets?|keys?|password|passwd|passphrase|"
+    r"(?i)(?P<before>(?P<q>\\{0,4}[\"']?)(?<![\w-])(?P<name>[\w-]*(?:token|secrets?|keys?|password|passwd|passphrase|"
     r"authorization|auth|jwt|cookie|credentials?))(?P=q)(?P<sign>\s*(?:=>|[:=])\s*))"
-    r"(?:(?P<q2>\\*[\"'])(?P<quoted>.*?)(?<!\\)(?P=q2)|(?P<bare>[^\s,;&\"'<>(){}\[\]\\]+))",
+    r"(?:(?P<q2>\\{0,4}[\"'])(?P<quoted>.{0,20000}?)(?<!\\)(?P=q2)|(?P<bare>[^\s,;&\"'<>(){}\[\]\\]+))",
     re.DOTALL,
 )
-FLAG = re.compile(r"(?P<before>--(?P<name>[\w-]+)\s+[\"']?)(?P<value>[^\s\"'<>]+)")
+FLAG = re.compile(r"(?P<before>(?<![\w-])--(?P<name>[\w-]+)\s+[\"']?)(?P<value>[^\s\"'<>]+)")
 
 
 def masked(value: Any, name: str = "") -> Any:

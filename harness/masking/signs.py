@@ -41,8 +41,9 @@ SCHEME = re.compile(r"(?i)\b(bearer|basic)\s+(?=[A-Za-z_-]*[\d=])[\w.~+/=-]{8,}"
 # The part before @ is hidden as a whole: a token stands in the place of the user as well. Without a password it is a
 # user's name where that is usual: ssh://git@host.
 LOGIN = re.compile(
-    r"(?i)(https?://)[^\s/@\"'<>]+@|([a-z][a-z0-9+.-]*://)[^\s/@:\"'<>]*:[^\s/@\"'<>]*@"
-    r"|([a-z][a-z0-9+.-]*://)[^\s/@:\"'<>]+:(?!\d+/)[^\s@\"'<>]+@"
+    r"(?i)(https?://)[^\s/@\"'<>]{1,4000}@"
+    r"|(?<![a-z0-9+.-])([a-z][a-z0-9+.-]{1,20}://)[^\s/@:\"'<>]{0,400}:[^\s/@\"'<>]{0,4000}@"
+    r"|(?<![a-z0-9+.-])([a-z][a-z0-9+.-]{1,20}://)[^\s/@:\"'<>]{1,400}:(?!\d+/)[^\s@\"'<>]{1,400}@"
 )
 SIGNATURE = re.compile(r"(?i)([?&](?:[\w-]*signature|x-amz-credential|sig|key)=)[^&\s\"'<>]+")
 # The secrets that the process was given by a mapping or a command line which calls them so.
@@ -66,10 +67,8 @@ def is_secret(name: str, value: str) -> bool:
     """Whether a text of this name is one. `<image>` and `[PAD]` are a model's special tokens, or masked already."""
     if may_name_a_key(name):
         return LOOKS_LIKE_A_KEY.fullmatch(value) is not None
-    if not value or not is_secret_name(name) or value.lower() in WORDS or (value[0] + value[-1]) in ("<>", "[]"):
-        return False
-    # A special token may be short; what is called `token` alone is none.
-    return not name.lower().endswith("_token") or len(value) >= SHORTEST
+    is_special = value[:1] + value[-1:] in ("<>", "[]")
+    return is_secret_name(name) and bool(value) and not is_special and value.lower() not in WORDS
 
 
 def remember(secret: str) -> None:
@@ -90,8 +89,9 @@ def without_forms(text: str) -> str:
 
 
 def _known() -> list[str]:
-    names = [name for name in os.environ if is_secret_name(name) or _names_an_address(name)]
-    return _written_forms(tuple(os.environ.get(name, "") for name in names), frozenset(_remembered))
+    secrets = tuple(os.environ.get(name, "") for name in os.environ if is_secret_name(name))
+    addresses = tuple(os.environ.get(name, "") for name in os.environ if _names_an_address(name))
+    return _written_forms(secrets, addresses, frozenset(_remembered))
 
 
 @functools.cache
@@ -100,14 +100,14 @@ def _names_an_address(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4)
-def _written_forms(variables: tuple[str, ...], remembered: frozenset[str]) -> list[str]:
-    """Return the secrets among the variables, and those remembered, as texts hold them; the longest first."""
+def _written_forms(secrets: tuple[str, ...], addresses: tuple[str, ...], remembered: frozenset[str]) -> list[str]:
+    """Return secrets, those in addresses too, in the forms that texts have them in; the longest first."""
     found = set(remembered)
-    for value in variables:
-        if (login := re.search(r"://[^/@]*:([^/@]+)@", value)) is not None:
+    for value in secrets:
+        found |= {value, value.strip(), *value.split()}
+    for value in addresses:
+        if (login := re.search(r"(?:://|^)[^/@]*:([^/@]+)@", value)) is not None:
             found |= {login[1], unquote(login[1])}
-        elif "://" not in value:
-            found |= {value, value.strip(), *value.split()}
     telling = {secret for secret in found if _is_telling(secret)}
     written = {form for secret in telling for form in (secret, json.dumps(secret)[1:-1], quote(secret, safe=""))}
     return sorted(written, key=len, reverse=True)

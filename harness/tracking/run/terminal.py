@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 logger = logging.getLogger("harness.wandb")
@@ -35,7 +35,8 @@ def terminal_kept() -> Iterator[None]:
         yield
     finally:
         if (wandb := sys.modules.get("wandb")) is not None:
-            wandb.termsetup(wandb.setup().settings, None)
+            with suppress(ValueError, wandb.Error):  # a variable that it refuses, which has been said
+                wandb.termsetup(wandb.setup().settings, None)
 
 
 class _Log:
