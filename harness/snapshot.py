@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from harness.checkpoint.trial import Trial
 from harness.checkpoint.writer import Content
 from harness.data.position import at_step, converted, describe_change, has_other_layout, why_other_order
 from harness.distributed.accelerator import software
+from harness.distributed.optimizer_shards import why_unlike
 from harness.distributed.ranks import agree, ranks_of
 from harness.errors import CheckpointError, ConfigError
 from harness.flags import FLAGS
@@ -176,16 +177,38 @@ def restore(run: Run, state: TrainState, path: Path) -> None:
 
     Raises ConfigError, on all ranks, for one that does not fit.
     """
+    found: list[Saved] = []
+    _together(run, lambda: found.append(_read(run, path)))  # before ranks load together, which one can't do without all
+    _together(run, lambda: _load(run, state, found[0]))
+    run.console.line(f"Going on from {path}, step {state.global_step} of {run.plan.max_steps}.")
+
+
+def _together(run: Run, act: Callable[[], object]) -> None:
+    """Collective: do it on all ranks. Raises ConfigError on all if one of them raised it."""
     failure: ConfigError | None = None
     try:
-        saved = read(path, ranks=ranks_of(run.accelerator))
-        for part in parts(run, state):
-            part.load(saved)
+        act()
     except ConfigError as error:
         failure = error
     if (message := agree(run.accelerator, failure)) is not None:
         raise ConfigError(message) from failure
-    run.console.line(f"Going on from {path}, step {state.global_step} of {run.plan.max_steps}.")
+
+
+def _read(run: Run, path: Path) -> Saved:
+    try:
+        return read(path, ranks=ranks_of(run.accelerator))
+    except ConfigError as error:
+        raise ConfigError(f"--resume_from_checkpoint: {path}: {error}") from error
+
+
+def _load(run: Run, state: TrainState, saved: Saved) -> None:
+    """Local, but for ZeRO's shards. Raises ConfigError for a value that no check has met and that can't be loaded."""
+    for part in parts(run, state):
+        try:
+            part.load(saved)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
+            what = type(part).__name__.lower()
+            raise ConfigError(f"{saved.path} can't be loaded ({what}): {type(error).__name__} {error}") from error
 
 
 class Part(Protocol):
@@ -261,8 +284,12 @@ class Optimizer:
         run = self.run
         check_optimizer(saved.path, saved.shared, _asked(run))
         try:
+            own, schedule = run.scheduler.state_dict(), saved.files[SCHEDULER_FILE]
+            if (fault := why_unlike(own, schedule)) is not None:
+                raise ValueError(f"{SCHEDULER_FILE} holds {fault}")
             run.backend.load_optimizer(run.model, run.optimizer, saved.path, saved.files)
-            run.scheduler.load_state_dict(saved.files[SCHEDULER_FILE])
+            # A schedule takes every name for an attribute of its own.
+            run.scheduler.load_state_dict({name: value for name, value in schedule.items() if name in own})
         except (ValueError, KeyError, RuntimeError) as error:
             reason = f"{saved.path} holds the state of another optimizer or schedule ({error})"
             raise ConfigError(f"{reason}; give the flags it was saved with.") from error

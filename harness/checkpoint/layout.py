@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from harness.checkpoint import schema
+from harness.checkpoint.arrays import IN_PLACE_OF_NUMPY, with_arrays
 from harness.distributed.backend import OPTIMIZER_FILE
+from harness.distributed.optimizer_shards import OPTIMIZER_FILES, check_optimizer_file, read_shard
+from harness.distributed.zero import shards_of
+from harness.errors import ConfigError
 from harness.files import digest_of, load_safely
+from harness.model.weights import check_safetensors, is_inside, weights_files
 from harness.training.state import TRAINER_STATE_FILE
 
 STATE_FILE = "harness_state.json"  # the manifest, written last: sizes and digests of the other files, and our own state
 FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 SCHEDULER_FILE, SCALER_FILE = "scheduler.pt", "scaler.pt"
+NAMED = re.compile(r"checkpoint-(\d+)(\.replaced)?")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -40,7 +48,12 @@ def manifest_of(path: Path) -> dict[str, Any]:
 
 
 def why_invalid(path: Path) -> str | None:
-    """Return why a folder can't be resumed from; None if it can. Reads every file to compare digests."""
+    """
+    Return why a folder can't be resumed from; None if it can.
+
+    Reads every file to compare digests, or where a Trainer's checkpoint has none the checksums in its files; and what
+    is small as `read` does. Whether it is of this run's model only a resume can tell.
+    """
     if not path.is_dir():
         return "no such folder"
     if not (path / TRAINER_STATE_FILE).is_file():
@@ -50,11 +63,45 @@ def why_invalid(path: Path) -> str | None:
         # A Trainer's checkpoint has no manifest: check at least that the files for a resume exist.
         needed = (WEIGHTS, (OPTIMIZER_FILE,), (SCHEDULER_FILE,))
         missing = [names[0] for names in needed if not any((path / name).is_file() for name in names)]
-        return f"{', '.join(missing)} missing (saved with save_only_model, or never finished)" if missing else None
-    if (fault := why_damaged(path)) is not None:
+        if missing:
+            return f"{', '.join(missing)} missing (saved with save_only_model, or never finished)"
+    fault = why_damaged(path) if manifest.is_file() else _why_torn(path)
+    if fault is not None:
         return fault
-    if json.loads(manifest.read_text(encoding="utf-8")).get("only_model"):
-        return "it was saved with --save_only_model; use it as --model_name_or_path"
+    try:
+        if manifest.is_file() and schema.read_json(manifest).get("only_model"):
+            return "it was saved with --save_only_model; use it as --model_name_or_path"
+        _check_content(path)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _check_content(path: Path) -> None:
+    """Raise ConfigError for what no resume could use: of another shape than it has, or pointing out of the folder."""
+    _counters_and_manifest(path)
+    for name in (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE):
+        if (path / name).is_file():
+            _state(path / name)
+    for file in _rng_files(path):
+        _state(file)
+    for file in path.glob(OPTIMIZER_FILES):
+        read_shard(file)
+    shards_of(path)
+    for name in weights_files(path):
+        check_safetensors(path / name)
+
+
+def _why_torn(path: Path) -> str | None:
+    """Return which of a Trainer's files is damaged, by the checksums that torch's files have inside; None if none."""
+    for file in (path / OPTIMIZER_FILE, path / SCHEDULER_FILE, path / SCALER_FILE, *_rng_files(path)):
+        try:
+            if file.is_file() and zipfile.is_zipfile(file):  # torch's older format has no checksums
+                with zipfile.ZipFile(file) as parts:
+                    if (part := parts.testzip()) is not None:
+                        return f"{file.name} is damaged: the checksum of {part} differs"
+        except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile) as error:
+            return f"{file.name} is damaged: {error}"
     return None
 
 
@@ -69,8 +116,10 @@ def why_damaged(path: Path) -> str | None:
         if version > FORMAT_VERSION:
             return f"{STATE_FILE} has format {version}, this version reads up to {FORMAT_VERSION}"
         listed = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         return f"{STATE_FILE} can't be read: {type(error).__name__} {error}"
+    if outside := [name for name in listed if not is_inside(name)]:
+        return f"{STATE_FILE} lists {outside[0]!r}, which is not in the folder"
     faults = (_why_damaged(path / name, *facts) for name, facts in listed.items())
     return next((fault for fault in faults if fault is not None), None)
 
@@ -110,19 +159,15 @@ def read(path: Path, *, ranks: tuple[int, int]) -> Saved:
     """
     Local: read a checkpoint, ours or a Trainer's; only tensors and plain values are unpickled.
 
-    Raises ConfigError if a file holds anything else or can't be read.
+    Raises ConfigError if a file can't be read, or holds anything else than it should.
     """
+    shared = _counters_and_manifest(path)
     # On the device it would be there twice, and the step counts would stay there that AdamW reads on the host.
-    files = {
-        name: _load(path / name, mmap=name == OPTIMIZER_FILE)
-        for name in (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE)
-        if (path / name).is_file()
-    }
-    manifest = path / STATE_FILE
-    shared = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    names = (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE)
+    files = {name: _state(path / name) for name in names if (path / name).is_file()}
     own = path / rng_file(*ranks)
     is_same_number = shared.get("world_size", ranks[1]) == ranks[1] and own.is_file()
-    states = tuple(_load(file) for file in ([own] if is_same_number else _rng_files(path)))
+    states = tuple(_state(file) for file in ([own] if is_same_number else _rng_files(path)))
     return Saved(
         path=path,
         files=files,
@@ -132,13 +177,39 @@ def read(path: Path, *, ranks: tuple[int, int]) -> Saved:
     )
 
 
+def _counters_and_manifest(path: Path) -> dict[str, Any]:
+    """Check trainer_state.json and our manifest, and return the latter, {} of a Trainer's. Raises ConfigError."""
+    counters = schema.read_json(path / TRAINER_STATE_FILE)
+    schema.check_counters(TRAINER_STATE_FILE, counters)
+    step, manifest = counters["global_step"], path / STATE_FILE
+    if (named := NAMED.fullmatch(path.name)) is not None and int(named[1]) != step:
+        raise ConfigError(f"{TRAINER_STATE_FILE} is of step {step}, the folder of step {named[1]}")
+    if not manifest.is_file():
+        return {}
+    shared: dict[str, Any] = schema.read_json(manifest)
+    schema.check_manifest(STATE_FILE, shared, step=step)
+    return shared
+
+
 def _rng_files(path: Path) -> list[Path]:
     """Return the files of all ranks that saved, in rank order."""
     alone = path / rng_file(0, 1)
     return [alone] if alone.is_file() else sorted(path.glob("rng_state_*.pth"), key=lambda file: (len(file.name), file))
 
 
-def _load(path: Path, *, mmap: bool = False) -> Any:
-    # The Trainer's rng_state.pth holds numpy's state as an array.
-    arrays = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
-    return load_safely(path, "cpu", arrays, mmap=mmap)
+CHECKS = {
+    OPTIMIZER_FILE: check_optimizer_file,
+    SCHEDULER_FILE: schema.check_schedule,
+    SCALER_FILE: schema.check_scaler,
+}
+
+
+def _state(file: Path) -> Any:
+    """Return what one of torch's files holds. Raises ConfigError unless it is what the file is for."""
+    content = load_safely(file, "cpu", IN_PLACE_OF_NUMPY, mmap=file.name == OPTIMIZER_FILE)
+    try:
+        content = with_arrays(content)
+    except ConfigError as error:
+        raise ConfigError(f"{file.name} can't be loaded safely: {error}") from error
+    CHECKS.get(file.name, schema.check_rank_state)(file.name, content)
+    return content

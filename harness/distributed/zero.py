@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +17,17 @@ from transformers.trainer_utils import _is_peft_model
 
 from harness.distributed.backend import OptimizerFiles, Stepper, StepSize, check_wrapped, no_agreement
 from harness.distributed.launch import where
+from harness.distributed.optimizer_shards import why_unlike
+from harness.distributed.ranks import agree
 from harness.distributed.sharding import whole_on_first
 from harness.errors import ConfigError
 from harness.files import load_safely
 
 STAGES = (1, 2, 3)
 LATEST_FILE = "latest"  # this file holds the name of the folder with the shards
+TAG = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+STATE = "optimizer_state_dict"  # DeepSpeed's name of the optimizer's state in a shard
+MOST_LETTERS = 60  # of a name in a message
 
 
 class ZeroStepper:
@@ -126,7 +132,7 @@ class Zero:
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, files: Mapping[str, Any]
     ) -> None:
         """Collective: let DeepSpeed's engine read its shards."""
-        load_shards(model, folder)
+        load_shards(model, folder, lambda error: agree(self.accelerator, error))
 
     def gradient_function(self) -> Callable[[torch.nn.Parameter], torch.Tensor | None]:
         """Return DeepSpeed's function, which is collective. Raises ConfigError for fp16, whose gradients are scaled."""
@@ -233,23 +239,66 @@ def save_shards(engine: Any, folder: Path, *, step: int) -> None:
         (folder / LATEST_FILE).write_text(tag, encoding="utf-8")
 
 
-def load_shards(engine: Any, folder: Path) -> None:
+def load_shards(engine: Any, folder: Path, agree: Callable[[BaseException | None], str | None]) -> None:
     """
-    Collective: load what `save_shards` wrote, on as many ranks.
+    Collective: load what `save_shards` wrote, on as many ranks, once all ranks `agree` that theirs can be loaded.
 
-    DeepSpeed would unpickle whatever is in the files; here anything but tensors and plain values raises ConfigError.
+    DeepSpeed would unpickle whatever is in the files; here anything but tensors and plain values raises ConfigError,
+    and so does a state of the optimizer that does not fit.
     """
+    failure: ConfigError | None = None
+    try:
+        _check_shard(engine, folder)
+    except ConfigError as error:  # told to the other ranks: they would wait inside of DeepSpeed
+        failure = error
+    if (message := agree(failure)) is not None:
+        raise ConfigError(message) from failure
     files = engine.checkpoint_engine
     files.load = load_shard
     try:
         strict = not _is_peft_model(engine.module)  # frozen weights are not in it
         loaded, _ = engine.load_checkpoint(str(folder), load_module_strict=strict, load_lr_scheduler_states=False)
-    except (OSError, KeyError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever it meets in a file that is damaged
         raise ConfigError(f"{folder} can't be loaded by DeepSpeed: {type(error).__name__} {error}") from error
     finally:
         del files.load
     if loaded is None:
         raise ConfigError(f"{folder} holds no state of DeepSpeed's; use the launch config that it was saved with.")
+
+
+def shards_of(folder: Path) -> Path | None:
+    """
+    Return the folder with DeepSpeed's shards in a checkpoint, None of one without.
+
+    Raises ConfigError if the file that names it names anything but a folder in the checkpoint.
+    """
+    file = folder / LATEST_FILE
+    if not file.is_file():
+        return None
+    try:
+        tag = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{LATEST_FILE} can't be read: {error}") from error
+    if not TAG.fullmatch(tag) or not (folder / tag).is_dir():
+        raise ConfigError(f"{LATEST_FILE} names {tag[:MOST_LETTERS]!r}, which is no folder of shards in the checkpoint")
+    return folder / tag
+
+
+def _check_shard(engine: Any, folder: Path) -> None:
+    """Local: raise ConfigError unless this rank's state of the optimizer has the shapes that the engine's has now."""
+    shards = shards_of(folder)
+    if shards is None:
+        return  # refused by who loads
+    name = Path(engine._get_zero_ckpt_name(str(folder), shards.name)).name
+    content = load_shard(str(shards / name), "cpu", mmap=True)
+    saved = content.get(STATE) if isinstance(content, dict) else None
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{name} holds no state of the optimizer")
+    own = engine.optimizer.state_dict()
+    for key in own:
+        fault = "not there" if key not in saved else why_unlike(own[key], saved[key])
+        if fault is not None:
+            raise ConfigError(f"{folder}: {key} in {name} is {fault}; it is of another model or launch, or damaged.")
 
 
 def load_shard(path: str, map_location: Any = None, *, mmap: bool = False) -> Any:

@@ -29,6 +29,9 @@ from harness.files import follow_umask, write_json
 from harness.masking import masked
 from harness.model.adapters import is_adapted, load_tensors, tensors_of, write_adapter
 
+# As safetensors names them.
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
 
 def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
@@ -251,18 +254,49 @@ def _check_and_load(model: torch.nn.Module, folder: Path, *, loads: bool) -> Non
             f"{folder} holds {'a whole model, and an adapter is trained: leave its flags out' if adapted else has}"
             ", as when it was saved."
         )
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
     try:
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            files = [ADAPTER_SAFE_WEIGHTS_NAME if adapted else SAFE_WEIGHTS_NAME]
+        files = weights_files(folder)
         own = own_weights(model)
         _check_fit(own, [folder / name for name in files], folder)
         for name in files if loads else ():
             _load(model, own, folder / name)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"The weights in {folder} can't be read: {error}") from error
+
+
+def weights_files(folder: Path) -> list[str]:
+    """
+    Return the names of the files with the weights of a folder: an adapter's, those of an index, or the one.
+
+    Raises ConfigError for an index that can't be read, or names a file that is not in the folder.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
+        names = (ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
+        return [name for name in names if (folder / name).is_file()][:1]
+    try:
+        files = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index.name} can't be read: {type(error).__name__} {error}") from error
+    for name in files:
+        if not is_inside(name) or not (folder / name).is_file():
+            raise ConfigError(f"{index.name} names {name!r}, which is no file in the folder")
+    return files
+
+
+def is_inside(name: str) -> bool:
+    """Whether the name of a file that a file gives leads to a place in its folder."""
+    path = Path(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise ConfigError for a file that is cut, or whose header does not describe it. Reads no tensor."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            tensors.keys()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{file.name} can't be read: {error}") from error
 
 
 def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], file: Path) -> None:
@@ -281,9 +315,12 @@ def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], file: Path) -
 def _check_fit(own: Mapping[str, torch.Tensor], files: Iterable[Path], folder: Path) -> None:
     """Raise ConfigError unless the weights are those of the model, by name and shape."""
     shapes: dict[str, tuple[int, ...]] = {}
+    types: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            shapes |= {name: tuple(each.get_shape()) for name, each in slices.items()}
+            types |= {name: each.get_dtype() for name, each in slices.items()}
     unexpected = sorted(set(shapes) - set(own))
     # Tied tensors are saved under one name; the others share its storage and are loaded with it.
     loaded = {_storage(own[name]) for name in shapes if name in own}
@@ -295,6 +332,17 @@ def _check_fit(own: Mapping[str, torch.Tensor], files: Iterable[Path], folder: P
             f"{folder} is of another model: {len(unexpected)} weights are unknown, {len(missing)} are missing, "
             f"{len(misshapen)} have another shape (the first: {first}). Use the model it was saved from."
         )
+    if strange := [name for name, saved in types.items() if not _is_of_a_kind(own[name].dtype, saved)]:
+        what, dtype = types[strange[0]], own[strange[0]].dtype
+        raise ConfigError(f"{folder} holds {what} as {strange[0]}, where the model has {dtype}.")
+
+
+def _is_of_a_kind(dtype: torch.dtype, saved: str) -> bool:
+    """Whether weights may be read as `dtype`: the precision may differ, the two kinds of 16 bits are not mixed up."""
+    own, floats = FLOATS.get(dtype), FLOATS.values()
+    if own is None or saved not in floats:
+        return own is None and saved not in floats
+    return {own, saved} != {"F16", "BF16"}
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -83,12 +83,13 @@ class TrainState:
         }
 
     def load_trainer_state(self, path: Path) -> None:
-        """Load the counters and the history from a `trainer_state.json`, ours or a Trainer's."""
+        """Load the counters and the history from a `trainer_state.json`, ours or a Trainer's, that has been checked."""
         saved = json.loads(path.read_text(encoding="utf-8"))
         for item in fields(self):
             if item.name in saved and item.name not in (*_OURS, *_OF_THE_PLAN):
                 setattr(self, item.name, saved[item.name])
-        counter = saved.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+        stopping = (saved.get("stateful_callbacks") or {}).get("EarlyStoppingCallback", {})
+        counter = (stopping[0] if isinstance(stopping, list) else stopping).get("attributes", {})
         self.early_stopping_patience_counter = counter.get("early_stopping_patience_counter", 0)
         # A Trainer saves neither the loss that it has not logged yet nor the sum of the logged ones.
         self.last_logged_step = self.loss_from_step = self.global_step

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from harness.checkpoint.find import check_output_dir, choose_output_dir, find, list_checkpoints
 from harness.checkpoint.flags import CheckpointConfig
@@ -24,6 +25,7 @@ from harness.checkpoint.writer import Checkpoints, Content
 from harness.errors import CheckpointError, ConfigError
 from harness.model.flags import DEFAULT_OPTIM
 from harness.train import main
+from harness.training import rng
 from harness.training.state import TRAINER_STATE_FILE
 from tests.support.forking import fork
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, assert_equal_weights, reset, run_harness
@@ -31,6 +33,15 @@ from tests.support.parity import TRAINING, as_flags, assert_equal_runs, assert_e
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--task=tests.support.tasks.parity_task:build", "--report_to=none", "--use_cpu"]
 SAVING = {**TRAINING, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 5}
+
+POSITION = {
+    "epoch": 0,
+    "batches": 5,
+    "num_samples": 80,
+    "num_processes": 1,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+}
 
 
 def alone(value: Any) -> list[Any]:
@@ -51,17 +62,20 @@ def save(checkpoints: Checkpoints, content: Content, *, best: str | None = None)
 
 def content(step: int, write_model: Callable[[Path, Any], None] | None = None) -> Content:
     def write(folder: Path, weights: Any) -> None:
-        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+        save_file({"weight": torch.arange(494.0)}, folder / "model.safetensors")
         (folder / "model-00002-of-00002.safetensors").write_bytes(bytes(range(256)))
 
     return Content(
         step=step,
         weights={},
         write_model=write_model or write,
-        files={"optimizer.pt": {"state": torch.arange(9)}, "scheduler.pt": {"last_epoch": step}},
+        files={
+            "optimizer.pt": {"state": {0: {"exp_avg": torch.arange(9)}}, "param_groups": []},
+            "scheduler.pt": {"last_epoch": step},
+        },
         trainer_state={"global_step": step},
-        rank_state={"cpu": torch.get_rng_state()},
-        shared={"data": {"epoch": 0}},
+        rank_state=rng.capture_host(),
+        shared={"data": POSITION},
     )
 
 
@@ -322,11 +336,11 @@ def test_a_crafted_file_is_refused_and_not_executed(
 
 def test_what_was_saved_is_what_is_read(two: Path) -> None:
     saved = read(two / "checkpoint-10", ranks=(0, 1))
-    assert torch.equal(saved.files["optimizer.pt"]["state"], torch.arange(9))
+    assert torch.equal(saved.files["optimizer.pt"]["state"][0]["exp_avg"], torch.arange(9))
     assert saved.files["scheduler.pt"] == {"last_epoch": 10}
     assert saved.rank_state is not None
     assert torch.equal(saved.rank_state["cpu"], torch.get_rng_state())
-    assert saved.shared["data"] == {"epoch": 0}
+    assert saved.shared["data"] == POSITION
     assert saved.shared["world_size"] == 1
 
 
@@ -335,23 +349,27 @@ def test_another_number_of_ranks_reads_the_states_of_all(tmp_path: Path) -> None
     folder = tmp_path / "checkpoint-5"
     (folder / "rng_state.pth").unlink()
     for i in range(11):
-        torch.save({"rank": i}, folder / f"rng_state_{i}.pth")
+        torch.save({**rng.capture_host(), "rank": i}, folder / f"rng_state_{i}.pth")
     manifest = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     (folder / STATE_FILE).write_text(json.dumps({**manifest, "world_size": 11}), encoding="utf-8")
     for world_size in (1, 2, 13):
         for rank in range(world_size):
             saved = read(folder, ranks=(rank, world_size))
-            assert saved.rank_state == {"rank": rank % 11}
+            assert saved.rank_state is not None
+            assert saved.rank_state["rank"] == rank % 11
             assert [state["rank"] for state in saved.other_ranks] == list(range(11))
     same = read(folder, ranks=(10, 11))
-    assert (same.rank_state, same.other_ranks) == ({"rank": 10}, ())
+    assert same.rank_state is not None
+    assert (same.rank_state["rank"], same.other_ranks) == (10, ())
 
 
 def test_a_rank_that_a_trainers_checkpoint_lacks_goes_on_from_rank_zeros(tmp_path: Path) -> None:
-    torch.save({"rank": 0}, tmp_path / "rng_state_0.pth")
+    (tmp_path / TRAINER_STATE_FILE).write_text('{"global_step": 5}', encoding="utf-8")
+    torch.save({**rng.capture_host(), "rank": 0}, tmp_path / "rng_state_0.pth")
     for rank in (0, 1):
         saved = read(tmp_path, ranks=(rank, 2))
-        assert saved.rank_state == {"rank": 0}
+        assert saved.rank_state is not None
+        assert saved.rank_state["rank"] == 0
     (tmp_path / "rng_state_0.pth").unlink()
     assert read(tmp_path, ranks=(0, 2)).rank_state is None
 

@@ -16,6 +16,7 @@ from harness.errors import ConfigError
 from harness.files import load_safely
 from harness.model.flags import OptimConfig
 from harness.model.optim import build_optimizer
+from harness.training.state import TRAINER_STATE_FILE
 
 MAPS = Path("/proc/self/maps")
 
@@ -36,6 +37,7 @@ def stepped(name: str = "adamw_torch") -> torch.optim.Optimizer:
 def written(folder: Path, name: str = "adamw_torch", *, is_cut: bool = False, **how: Any) -> torch.optim.Optimizer:
     """What a checkpoint holds of the optimizer: the Trainer's file, or FSDP2's of one rank."""
     optimizer = stepped(name)
+    (folder / TRAINER_STATE_FILE).write_text('{"global_step": 1}', encoding="utf-8")
     torch.save(optimizer.state_dict(), folder / (optimizer_file(0) if is_cut else "optimizer.pt"), **how)
     return optimizer
 
