@@ -17,6 +17,7 @@ from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.fit import Asked, changes, check_arguments, check_optimizer
 from harness.checkpoint.host_copies import emptied
 from harness.checkpoint.layout import SCALER_FILE, SCHEDULER_FILE, Saved, read
+from harness.checkpoint.schema import check_ours
 from harness.checkpoint.trial import Trial
 from harness.checkpoint.writer import Content
 from harness.data.position import at_step, converted, describe_change, has_other_layout, why_other_order
@@ -196,7 +197,10 @@ def _together(run: Run, act: Callable[[], object]) -> None:
 
 def _read(run: Run, path: Path) -> Saved:
     try:
-        return read(path, ranks=ranks_of(run.accelerator))
+        saved = read(path, ranks=ranks_of(run.accelerator))
+        if saved.shared:
+            check_ours(saved.shared, saved.other_ranks or [saved.rank_state])
+        return saved
     except ConfigError as error:
         raise ConfigError(f"--resume_from_checkpoint: {path}: {error}") from error
 

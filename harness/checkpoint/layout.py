@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from harness.model.weights import check_safetensors, is_inside, weights_files
 from harness.training.state import TRAINER_STATE_FILE
 
 STATE_FILE = "harness_state.json"  # the manifest, written last: sizes and digests of the other files, and our own state
+OWN_DIGEST = "sha256"  # of the manifest, which no other file has
 FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 SCHEDULER_FILE, SCALER_FILE = "scheduler.pt", "scaler.pt"
@@ -83,8 +86,9 @@ def _check_content(path: Path) -> None:
     for name in (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE):
         if (path / name).is_file():
             _state(path / name)
-    for file in _rng_files(path):
-        _state(file)
+    is_ours = [isinstance(_state(file).get("harness"), dict) for file in _rng_files(path)]
+    if any(is_ours) and not (path / STATE_FILE).is_file():
+        raise ConfigError(f"{STATE_FILE} is missing, so it was never finished")
     for file in path.glob(OPTIMIZER_FILES):
         read_shard(file)
     shards_of(path)
@@ -105,6 +109,12 @@ def _why_torn(path: Path) -> str | None:
     return None
 
 
+def digest_of_manifest(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest without the digest that it has of itself; the order of names is none of it."""
+    rest = json.loads(json.dumps({name: value for name, value in content.items() if name != OWN_DIGEST}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def why_damaged(path: Path) -> str | None:
     """Return what differs from the folder's manifest; None if nothing does or there is none. Reads every file."""
     manifest = path / STATE_FILE
@@ -115,6 +125,8 @@ def why_damaged(path: Path) -> str | None:
         version = int(content.get("format_version", 0))
         if version > FORMAT_VERSION:
             return f"{STATE_FILE} has format {version}, this version reads up to {FORMAT_VERSION}"
+        if content.get(OWN_DIGEST, digest_of_manifest(content)) != digest_of_manifest(content):
+            return f"{STATE_FILE} is damaged: its digest of itself differs"
         listed = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         return f"{STATE_FILE} can't be read: {type(error).__name__} {error}"

@@ -49,7 +49,7 @@ def _is_path(value: Any) -> bool:
 
 def _is_history(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(row, dict) and COUNT.holds(row.get("step", 0)) and FINITE.holds(row.get("epoch") or 0)
+        isinstance(row, dict) and COUNT.holds(row.get("step", 0)) and (FINITE | NOTHING).holds(row.get("epoch"))
         for row in value
     )
 
@@ -176,6 +176,17 @@ def check_manifest(file: str, manifest: Any, *, step: int) -> None:
     if loss := manifest.get("loss", {}):
         check(f"{file}: loss", loss, LOSS, needs=LOSS)
     check(f"{file}: arguments", manifest.get("arguments", {}), {"total_steps": COUNT})
+
+
+def check_ours(manifest: Mapping[str, Any], states: Collection[Any]) -> None:
+    """Raise ConfigError if a checkpoint of ours lacks something that every one of them has."""
+    check("the manifest", manifest, {}, needs=("step", "world_size", "data", "state"))
+    check("the manifest: state", manifest["state"], {}, needs=OUR_STATE.keys() - {"num_skipped_steps"})
+    if None in states:
+        raise ConfigError("the state of the random generators is missing")
+    for state in states:
+        check("the state of a rank", state.get("harness", {}), {}, needs=("data", "window"))
+        check("the state of a rank", state["harness"]["data"], {}, needs=("epoch_start", "ahead"))
 
 
 def check_schedule(file: str, state: Any) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.host_copies import HostCopies
-from harness.checkpoint.layout import FORMAT_VERSION, STATE_FILE, read, rng_file
+from harness.checkpoint.layout import FORMAT_VERSION, OWN_DIGEST, STATE_FILE, digest_of_manifest, read, rng_file
 from harness.checkpoint.lock import Lock
 from harness.checkpoint.rescue import leave_weights
 from harness.checkpoint.trial import Trial, pickle
@@ -438,7 +438,7 @@ class Checkpoints:
             "files": files,
             **content.shared,
         }
-        write_json(partial / STATE_FILE, manifest)
+        write_json(partial / STATE_FILE, {**manifest, OWN_DIGEST: digest_of_manifest(manifest)})
         sync(partial / STATE_FILE)
         sync(partial)
 

@@ -155,7 +155,8 @@ def moved(checkpoint: Path, step: int, stream: Any) -> Path:
         state["harness"]["data"]["stream"] = stream
     torch.save(state, generators)
     content = json.loads(manifest.read_text(encoding="utf-8"))
-    content["data"]["batches"] = step
+    content["step"] = content["data"]["batches"] = step
+    del content["sha256"]
     content["state"]["last_logged_step"] = step
     for name, facts in content["files"].items():
         facts.update(size=(copy / name).stat().st_size, sha256=digest_of(copy / name))
