@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ import requests
 
 from harness.errors import UnreachableError
 from harness.masking import masked
+from harness.tracking import transfer
+from harness.tracking.damage import load_json
 
 API_TIMEOUT_SECONDS = 30
 PROBE_TIMEOUT_SECONDS = 4
 COUNT_TIMEOUT_SECONDS = 10
+MANIFEST_TIMEOUT_SECONDS = 60
+FILES_OF_A_PAGE = 1000
 
 ROWS_OF_RUN = """
 query RunRows($entity: String, $project: String, $run: String!) {
@@ -29,6 +33,8 @@ query RunRows($entity: String, $project: String, $run: String!) {
     bucket(name: $run, missingOk: true) { historyLineCount historyTail summaryMetrics state }
   }
 }"""
+MANIFEST_OF_ARTIFACT = """
+query ArtifactManifest($id: ID!) { artifact(id: $id) { currentManifest { file { directUrl } } } }"""
 # What the client says when it opens a run: after it the server takes the run for a running one.
 REOPEN_RUN = """
 mutation UpsertBucket($entity: String, $project: String, $name: String!) {
@@ -119,7 +125,7 @@ def server_answers(base_url: str, *, timeout: float = PROBE_TIMEOUT_SECONDS) -> 
 def why_silent(base_url: str, *, timeout: float = PROBE_TIMEOUT_SECONDS) -> str | None:
     """Why the server does not take requests now, in a few words; None if it does."""
     try:
-        status = requests.get(base_url, timeout=timeout, allow_redirects=False).status_code
+        status = transfer.ask("GET", base_url, seconds=timeout, is_read=False).status
     except requests.exceptions.SSLError:
         return None  # it is there; wandb has its own ideas of certificates
     except requests.RequestException as error:
@@ -174,14 +180,15 @@ def ask_once(settings: Any, query: str, variables: Mapping[str, Any]) -> dict[st
     """
     found = _credentials(settings, "harness")
     key = found if isinstance(found, str) else getattr(found, "api_key", "")
-    answer = requests.post(
+    answer = transfer.ask(
+        "POST",
         f"{settings.base_url}/graphql",
+        seconds=COUNT_TIMEOUT_SECONDS,
         json={"query": query, "variables": dict(variables)},
         auth=("api", str(key)),
-        timeout=COUNT_TIMEOUT_SECONDS,
     )
-    answer.raise_for_status()
-    data: dict[str, Any] = answer.json()["data"]
+    answer.check()
+    data: dict[str, Any] = load_json(answer.body)["data"]
     return data
 
 
@@ -207,6 +214,49 @@ def bytes_sent(run: Any, timeout: float) -> int | None:
         return int(response.response.poll_exit_response.pusher_stats.uploaded_bytes)
     except Exception:  # nothing depends on it, whatever becomes of it
         return None
+
+
+def read_manifest(artifact: Any) -> Any:
+    """
+    Return the manifest of a version. wandb's own function waits for as long as the server likes.
+
+    Raises requests.RequestException, what wandb raises, and ValueError for what is no manifest.
+    """
+    if artifact._manifest is None:
+        from wandb.sdk.artifacts.artifact_manifest import ArtifactManifest
+
+        answer = artifact._service_api.execute_graphql(MANIFEST_OF_ARTIFACT, {"id": artifact.id})
+        try:
+            url = answer["artifact"]["currentManifest"]["file"]["directUrl"]
+        except (KeyError, TypeError) as error:
+            raise ValueError("W&B has no manifest of it") from error
+        found = transfer.ask("GET", url, seconds=MANIFEST_TIMEOUT_SECONDS, headers=_extra_headers())
+        found.check()
+        try:
+            content = load_json(found.body)
+            artifact._manifest = ArtifactManifest.from_manifest_json(content, artifact.digest_algorithm)
+        except Exception as error:  # pydantic's, and whatever a value of another type leads to
+            raise ValueError(f"its manifest can't be read: {one_line(error)}") from error
+    return artifact._manifest
+
+
+def addresses_of(artifact: Any, names: Sequence[str]) -> dict[str, str]:
+    """Return where the files of a version can be had now, by name. Raises what wandb raises."""
+    files = artifact.files(names=list(names), per_page=FILES_OF_A_PAGE)
+    return {str(file.name): str(file.direct_url) for file in files}
+
+
+def fetch(url: str, place: Path, *, size: int, patience: float) -> None:
+    """Stream a file of W&B's of at most `size` bytes to a place. Raises requests.RequestException and OSError."""
+    with place.open("wb") as file:
+        transfer.receive(url, file.write, size=size, patience=patience, headers=_extra_headers())
+
+
+def _extra_headers() -> dict[str, str]:
+    """The headers that the user's settings of wandb ask for."""
+    import wandb
+
+    return dict(wandb.setup().settings.x_extra_http_headers or {})
 
 
 def has_content_of(file: Path, entry: Any) -> bool:

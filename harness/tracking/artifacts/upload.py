@@ -12,19 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import requests
-
 from harness.errors import DeliveryError
-from harness.tracking import client
+from harness.tracking import client, transfer
 from harness.tracking.artifacts.staging import Staged, complete, discard, sync
 from harness.tracking.client import one_line, server_answers
 
 TYPE = "model"  # the Trainer's, for all three kinds
 DEFAULT_REGISTRY = "wandb-registry-model"
-CHECKPOINT_ALIAS = re.compile(r"checkpoint_global_step_\d+")
+CHECKPOINT_ALIAS = re.compile(r"checkpoint_global_step_\d{1,18}")
 OWN_ALIAS = re.compile(rf"epoch_.*|{CHECKPOINT_ALIAS.pattern}")
 BATCH_FILES = 200
-TRANSFER_TIMEOUT_SECONDS = 60  # without a byte moving
+TRANSFER_TIMEOUT_SECONDS = 60.0  # without bytes moving
 
 
 def build(staged: Staged) -> Any:
@@ -55,7 +53,7 @@ def deliver(staged: Staged, *, api: Callable[[], Any], log: Callable[[Any, list[
     taken = {alias for version in newer for alias in version.aliases}
     committed = log(artifact, [alias for alias in (*staged.aliases, "latest") if alias not in taken])
     found = api().artifact(committed.qualified_name)  # `committed` may hold what was sent, not what has arrived
-    if found.digest != digest or found.manifest.digest() != digest:
+    if found.digest != digest or client.read_manifest(found).digest() != digest:
         raise DeliveryError(f"what W&B has of {committed.name} differs from what was sent")
     complete(staged)  # it was not changed while it was read
     if newer:
@@ -209,17 +207,13 @@ def _send_files(
             node = edge["node"]
             if node["uploadUrl"] is not None:
                 with staged.path_of(name).open("rb") as file:
-                    # requests takes an empty stream for one of unknown length.
-                    _put(node["uploadUrl"], node["uploadHeaders"], file if entry.size else b"", entry.size)
+                    _put(node["uploadUrl"], node["uploadHeaders"], file, entry.size)
             yield name, node["artifact"]["id"]
 
 
 def _put(url: str, headers: Sequence[str], body: Any, size: int) -> None:
     given = {name: value for name, _, value in (header.partition(":") for header in headers)}
-    answer = requests.put(
-        url, data=body, headers={**given, "Content-Length": str(size)}, timeout=TRANSFER_TIMEOUT_SECONDS
-    )
-    answer.raise_for_status()
+    transfer.send(url, body, size=size, patience=TRANSFER_TIMEOUT_SECONDS, headers=given)
 
 
 def _saved_at(version: Any) -> float:

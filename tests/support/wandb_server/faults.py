@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import dataclass, field
 
-KINDS = ("status", "error", "hang", "drop", "throttle", "corrupt", "lose")
+KINDS = ("status", "error", "hang", "drop", "throttle", "corrupt", "lose", "drip", "endless")
 
 
 @dataclass
@@ -18,7 +18,8 @@ class Fault:
     "put run/NAME", the same three with "get", "otel", "app" (a browser's question). Kinds:
     `status` answers `code`; `error` answers 200 with a GraphQL error; `hang` answers after the fault is over;
     `drop` resets the connection, of an upload or download after `after_bytes`; `throttle` takes `bytes_per_second`
-    of an upload; `corrupt` flips a stored byte of an upload that arrived whole; `lose` answers a file_stream request
+    of an upload or a download; `drip` answers with a byte each half second, `endless` with as many as are taken, both
+    without an end; `corrupt` flips a stored byte of an upload that arrived whole; `lose` answers a file_stream request
     as if it were kept, and keeps nothing: to the server as if the client had never sent it.
     """
 

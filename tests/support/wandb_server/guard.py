@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .database import Refused
 from .graph import Context
@@ -46,6 +46,13 @@ async def abort(request: Request) -> Response:
     return Response(status_code=NOBODY_WAITS)
 
 
+async def without_end(chunk: bytes, pause: float) -> AsyncIterator[bytes]:
+    """The body of an answer, until nobody reads it any more."""
+    while True:
+        yield chunk
+        await asyncio.sleep(pause)
+
+
 async def strike(request: Request, label: str, *, transfer: bool = False) -> Context:
     """Name the request in the log and let faults strike it. Raises Struck."""
     request.scope["label"] = label
@@ -57,6 +64,9 @@ async def strike(request: Request, label: str, *, transfer: bool = False) -> Con
         raise Struck(JSONResponse({"error": "a fault was asked for"}, status_code=fault.code))
     if context.faults.take("error", label):
         raise Struck(JSONResponse({"data": None, "errors": [{"message": "a fault was asked for"}]}))
+    for kind, chunk, pause in (("drip", b" ", 0.5), ("endless", bytes(1 << 20), 0.01)):
+        if context.faults.take(kind, label):
+            raise Struck(StreamingResponse(without_end(chunk, pause), media_type="application/json"))
     if not transfer and context.faults.take("drop", label):
         raise Struck(await abort(request))
     return replace(context, base_url=str(request.base_url).rstrip("/"))

@@ -97,14 +97,17 @@ async def send(request: Request, path: Path, label: str) -> Response:
     if not path.exists():
         return JSONResponse({"error": "no such file"}, status_code=404)
     cut, size = context.faults.take("drop", label), path.stat().st_size
+    slow = context.faults.take("throttle", label)
 
     async def parts() -> AsyncIterator[bytes]:
         left = min(cut.after_bytes, size) if cut else size
         with path.open("rb") as file:
             while left:
-                chunk = file.read(min(CHUNK_BYTES, left))
+                chunk = file.read(min(slow.bytes_per_second if slow else CHUNK_BYTES, left))
                 left -= len(chunk)
                 yield chunk
+                if slow:
+                    await asyncio.sleep(1)
         if cut:
             request.scope["fault"] = True
             await asyncio.sleep(0.05)  # let what was sent leave
