@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from harness.errors import RowsError, SyncError
+from harness.tracking import transfer
 from harness.tracking.artifacts.staging import STAGING_FOLDER
 from harness.tracking.client import API_TIMEOUT_SECONDS, ROWS_OF_RUN, ask_once, execute
 from harness.tracking.rows.journal import JOURNAL_FILE, Journal
@@ -105,7 +104,7 @@ def connection(api: Any, log: TransactionLog) -> tuple[Callable[[], AtServer | N
         return _parse_answer(execute(api, ROWS_OF_RUN, variables))
 
     def post(body: dict[str, Any]) -> None:
-        requests.post(address, json=body, auth=("api", api.api_key), timeout=API_TIMEOUT_SECONDS).raise_for_status()
+        transfer.ask("POST", address, seconds=API_TIMEOUT_SECONDS, json=body, auth=("api", api.api_key)).check()
 
     return ask, post
 
