@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, list_checkpoints
-from harness.checkpoint.layout import STATE_FILE, WEIGHTS, step_of, why_invalid
+from harness.checkpoint.layout import OF_A_MODEL, STATE_FILE, WEIGHTS, is_read, step_of, why_invalid
 from harness.checkpoint.lock import Lock
 from harness.errors import ConfigError
 from harness.files import put_in_place, sync
@@ -29,6 +29,8 @@ from harness.tracking.artifacts.download import (
     sibling,
 )
 from harness.tracking.artifacts.download import step_of as alias_of_step
+from harness.tracking.client import one_line
+from harness.tracking.damage import is_count, read_json
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.run import identity
 from harness.training.state import TRAINER_STATE_FILE
@@ -37,9 +39,8 @@ logger = logging.getLogger(__name__)
 
 RESUME = "resume_from_checkpoint"
 SECONDS_TO_ANSWER = 5.0
+NAMES_SAID = 3
 FROM_PRETRAINED = ("model_name_or_path", "config_name", "tokenizer_name", "image_processor_name")
-# What from_pretrained reads without executing code: no pickles, no Python files.
-OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".bpe", ".spm", ".tiktoken", ".vocab")
 
 
 class Beginning:
@@ -132,8 +133,13 @@ def bring_checkpoint(config: Config, artifact: Any, output_dir: Path, *, token: 
         return newer
     folder = _bring(artifact, output_dir, token)
     best = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8")).get("best_global_step")
-    if config.best.load_best_model_at_end and best and not (output_dir / f"checkpoint-{best}").is_dir():
-        version = sibling(artifact, f"checkpoint_global_step_{best}")
+    if (
+        config.best.load_best_model_at_end
+        and is_count(best)
+        and best
+        and not (output_dir / f"checkpoint-{best}").is_dir()
+    ):
+        version = sibling(RESUME, artifact, f"checkpoint_global_step_{best}")
         if version is not None:
             _bring(version, output_dir, token)
     return Found(path=folder, artifact=artifact.qualified_name)
@@ -152,20 +158,28 @@ def _newer_here(config: Config, artifact: Any, output_dir: Path) -> Found | None
 
 
 def _bring(artifact: Any, output_dir: Path, token: str) -> Path:
-    """Return the folder checkpoint-N with exactly the artifact's files, downloaded and verified if need be."""
-    name = artifact.qualified_name
+    """
+    Return the folder checkpoint-N with those of the artifact's files that a resume reads, all of them verified.
+
+    They are downloaded if need be; what else is in the artifact stays in W&B.
+    """
+    name, present = artifact.qualified_name, list(artifact.manifest.entries)
     for path in list_checkpoints(output_dir):
-        if alias_of_step(artifact) in (None, step_of(path)) and is_there(artifact, path) and why_invalid(path) is None:
+        step, wanted = step_of(path), _read_of(present, step_of(path))
+        if alias_of_step(artifact) in (None, step) and is_there(artifact, path, wanted) and why_invalid(path) is None:
             return path
     partial = output_dir / f"download.{token}.partial"
     logger.info("Downloading %s (%.1f MB) to %s.", name, artifact.size / 1e6, output_dir)
     try:
         partial.mkdir()
-        download(RESUME, artifact, partial)
+        download(RESUME, artifact, partial, [each for each in present if each == TRAINER_STATE_FILE])
+        step = _step_in(partial, name)
+        wanted = _read_of(present, step)
+        download(RESUME, artifact, partial, wanted)
+        _say_left(name, [each for each in present if each not in wanted])
         if (fault := why_invalid(partial)) is not None:
             raise ConfigError(f"--{RESUME}: {name} is no checkpoint that can be resumed: {fault}.")
-        step = json.loads((partial / TRAINER_STATE_FILE).read_text(encoding="utf-8"))["global_step"]
-        final = output_dir / f"checkpoint-{int(step)}"
+        final = output_dir / f"checkpoint-{step}"
         if final.is_dir() and why_invalid(final) is None and not _is_same_run(artifact, final):
             raise ConfigError(
                 f"--{RESUME}: {final} is there and of another run than {name}; take another --output_dir."
@@ -180,10 +194,42 @@ def _bring(artifact: Any, output_dir: Path, token: str) -> Path:
     return final
 
 
+def _read_of(names: Sequence[str], step: int) -> list[str]:
+    """Return those files that are read of a checkpoint of this step."""
+    return [name for name in names if is_read(name, step)]
+
+
+def _step_in(folder: Path, name: str) -> int:
+    """Return the step of a checkpoint whose state has been downloaded. Raises ConfigError if it says none."""
+    state = folder / TRAINER_STATE_FILE
+    if not state.is_file():
+        raise ConfigError(
+            f"--{RESUME}: {name} is no checkpoint that can be resumed: {TRAINER_STATE_FILE} is missing, so it is no "
+            "checkpoint or was never finished."
+        )
+    try:
+        content = read_json(state)
+        step = content["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--{RESUME}: {name}: {TRAINER_STATE_FILE} can't be read: {one_line(error)}.") from error
+    if not is_count(step):
+        raise ConfigError(f"--{RESUME}: {name}: {TRAINER_STATE_FILE} says global_step {step!r:.40}, which is no step.")
+    return int(step)
+
+
+def _say_left(name: str, left: Sequence[str]) -> None:
+    if left:
+        more = f" and {len(left) - NAMES_SAID} more" if len(left) > NAMES_SAID else ""
+        logger.info("%s: a resume does not read %s%s: left in W&B.", name, ", ".join(left[:NAMES_SAID]), more)
+
+
 def _is_same_run(artifact: Any, checkpoint: Path) -> bool:
     manifest = checkpoint / STATE_FILE
-    content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    run_id = (content.get("tracking", {}).get("run") or {}).get("run_id")
+    try:
+        content = read_json(manifest) if manifest.is_file() else {}
+        run_id = (content.get("tracking", {}).get("run") or {}).get("run_id")
+    except (OSError, ValueError, AttributeError):  # damaged: whose it is is not known
+        return False
     return run_id is not None and run_id == artifact.metadata.get("run_id")
 
 

@@ -29,6 +29,13 @@ FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 SCHEDULER_FILE, SCALER_FILE = "scheduler.pt", "scaler.pt"
 NAMED = re.compile(r"checkpoint-(\d+)(\.replaced)?")
+# What from_pretrained reads without executing code: no pickles, no Python files.
+OF_A_MODEL = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".bpe", ".spm", ".tiktoken", ".vocab")
+# What a resume reads beside it, of any number of ranks; `metrics.jsonl` has the rows.
+OF_A_RESUME = re.compile(
+    rf"{re.escape(OPTIMIZER_FILE)}|optimizer_rank_\d+\.pt|{SCHEDULER_FILE}|{SCALER_FILE}|rng_state(_\d+)?\.pth|latest"
+    r"|metrics\.jsonl|global_step(?P<step>\d+)/[^/]+_(model|optim)_states\.pt"
+)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,6 +55,14 @@ def manifest_of(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def is_read(name: str, step: int | None = None) -> bool:
+    """Whether a file of this name (with slashes) is read of a checkpoint; `step`: and belongs to that one's step."""
+    if (found := OF_A_RESUME.fullmatch(name)) is not None:
+        return None in (step, found["step"]) or int(found["step"][:18]) == step
+    folder, _, file = name.rpartition("/")
+    return folder in ("", "additional_chat_templates") and file.endswith(OF_A_MODEL)
 
 
 def why_invalid(path: Path) -> str | None:
@@ -132,6 +147,8 @@ def why_damaged(path: Path) -> str | None:
         return f"{STATE_FILE} can't be read: {type(error).__name__} {error}"
     if outside := [name for name in listed if not is_inside(name)]:
         return f"{STATE_FILE} lists {outside[0]!r}, which is not in the folder"
+    # Other files, the code of a model among them, stay behind where a checkpoint is brought from elsewhere.
+    listed = {name: facts for name, facts in listed.items() if is_read(name) or (path / name).exists()}
     faults = (_why_damaged(path / name, *facts) for name, facts in listed.items())
     return next((fault for fault in faults if fault is not None), None)
 
