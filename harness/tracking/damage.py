@@ -17,7 +17,7 @@ def load_json(text: bytes) -> Any:
     if len(text) > MOST_BYTES:
         raise ValueError(f"it is longer than {MOST_BYTES >> 20} MiB")
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode())
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if text.count(b"[") + text.count(b"{") > DEEPEST:

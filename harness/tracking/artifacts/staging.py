@@ -9,14 +9,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from harness.errors import StagingError
 from harness.files import sync as sync_path
 from harness.files import write_whole, written_whole
 from harness.tracking.client import one_line
+from harness.tracking.damage import is_count, is_number, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ RECORD_FILE = "artifact.json"
 FORMAT_VERSION = 1
 NUMBERED = re.compile(r"(\d+)-.+")
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
+_PASSED_OVER: set[Path] = set()  # records that were told
 CLOCK_NS = 10_000_000  # a copy keeps the time only as finely as its file system does
 
 
@@ -145,13 +147,53 @@ def waiting(root: Path) -> list[Staged]:
         if not NUMBERED.fullmatch(record.parent.name):
             continue
         try:
-            content = json.loads(record.read_text(encoding="utf-8"))
-            if content.pop("format_version") > FORMAT_VERSION:
-                raise ValueError("written by a newer version")
-            found.append(Staged(folder=record.parent, **content))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("Passed over %s: %s", record, one_line(error))
+            found.append(_parse_record(record))
+        except (OSError, ValueError) as error:
+            if record not in _PASSED_OVER:
+                logger.warning("Passed over %s, it is not uploaded: %s", record, one_line(error))
+            _PASSED_OVER.add(record)
     return sorted(found, key=lambda staged: staged.number)
+
+
+def _parse_record(path: Path) -> Staged:
+    """Read a record. Raises OSError and ValueError for what is none."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not is_count(version := content.pop("format_version", None)):
+        raise ValueError("it is no record of a staged artifact")
+    if version > FORMAT_VERSION:
+        raise ValueError("written by a newer version")
+    for name, is_valid in IS_VALID.items():
+        if not is_valid(content.get(name)):
+            raise ValueError(f"{name} is {content.get(name)!r:.60}")
+    try:
+        return Staged(folder=path.parent, **content)
+    except TypeError as error:  # a name that this version does not know
+        raise ValueError(str(error)) from error
+
+
+def _is_file(name: Any, facts: Any) -> bool:
+    """Whether a file of a record lies in its folder, and is described as `stage` does."""
+    place = PurePosixPath(name)
+    is_inside = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
+    if not is_inside or not isinstance(facts, dict):
+        return False
+    return (
+        is_count(facts.get("size")) and isinstance(facts.get("mtime_ns"), int) and _is_text(facts.get("source"), None)
+    )
+
+
+def _is_text(value: Any, *others: Any) -> bool:
+    return value in others if not isinstance(value, str) else "\0" not in value
+
+
+IS_VALID: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "description", "entity", "project", "run_id"), _is_text),
+    **dict.fromkeys(("registry", "sync_dir"), lambda value: _is_text(value, None)),
+    "aliases": lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value)),
+    "metadata": lambda value: isinstance(value, dict),
+    "saved_at": is_number,
+    "files": lambda value: isinstance(value, dict) and all(_is_file(*each) for each in value.items()),
+}
 
 
 def sweep(root: Path) -> None:

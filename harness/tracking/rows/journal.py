@@ -13,6 +13,8 @@ from typing import Any
 
 from harness.config import plain
 from harness.files import written_whole
+from harness.tracking.client import one_line
+from harness.tracking.damage import MOST_BYTES, is_count, is_number, load_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,26 +44,42 @@ class Journal:
         self._descriptor: int | None = None
         self._size = 0
         self._unwritten = b""
-        self._has_warned = False
+        self._has_warned = self._has_told = False
 
     def lines(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield each whole line, the oldest first, and the number of bytes up to its end."""
+        """
+        Yield each whole line, the oldest first, and the number of bytes up to its end.
+
+        What the disk has damaged is passed over, and told.
+        """
+        end = 0
+        for number, (raw, size) in enumerate(self._raw_lines(), 1):
+            end += size
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                yield parse_line(raw), end
+            except ValueError as error:  # ours end in a newline only when they are whole
+                self._tell(f"line {number} is damaged ({one_line(error)}), and others may be: they are no rows")
+
+    def _raw_lines(self) -> Iterator[tuple[bytes, int]]:
+        """Yield each line with the bytes it has in the file; one that is too long to be a row only with its end."""
         try:
-            file = self.path.open("rb")
+            with self.path.open("rb") as file:
+                while raw := file.readline(MOST_BYTES):
+                    size, end = len(raw), raw[-1:]
+                    while end != b"\n" and (more := file.readline(MOST_BYTES)):
+                        raw, size, end = b"", size + len(more), more[-1:]
+                    yield raw or end, size
         except FileNotFoundError:
             return
-        with file:
-            end = 0
-            for raw in file:
-                end += len(raw)
-                if not raw.endswith(b"\n"):
-                    return
-                try:
-                    line = json.loads(raw)
-                except ValueError:  # the disk's: ours end in a newline only when they are whole
-                    continue
-                if isinstance(line, dict) and all(name in line for name in COLUMNS):
-                    yield line, end
+        except OSError as error:
+            self._tell(f"it can't be read, its rows are not known here: {error}")
+
+    def _tell(self, what: str) -> None:
+        if not self._has_told:
+            logger.warning("%s: %s. The training goes on; what W&B has stays there.", self.path, what)
+        self._has_told = True
 
     def begin(self, size: int) -> None:
         """
@@ -112,15 +130,26 @@ class Journal:
         size = self._size
 
         def copy(path: Path) -> None:
-            with self.path.open("rb") as source, path.open("wb") as target:
-                while source.tell() < size and (raw := source.readline()):
-                    if b'"_type"' in raw:
-                        line = json.loads(raw)
-                        kept = {name: value for name, value in line.items() if not isinstance(value, dict)}
-                        raw = json.dumps(kept).encode() + b"\n"
-                    target.write(raw)
+            with path.open("wb") as target:
+                left = size
+                for raw, length in self._raw_lines():
+                    if (left := left - length) < 0:
+                        break
+                    target.write(self._without_media(raw))
 
         return copy
+
+    def _without_media(self, raw: bytes) -> bytes:
+        """A line without histograms and tables; nothing of one that is damaged where they are."""
+        if b'"_type"' not in raw:
+            return raw
+        try:
+            line = parse_line(raw)
+        except ValueError as error:
+            self._tell(f"a line is damaged ({one_line(error)}): checkpoints are without it")
+            return b""
+        kept = {name: value for name, value in line.items() if not isinstance(value, dict)}
+        return json.dumps(kept).encode() + b"\n"
 
     def close(self) -> None:
         """Close the file."""
@@ -132,6 +161,16 @@ class Journal:
         if not self._has_warned:
             logger.warning("%s can't be written, the training goes on: %s", self.path, error)
         self._has_warned = True
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """Return what a line of the file holds. Raises ValueError if that is no row."""
+    line = load_json(raw)
+    if not isinstance(line, dict) or not (is_count(line.get("_row")) and is_count(line.get("_step"))):
+        raise ValueError("it has no number of a row or of a step")
+    if not is_number(line.get("_timestamp")):
+        raise ValueError("it has no time")
+    return line
 
 
 def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,8 +216,16 @@ def _encoded(value: Any) -> Any:
 
 
 def decoded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `encoded` has written as `run.log` takes it, without our own columns."""
-    return {name: _decoded(value) for name, value in values.items() if name not in COLUMNS}
+    """Return what `encoded` has written as `run.log` takes it, without our own columns; what is damaged is left out."""
+    row = {}
+    for name, value in values.items():
+        if name in COLUMNS:
+            continue
+        try:
+            row[name] = _decoded(value)
+        except Exception as error:  # numpy's and wandb's, for values of other types than were written
+            logger.warning("%s in a row that was recorded is damaged and left out: %s", name, one_line(error))
+    return row
 
 
 def _decoded(value: Any) -> Any:

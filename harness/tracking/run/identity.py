@@ -6,14 +6,15 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
 from harness.files import write_whole
-from harness.tracking.client import new_run_id
+from harness.tracking.client import new_run_id, one_line
+from harness.tracking.damage import is_count, is_number, read_json
 from harness.tracking.flags import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,31 @@ IDENTITY_FILE = "wandb_run.json"
 # W&B's folder of a run, in the folder `wandb` of an output_dir.
 RUN_FOLDER = re.compile(r"(offline-)?run-.+")
 NAMES_IN_FILE = {"offline_folders": "fragments"}  # else a field's own: runs of earlier versions go on
+
+
+def _is_process(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and is_count(value[0]) and (isinstance(value[1], str) or is_number(value[1]))
+
+
+def _is_processes(value: Any) -> bool:
+    """Whether it is {} or what `describe_processes` returns."""
+    if not isinstance(value, dict) or not value:
+        return isinstance(value, dict)
+    cores = value.get("cores")
+    has_cores = isinstance(cores, list) and all(map(_is_process, cores))
+    return isinstance(value.get("host"), str) and _is_process(value.get("owner")) and has_cores
+
+
+# By the type of a field: whether a value of it can be.
+IS_VALID: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "int": is_count,
+    "int | None": lambda value: value is None or is_count(value),
+    "dict[str, int | None]": lambda value: isinstance(value, dict) and all(map(IS_VALID["int | None"], value.values())),
+    "dict[str, Any]": _is_processes,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +79,34 @@ class Identity:
         return {name: own[name] for name in ("run_id", "project", "entity", "group", "first_row", "first_step", "mode")}
 
 
-def parse(values: Mapping[str, Any]) -> Identity | None:
-    """Return the identity in JSON values, None if there is none. Names of a newer version are ignored."""
+def parse(values: Any, *, source: str = "the checkpoint") -> Identity | None:
+    """
+    Return the identity in JSON values, None if there is none. Names of a newer version are ignored.
+
+    None, and a warning, if a value is of another type than was written: half an identity would be another run's.
+    """
     names = {each.name: NAMES_IN_FILE.get(each.name, each.name) for each in dataclasses.fields(Identity)}
-    given = {name: values[in_file] for name, in_file in names.items() if in_file in values}
-    return Identity(**given) if isinstance(given.get("run_id"), str) else None
+    try:
+        given = {name: values[in_file] for name, in_file in names.items() if in_file in values}
+        if not given.get("run_id") and isinstance(values, dict):
+            return None
+        for each in dataclasses.fields(Identity):
+            if each.name in given and not IS_VALID[str(each.type)](given[each.name]):
+                raise ValueError(f"{names[each.name]} is {given[each.name]!r:.60}")
+        return Identity(**given)
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning("Which W&B run it is can't be read from %s: %s", source, one_line(error))
+        return None
 
 
 def read(output_dir: Path) -> Identity | None:
     """Return the identity in the folder of a training; None if there is none that can be read."""
     path = output_dir / IDENTITY_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return parse(values) if isinstance(values, dict) else None
+        return parse(read_json(path), source=str(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("%s can't be read, the checkpoint says which run it is: %s", path, error)
         return None
 
