@@ -7,7 +7,6 @@ kill tears it; what an offline run left is then made fit for `wandb sync`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import struct
@@ -17,11 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.tracking.damage import DEEPEST, load_json
+
 logger = logging.getLogger(__name__)
 
 MAGIC, HEADER_BYTES, BLOCK_BYTES, CHUNK_HEADER = b":W&B", 7, 32768, struct.Struct("<IHB")
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+# What is read here is what wandb 0.31 writes: format 0 with this mark, for readers of this version and newer.
+MARK, FORMAT, READER, WRITER = b"\xe1\xbe", 0, (0, 70, 0), "0.31"
 TORN = "torn-"  # before the name of a folder whose file names no run
+
+
+class UnknownFormError(ValueError):
+    """The file is one of wandb's, but of a version, or with values, that this reader does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,7 @@ class TransactionLog:
 def read_log(path: Path) -> TransactionLog | None:
     """Read a .wandb file; None if it was cut off before it named its run. Raises OSError and ValueError."""
     run: Any = None
+    num_unknown = 0
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     exit_code, is_preempting = None, False
@@ -64,6 +72,12 @@ def read_log(path: Path) -> TransactionLog | None:
             is_preempting = True
         elif kind == "exit" and exit_code is None:  # a second one is of the process, not of the run
             exit_code = int(record.exit.exit_code)
+        elif kind is None:
+            num_unknown += _has_unknown(record)
+    if num_unknown:
+        logger.warning(
+            "%s: %d records are of kinds that wandb %s does not have, and passed over.", path, num_unknown, WRITER
+        )
     if run is None:
         return None
     return TransactionLog(
@@ -84,12 +98,10 @@ def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
     """
     Yield the whole records in their order, each with the number of bytes up to its end.
 
-    A torn record at the end, which a kill leaves, is left out. Raises ValueError for another kind of file.
+    A torn record at the end, which a kill leaves, is left out. Raises ValueError for another kind of file, and
+    UnknownFormError for one of a version that is not known.
     """
-    from wandb.proto import wandb_internal_pb2
-
-    if data and data[: len(MAGIC)] != MAGIC:
-        raise ValueError("it is no .wandb file")
+    _check_header(data[:HEADER_BYTES])
     position, body = HEADER_BYTES, b""
     while position + CHUNK_HEADER.size <= len(data):
         left = BLOCK_BYTES - position % BLOCK_BYTES
@@ -107,9 +119,42 @@ def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
         position += size
         body = chunk if kind in (WHOLE, FIRST) else body + chunk
         if kind in (WHOLE, LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(body)
-            yield record, position
+            yield _parsed(body), position
+
+
+def _check_header(header: bytes) -> None:
+    if header and header[: len(MAGIC)] != MAGIC:
+        raise ValueError("it is no .wandb file")
+    mark, version = header[len(MAGIC) : HEADER_BYTES - 1], header[HEADER_BYTES - 1 : HEADER_BYTES]
+    if mark == MARK and version not in (b"", bytes([FORMAT])):
+        raise UnknownFormError(f"its format is {version[0]}; known is that of wandb {WRITER}, {FORMAT}")
+
+
+def _parsed(body: bytes) -> Any:
+    """Return a record. Raises UnknownFormError for what is none, and where the file is for newer readers."""
+    from wandb.proto import wandb_internal_pb2
+
+    record = wandb_internal_pb2.Record()
+    try:
+        record.ParseFromString(body)
+    except Exception as error:  # protobuf's own type
+        raise UnknownFormError(f"a record in it is none of wandb {WRITER}'s: {error}") from error
+    if record.WhichOneof("record_type") == "header":
+        made, needed = record.header.version_info.producer, record.header.version_info.min_consumer
+        numbers = [int(part) for part in needed.split(".") if part.isdecimal() and len(part) < 10]
+        if tuple(numbers) > READER:
+            raise UnknownFormError(
+                f"wandb {made:.40} wrote it for readers from {needed:.20} on; known are files of wandb {WRITER}"
+            )
+    return record
+
+
+def _has_unknown(record: Any) -> bool:
+    """Whether a record without a kind has one of a newer version."""
+    known = type(record)()
+    known.CopyFrom(record)
+    known.DiscardUnknownFields()
+    return bool(known.ByteSize() != record.ByteSize())
 
 
 def encode(bodies: Iterable[bytes], *, start: int = HEADER_BYTES) -> bytes:
@@ -148,7 +193,7 @@ def seal_all(folders: Iterable[Path], run_id: str) -> dict[Path, int]:
                 folder.rename(folder.with_name(f"{TORN}{folder.name}"))
             else:
                 found.append((*sealed, folder))
-        except OSError as error:
+        except (OSError, UnknownFormError) as error:
             logger.warning("%s can't be read, its rows are not counted: %s", path, error)
     return {folder: rows for _, rows, folder in sorted(found, key=lambda each: each[0])}
 
@@ -158,7 +203,7 @@ def seal(path: Path) -> tuple[int, int] | None:
     Cut a file behind its last whole record, and add the record of an end with exit code 1 if it has none.
 
     Returns when the attempt began, in nanoseconds since 1970, and how many rows it has; None, and nothing is changed,
-    if nothing in the file says whose it is. Raises OSError.
+    if nothing in the file says whose it is. Raises OSError, and UnknownFormError, where nothing is changed either.
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -172,6 +217,8 @@ def seal(path: Path) -> tuple[int, int] | None:
             has_ended |= kind == "exit"
             if kind == "run" and started_at is None:
                 started_at = record.run.start_time.ToNanoseconds()
+    except UnknownFormError:
+        raise
     except ValueError:
         return None
     if started_at is None:
@@ -198,22 +245,48 @@ def mark_synced(folders: Iterable[Path], run_id: str) -> None:
 
 
 def _put(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:
-    """Put the items into the values, each at its nested key; returns the values."""
+    """Put the items into the values, each at its nested key; returns the values. Raises UnknownFormError."""
     for item in items:
         place = values
-        *folders, name = item.nested_key or [item.key]
+        *folders, name = _key(item)
         for folder in folders:
             if not isinstance(place.get(folder), dict):
                 place[folder] = {}
             place = place[folder]
-        place[name] = json.loads(item.value_json)
+        place[name] = _value(item)
     return values
+
+
+def _value(item: Any) -> Any:
+    """Return the value of a row or a summary, which wandb 0.31 writes as JSON, and if it is told to typed as well."""
+    if item.value_json:
+        try:
+            return load_json(item.value_json.encode())
+        except ValueError as error:
+            raise UnknownFormError(f"{'.'.join(_key(item)):.60} in it can't be read: {error}") from error
+    kind = item.WhichOneof("value") if "value" in item.DESCRIPTOR.oneofs_by_name else None
+    if kind is None:
+        raise UnknownFormError(
+            f"{'.'.join(_key(item)):.60} in it has a value of a form that wandb {WRITER} does not have "
+            "(x_history_value_encoding)"
+        )
+    if kind == "none":
+        return None
+    return load_json(item.json.encode()) if kind == "json" else getattr(item, kind)
+
+
+def _key(item: Any) -> list[str]:
+    key = list(item.nested_key) or [item.key]
+    if len(key) > DEEPEST:
+        raise UnknownFormError(f"{key[0]:.60} in it is nested too deep")
+    return key
 
 
 def _remove(values: dict[str, Any], items: Iterable[Any]) -> None:
     for item in items:
-        place = values
-        *folders, name = item.nested_key or [item.key]
+        place: Any = values
+        *folders, name = _key(item)
         for folder in folders:
-            place = place.get(folder, {})
-        place.pop(name, None)
+            place = place.get(folder) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.pop(name, None)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from wandb.proto import wandb_internal_pb2 as pb
 
-from harness.tracking.rows.wandb_file import read_log, seal_all
-from tests.support.wandb.artifact_processes import command
+from harness.tracking.rows.server import online_logs
+from harness.tracking.rows.wandb_file import FORMAT, MARK, READER, encode, read_log, read_records, seal_all
+from tests.support.wandb.artifact_processes import command, ended, start
 from tests.support.wandb.file import read
 from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
@@ -93,3 +97,99 @@ def test_a_file_that_names_no_run_is_moved_away(beginning: bytes | None, tmp_pat
     assert seal_all([nameless.parent], "abc") == {}
     assert not nameless.parent.exists()
     assert (tmp_path / "torn-offline-run-1-abc" / "run-abc.wandb").is_file()
+
+
+def with_items(path: Path, *items: pb.HistoryItem, header: bytes = b"\xe1\xbe\0") -> Path:
+    run, *_ = records_of("abc", start=5, rows=0)
+    written(path, [run, pb.Record(history=pb.HistoryRecord(item=items))])
+    path.write_bytes(b":W&B" + header + path.read_bytes()[7:])
+    return path
+
+
+def test_values_that_wandb_writes_typed_as_well_are_read(tmp_path: Path) -> None:
+    typed = [
+        pb.HistoryItem(nested_key=["a"], number=1.5, value_json="1.5"),
+        pb.HistoryItem(nested_key=["b", "c"], integer=3),
+        pb.HistoryItem(key="d", none=0),
+        pb.HistoryItem(key="e", json='{"f": 1}'),
+        pb.HistoryItem(key="g", boolean=False),
+    ]
+    log = read_log(with_items(tmp_path / "run-abc.wandb", *typed))
+    assert log is not None
+    assert log.rows == [{"a": 1.5, "b": {"c": 3}, "d": None, "e": {"f": 1}, "g": False}]
+
+
+UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
+    "format": ({"header": b"\xe1\xbe\1"}, "its format is 1; known is that of wandb 0.31, 0"),
+    "value": ({"items": [pb.HistoryItem(key="a")]}, "x_history_value_encoding"),
+    "nested": ({"items": [pb.HistoryItem(key="a", value_json="[" * 10_000)]}, "a in it can't be read: it is nested"),
+    "key": ({"items": [pb.HistoryItem(nested_key=["a"] * 10_000, value_json="1")]}, "a in it is nested too deep"),
+    "json": ({"items": [pb.HistoryItem(key="a", value_json="\0")]}, "a in it can't be read"),
+    "number": ({"items": [pb.HistoryItem(key="a", value_json="9" * 10_000)]}, "a in it can't be read"),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_a_file_of_an_unknown_form_is_said_in_a_line_and_left_as_it_is(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given, message = UNKNOWN[what]
+    path = with_items(
+        folder(tmp_path, "1"), *given.get("items", []), **{name: given[name] for name in given if name != "items"}
+    )
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        read_log(path)
+    assert len(str(raised.value)) < 300
+    before = path.read_bytes()
+    seal_all([path.parent], "abc")
+    assert path.parent.is_dir(), "it is not taken for a torn one"
+    assert path.read_bytes()[: len(before)] == before
+    logs, problems = online_logs(path.parent)
+    assert (logs, problems) == ([], []), "offline"
+
+
+def test_a_file_for_newer_readers_is_not_counted_and_not_renamed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = pb.Record(header=pb.HeaderRecord())
+    header.header.version_info.producer, header.header.version_info.min_consumer = "0.99.0", "0.71.0"
+    path = written(folder(tmp_path, "1"), [header, *records_of("abc", start=5, rows=2)])
+    before = path.read_bytes()
+    assert seal_all([path.parent], "abc") == {}
+    assert "wandb 0.99.0 wrote it for readers from 0.71.0 on; known are files of wandb 0.31" in caplog.text
+    assert path.read_bytes() == before
+    header.header.version_info.min_consumer = "0.70.0"
+    written(path, [header, *records_of("abc", start=5, rows=2)])
+    assert seal_all([path.parent], "abc") == {path.parent: 2}
+
+
+def test_what_is_no_record_and_kinds_that_are_new_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = records_of("abc", start=5, rows=2)
+    new = pb.Record(num=3)
+    new.MergeFromString(b"\xaa\x06\x02hi")  # field 101, which no kind has
+    path = written(tmp_path / "run-abc.wandb", [*records[:2], new, *records[2:]])
+    log = read_log(path)
+    assert log is not None
+    assert len(log.rows) == 2
+    assert "1 records are of kinds that wandb 0.31 does not have, and passed over" in caplog.text
+    path.write_bytes(path.read_bytes() + encode([b"\xff\xff\xff\xff"], start=path.stat().st_size))
+    with pytest.raises(ValueError, match=r"a record in it is none of wandb 0\.31's"):
+        read_log(path)
+
+
+def test_the_form_that_is_known_is_the_one_that_the_installed_wandb_writes(tmp_path: Path) -> None:
+    code = (
+        "import wandb\n"
+        "run = wandb.init(project='p', dir='.', settings=wandb.Settings(x_history_value_encoding='json,typed'))\n"
+        "run.log({'a': 1.5, 'b': None, 'c': {'d': 2}})\n"
+        "run.finish()\n"
+    )
+    ended(start("-c", f"import os; os.environ['WANDB_MODE'] = 'offline'\n{code}", folder=tmp_path))
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    log = read_log(path)
+    assert log is not None
+    assert [{name: row[name] for name in "abc"} for row in log.rows] == [{"a": 1.5, "b": None, "c": {"d": 2}}]
+    assert path.read_bytes()[:7] == b":W&B" + MARK + bytes([FORMAT])
+    header, _ = next(read_records(path.read_bytes()))
+    needed = header.header.version_info.min_consumer
+    assert tuple(map(int, needed.split("."))) == READER, "wandb writes for newer readers: see whether that is read here"
