@@ -107,6 +107,13 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
 
 
+def installed() -> str:
+    """The version of wandb."""
+    import wandb
+
+    return str(wandb.__version__)
+
+
 # Credentials and the server
 
 

@@ -24,9 +24,10 @@ from typing import Any
 from harness.errors import RowsError, SyncError
 from harness.tracking import transfer
 from harness.tracking.artifacts.staging import STAGING_FOLDER
-from harness.tracking.client import API_TIMEOUT_SECONDS, ROWS_OF_RUN, ask_once, execute
+from harness.tracking.client import API_TIMEOUT_SECONDS, ROWS_OF_RUN, ask_once, execute, installed, one_line
+from harness.tracking.damage import is_count, load_json
 from harness.tracking.rows.journal import JOURNAL_FILE, Journal
-from harness.tracking.rows.wandb_file import HEADER_BYTES, TransactionLog, encode, read_log, read_records
+from harness.tracking.rows.wandb_file import HEADER_BYTES, WRITER, TransactionLog, encode, read_log, read_records
 from harness.tracking.run import identity as identities
 
 logger = logging.getLogger(__name__)
@@ -193,18 +194,21 @@ def missing(rows: Sequence[dict[str, Any]], server: AtServer) -> Sequence[dict[s
     return rows[server.count - first :]
 
 
-def _parse_answer(answer: dict[str, Any]) -> AtServer | None:
-    """Read the answer to ROWS_OF_RUN; None where there is no such run."""
-    bucket = (answer.get("model") or {}).get("bucket")
-    if bucket is None:
-        return None
-    tail = json.loads(bucket["historyTail"] or "[]")
-    return AtServer(
-        count=int(bucket["historyLineCount"] or 0),
-        last=json.loads(tail[-1]) if tail else {},
-        summary=json.loads(bucket["summaryMetrics"] or "{}"),
-        state=str(bucket["state"]),
-    )
+def _parse_answer(answer: Any) -> AtServer | None:
+    """Read the answer to ROWS_OF_RUN; None where there is no such run. Raises ValueError for what is no answer."""
+    try:
+        bucket = (answer["model"] or {}).get("bucket")
+        if bucket is None:
+            return None
+        tail = load_json((bucket["historyTail"] or "[]").encode())
+        last = load_json(tail[-1].encode()) if tail else {}
+        summary = load_json((bucket["summaryMetrics"] or "{}").encode())
+        count = int(bucket["historyLineCount"] or 0)
+        if not (isinstance(last, dict) and isinstance(summary, dict) and is_count(count)):
+            raise ValueError("another form")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"W&B's answer about the run can't be read: {one_line(error)}") from error
+    return AtServer(count=count, last=last, summary=summary, state=str(bucket["state"]))
 
 
 def _journaled(folder: Path, logs: Mapping[str, TransactionLog]) -> TransactionLog | None:
@@ -325,4 +329,5 @@ def _wandb_sync(folder: Path, lock: int | None) -> None:
         raise SyncError(f"`wandb sync` did not end within {SYNC_TIMEOUT_SECONDS:g} s") from error
     said = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR" in line or "rror:" in line]
     if done.returncode != 0 or said:
-        raise SyncError(f"`wandb sync` failed: {' '.join(said)[-300:] or f'exit code {done.returncode}'}")
+        reason = " ".join(said)[-300:] or f"exit code {done.returncode}"
+        raise SyncError(f"`wandb sync` of wandb {installed()} failed (known: {WRITER}): {reason}")

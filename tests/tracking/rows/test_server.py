@@ -6,16 +6,19 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from harness.errors import RowsError
+from harness.tracking import client
 from harness.tracking.rows import server as rows_module
-from harness.tracking.rows.server import AtServer, deliver_rows, missing, online_logs
+from harness.tracking.rows.server import AtServer, deliver_rows, missing, online_logs, rows_arrived
 from harness.tracking.rows.wandb_file import TransactionLog
 from tests.support.wandb import artifact_processes as processes
 from tests.support.wandb.file import read_all
+from tests.support.wandb.serving import answering, dripping, serving
 from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
 
@@ -234,3 +237,44 @@ def unflattened(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             place[last] = value
         result.append(nested)
     return result
+
+
+WRONG_ANSWERS: list[Any] = [
+    None,
+    [],
+    "x",
+    {},
+    {"model": [1]},
+    {"model": {"bucket": [1]}},
+    *(
+        {"model": {"bucket": {"historyTail": "[]", "historyLineCount": 1, "summaryMetrics": "{}", **wrong}}}
+        for wrong in (
+            {"historyTail": "[" * 10_000},
+            {"historyTail": "[1]"},
+            {"historyTail": '["[]"]', "state": "x"},
+            {"historyTail": 5},
+            {"summaryMetrics": "null", "state": "x"},
+            {"summaryMetrics": "\0"},
+            {"historyLineCount": "many"},
+            {"historyLineCount": 10**30, "state": "x"},
+            {"historyLineCount": -1, "state": "x"},
+            {},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("answer", WRONG_ANSWERS, ids=range(len(WRONG_ANSWERS)))
+def test_an_answer_of_another_form_is_no_count_and_no_traceback(answer: Any) -> None:
+    with serving(answering({"data": answer})) as url:
+        settings = SimpleNamespace(entity="e", project="p", run_id="r", base_url=url, api_key="k")
+        assert rows_arrived(SimpleNamespace(settings=settings, offline=False)) is None
+
+
+def test_an_answer_without_an_end_is_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "COUNT_TIMEOUT_SECONDS", 0.3)
+    with serving(dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b" ")) as url:
+        settings = SimpleNamespace(entity="e", project="p", run_id="r", base_url=url, api_key="k")
+        began = time.monotonic()
+        assert rows_arrived(SimpleNamespace(settings=settings, offline=False)) is None
+        assert time.monotonic() - began < 5
