@@ -172,12 +172,17 @@ def test_a_file_that_does_not_arrive_whole_is_tried_again(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("where", ["between files", "in a file"])
 def test_a_download_that_was_killed_leaves_nothing_that_counts(
-    model: Path, server: WandbServer, tmp_path: Path
+    where: str, model: Path, server: WandbServer, tmp_path: Path
 ) -> None:
     flags = ["--config", str(model / "out" / "harness_config.yaml"), "--output_dir=out", "--report_to=none"]
     path = "--resume_from_checkpoint=wandb:checkpoint-text:v0"
-    server.fault("hang", "get artifact/optimizer", seconds=60)
+    if where == "between files":
+        server.fault("hang", "get artifact/optimizer", seconds=60)
+    else:
+        server.fault("throttle", "get artifact/model", bytes_per_second=10_000)
+    whole = (model / "out" / "checkpoint-2" / "model.safetensors").stat().st_size
     with Path(os.devnull).open("w") as out:
         argv = [SCRIPT, *flags, path, "--use_cpu"]
         process = fork(argv, env=environment(tmp_path, server), cwd=tmp_path, out=out, err=out)
@@ -190,7 +195,8 @@ def test_a_download_that_was_killed_leaves_nothing_that_counts(
         process.send_signal(signal.SIGKILL)
         process.wait()
         server.clear_faults()
-    assert list(tmp_path.glob("out/download.*.partial"))
+    (torn,) = tmp_path.glob("out/download.*.partial/model.safetensors")
+    assert where == "between files" or torn.stat().st_size < whole
     assert not list(tmp_path.glob("out/checkpoint-*"))
     nothing = harness(tmp_path, server, *flags, "--resume_from_checkpoint=true")
     assert (nothing.code, "no whole checkpoint in out" in nothing.err) == (2, True), nothing.err
@@ -281,6 +287,33 @@ def test_a_crafted_pickle_is_refused_and_not_run(model: Path, server: WandbServe
     assert refused.code == 2
     assert "holds no safetensors weights but config.json, pytorch_model.bin; pickled ones are not" in refused.err
     assert not list(tmp_path.rglob("executed"))
+
+
+def test_only_what_a_resume_reads_is_taken_from_an_artifact(model: Path, server: WandbServer, tmp_path: Path) -> None:
+    crafted = tmp_path / "crafted"
+    shutil.copytree(model / "out" / "checkpoint-4", crafted)
+    manifest = json.loads((crafted / "harness_state.json").read_text(encoding="utf-8"))
+    foreign = ["evil.py", "pytorch_model.bin", "training_args.bin", "global_step9/mp_rank_00_model_states.pt"]
+    foreign += ["global_step4/evil.py", "below/config.json", "evil.safetensors.py", "optimizer.pt.py"]
+    for name in foreign:
+        (crafted / name).parent.mkdir(exist_ok=True)
+        (crafted / name).write_text("import os; os.mkdir('executed')", encoding="utf-8")
+    # As of a model whose code was loaded from the Hub: its checkpoint has a copy, and lists it.
+    code = (crafted / "evil.py").read_bytes()
+    manifest["files"]["evil.py"] = {"size": len(code), "sha256": hashlib.sha256(code).hexdigest()}
+    (crafted / "harness_state.json").write_text(json.dumps(manifest), encoding="utf-8")
+    logged(crafted, server, "foreign")
+    flags = ["--config", str(model / "out" / "harness_config.yaml"), "--output_dir=out", "--report_to=none"]
+    flags += ["--resume_from_checkpoint=wandb:foreign", "--log_level=info"]
+    ended = harness(tmp_path, server, *flags)
+    assert (ended.code, "checkpoint-4, step 4 of 4" in ended.out) == (0, True), ended.err
+    brought = tmp_path / "out" / "checkpoint-4"
+    assert {path.name for path in brought.iterdir()} == {path.name for path in (model / "out/checkpoint-4").iterdir()}
+    assert "a resume does not read below/config.json, evil.py, evil.safetensors.py and 5 more: left in W&B" in ended.err
+    assert why_invalid(brought) is None
+    before = len(downloads(server))
+    assert harness(tmp_path, server, *flags).code == 0
+    assert len(downloads(server)) == before, "what is there is not downloaded again"
 
 
 WRONG: dict[str, tuple[list[str], dict[str, str], str]] = {

@@ -6,13 +6,17 @@ import io
 import socket
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import requests
 
 from harness.tracking import transfer
 from harness.tracking.client import why_silent
+from tests.support.faulty_training import Training
+from tests.support.wandb import artifact_processes as processes
 from tests.support.wandb.serving import Answering, dripping, serving
+from tests.support.wandb_server import WandbServer
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n1234"
 
@@ -99,6 +103,38 @@ def test_redirects_are_followed_a_few_times_and_take_no_key_elsewhere() -> None:
         transfer.ask("GET", url, seconds=5)
 
 
+def test_only_a_web_server_is_asked() -> None:
+    for url in ("file:///etc/passwd", "ftp://host/x", "", "//host"):
+        with pytest.raises(requests.RequestException):
+            transfer.ask("GET", url, seconds=1)
+
+
 def test_a_message_shows_no_key_that_is_in_an_address() -> None:
     shown = transfer.shown("https://user:secret@host:1/path?X-Signature=secret")
     assert shown == "https://host:1/path"
+
+
+@pytest.mark.slow
+def test_a_training_begins_where_the_front_page_has_no_end(tmp_path: Path) -> None:
+    with WandbServer(tmp_path / "server") as server:
+        server.fault("drip", "app")
+        training = Training(tmp_path / "run", server, wandb_log_model=None).ended()
+        assert len(server.run("run").rows) > 30
+    assert "step 30/30" in training.out
+
+
+OPEN = """
+from harness.tracking.flags import TrackingConfig
+from harness.tracking.run import open as opening
+opening.INIT_TIMEOUT_SECONDS = 2
+run = opening.open_run(TrackingConfig(), {}, stop=lambda: None)
+run.finish()
+print("offline", run.offline)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_is_kept_offline_where_no_answer_has_an_end(tmp_path: Path) -> None:
+    with WandbServer(tmp_path / "server") as server:
+        server.fault("drip")
+        assert "offline True" in processes.ended(processes.start("-c", OPEN, folder=tmp_path / "run", server=server))
