@@ -136,5 +136,5 @@ print("offline", run.offline)
 @pytest.mark.slow
 def test_a_run_is_kept_offline_where_no_answer_has_an_end(tmp_path: Path) -> None:
     with WandbServer(tmp_path / "server") as server:
-        server.fault("drip")
+        server.fault("drip", "^(app|graphql|file_stream)")  # wandb's own telemetry waits a minute at its exit
         assert "offline True" in processes.ended(processes.start("-c", OPEN, folder=tmp_path / "run", server=server))
