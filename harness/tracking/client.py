@@ -35,6 +35,13 @@ query RunRows($entity: String, $project: String, $run: String!) {
 }"""
 MANIFEST_OF_ARTIFACT = """
 query ArtifactManifest($id: ID!) { artifact(id: $id) { currentManifest { file { directUrl } } } }"""
+# As wandb.Api asked it before it read files of W&B's: `end` is behind the last step.
+HISTORY_OF_RUN = """
+query HistoryPage($entity: String!, $project: String!, $run: String!, $first: Int64!, $end: Int64!, $count: Int!) {
+  project(name: $project, entityName: $entity) {
+    run(name: $run) { history(minStep: $first, maxStep: $end, samples: $count) }
+  }
+}"""
 # What the client says when it opens a run: after it the server takes the run for a running one.
 REOPEN_RUN = """
 mutation UpsertBucket($entity: String, $project: String, $name: String!) {

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,26 +46,34 @@ class Journal:
         self._unwritten = b""
         self._has_warned = self._has_told = False
 
-    def lines(self) -> Iterator[tuple[dict[str, Any], int]]:
+    @property
+    def size(self) -> int:
+        """The bytes of the file of this attempt."""
+        return self._size
+
+    def lines(self, start: int = 0, stop: int | None = None) -> Generator[tuple[dict[str, Any], int], None, None]:
         """
-        Yield each whole line, the oldest first, and the number of bytes up to its end.
+        Yield each whole line from one byte to another, the oldest first, and the number of bytes up to its end.
 
         What the disk has damaged is passed over, and told.
         """
-        end = 0
-        for number, (raw, size) in enumerate(self._raw_lines(), 1):
+        end, raw_lines = start, self._raw_lines(start)
+        while (stop is None or end < stop) and (found := next(raw_lines, None)) is not None:
+            raw, size = found
             end += size
             if not raw.endswith(b"\n"):
                 return
             try:
                 yield parse_line(raw), end
             except ValueError as error:  # ours end in a newline only when they are whole
-                self._tell(f"line {number} is damaged ({one_line(error)}), and others may be: they are no rows")
+                place = f"the line at byte {end - size}"
+                self._tell(f"{place} is damaged ({one_line(error)}), and others may be: they are no rows")
 
-    def _raw_lines(self) -> Iterator[tuple[bytes, int]]:
+    def _raw_lines(self, start: int = 0) -> Iterator[tuple[bytes, int]]:
         """Yield each line with the bytes it has in the file; one that is too long to be a row only with its end."""
         try:
             with self.path.open("rb") as file:
+                file.seek(start)
                 while raw := file.readline(MOST_BYTES):
                     size, end = len(raw), raw[-1:]
                     while end != b"\n" and (more := file.readline(MOST_BYTES)):

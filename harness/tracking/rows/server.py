@@ -24,7 +24,15 @@ from typing import Any
 from harness.errors import RowsError, SyncError
 from harness.tracking import transfer
 from harness.tracking.artifacts.staging import STAGING_FOLDER
-from harness.tracking.client import API_TIMEOUT_SECONDS, ROWS_OF_RUN, ask_once, execute, installed, one_line
+from harness.tracking.client import (
+    API_TIMEOUT_SECONDS,
+    HISTORY_OF_RUN,
+    ROWS_OF_RUN,
+    ask_once,
+    execute,
+    installed,
+    one_line,
+)
 from harness.tracking.damage import is_count, load_json
 from harness.tracking.rows.journal import JOURNAL_FILE, Journal
 from harness.tracking.rows.wandb_file import HEADER_BYTES, WRITER, TransactionLog, encode, read_log, read_records
@@ -37,6 +45,7 @@ HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 PATTERNS = ("run-*.wandb", "run-*/run-*.wandb", "wandb/run-*/run-*.wandb")
 ENDED = ("finished", "failed", "killed", "preempted")
 BATCH_ROWS, BATCH_CHARACTERS = 500, 2_000_000
+PAGE_ROWS, READ_SECONDS = 500, 60.0
 CONFIRM_SECONDS = 15.0
 SYNC_TIMEOUT_SECONDS = 3600.0
 SYNC_TRIES, END_SECONDS = 3, 3.0
@@ -68,6 +77,30 @@ def rows_arrived(run: Any) -> int | None:
         logger.debug("The rows that have arrived could not be counted: %s", error)
         return None
     return None if found is None else found.count
+
+
+def rows_between(settings: Any, first: int, end: int) -> Iterator[dict[str, Any]]:
+    """
+    Yield the rows that the server has of a run from step `first` to before `end`, a page at a time.
+
+    Raises OSError, also when it takes longer than READ_SECONDS in all, and ValueError, KeyError and TypeError for what
+    is no answer.
+    """
+    run = {"entity": settings.entity, "project": settings.project, "run": settings.run_id}
+    deadline = time.monotonic() + READ_SECONDS
+    for start in range(first, end, PAGE_ROWS):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"W&B took more than {READ_SECONDS:g} s")
+        stop = min(start + PAGE_ROWS, end)
+        asked = {**run, "first": start, "end": stop, "count": PAGE_ROWS}
+        lines = ask_once(settings, HISTORY_OF_RUN, asked)["project"]["run"]["history"]
+        rows = sorted(map(json.loads, lines), key=lambda row: int(row["_step"]))
+        yield from (_with_floats(row) for row in rows if start <= row["_step"] < stop)
+
+
+def _with_floats(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with numbers where W&B answers with the texts "NaN" and "Infinity": JSON has no such numbers."""
+    return {name: float(value) if value in ("NaN", "Infinity", "-Infinity") else value for name, value in row.items()}
 
 
 def online_files(folder: Path) -> list[Path]:

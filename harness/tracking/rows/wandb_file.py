@@ -7,6 +7,7 @@ kill tears it; what an offline run left is then made fit for `wandb sync`.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import struct
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from harness.tracking.damage import DEEPEST, load_json
 
@@ -59,7 +60,7 @@ def read_log(path: Path) -> TransactionLog | None:
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     exit_code, is_preempting = None, False
-    for record, _ in read_records(path.read_bytes()):
+    for record, _ in read_records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run = record.run
@@ -94,26 +95,43 @@ def read_log(path: Path) -> TransactionLog | None:
     )
 
 
-def read_records(data: bytes) -> Iterator[tuple[Any, int]]:
-    """
-    Yield the whole records in their order, each with the number of bytes up to its end.
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a .wandb file, one at a time. Raises OSError and ValueError."""
+    for record, _ in read_records(path):
+        if record.WhichOneof("record_type") == "history":
+            yield _put({}, record.history.item)
 
-    A torn record at the end, which a kill leaves, is left out. Raises ValueError for another kind of file, and
-    UnknownFormError for one of a version that is not known.
+
+def read_records(source: bytes | Path) -> Iterator[tuple[Any, int]]:
     """
-    _check_header(data[:HEADER_BYTES])
+    Yield the whole records of a file, or of its content, in their order, each with the number of bytes up to its end.
+
+    Of a file it holds a record at a time. A torn record at the end, which a kill leaves, is left out. Raises ValueError
+    for another kind of file, and UnknownFormError for one of a version that is not known.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        yield from _read_records(file)
+
+
+def _read_records(file: BinaryIO) -> Iterator[tuple[Any, int]]:
+    _check_header(file.read(HEADER_BYTES))
     position, body = HEADER_BYTES, b""
-    while position + CHUNK_HEADER.size <= len(data):
+    while True:
         left = BLOCK_BYTES - position % BLOCK_BYTES
         if left < CHUNK_HEADER.size:
             position += left
+            file.seek(left, os.SEEK_CUR)
             continue
-        checksum, size, kind = CHUNK_HEADER.unpack_from(data, position)
+        head = file.read(CHUNK_HEADER.size)
+        if len(head) < CHUNK_HEADER.size:
+            return
+        checksum, size, kind = CHUNK_HEADER.unpack(head)
         if kind == size == 0:  # the rest of a block
             position += left
+            file.seek(left - len(head), os.SEEK_CUR)
             continue
         position += CHUNK_HEADER.size
-        chunk = data[position : position + size]
+        chunk = file.read(size)
         if zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
             return
         position += size
@@ -179,7 +197,7 @@ def encode(bodies: Iterable[bytes], *, start: int = HEADER_BYTES) -> bytes:
 
 def seal_all(folders: Iterable[Path], run_id: str) -> dict[Path, int]:
     """
-    Make each offline run folder fit to be synced; returns the number of rows in each, the oldest first.
+    Make each offline run folder fit to be synced; returns the number of steps in each, the oldest first.
 
     `wandb sync` stops, and says nothing, at a file whose tail is torn, and refuses one that names no run or whose
     beginning is lost: the first kind is sealed, the others are renamed. The rows that are counted are on the disk
@@ -195,25 +213,27 @@ def seal_all(folders: Iterable[Path], run_id: str) -> dict[Path, int]:
                 found.append((*sealed, folder))
         except (OSError, UnknownFormError) as error:
             logger.warning("%s can't be read, its rows are not counted: %s", path, error)
-    return {folder: rows for _, rows, folder in sorted(found, key=lambda each: each[0])}
+    return {folder: steps for _, steps, folder in sorted(found, key=lambda each: each[0])}
 
 
 def seal(path: Path) -> tuple[int, int] | None:
     """
     Cut a file behind its last whole record, and add the record of an end with exit code 1 if it has none.
 
-    Returns when the attempt began, in nanoseconds since 1970, and how many rows it has; None, and nothing is changed,
-    if nothing in the file says whose it is. Raises OSError, and UnknownFormError, where nothing is changed either.
+    Returns when the attempt began, in nanoseconds since 1970, and how many steps it has: a row is one, and where the
+    user gives steps of his own, those he skips too. None, and nothing is changed, if nothing in the file says whose it
+    is. Raises OSError, and UnknownFormError, where nothing is changed either.
     """
     from wandb.proto import wandb_internal_pb2
 
     started_at: int | None = None
-    rows, num_records, has_ended, end = 0, 0, False, HEADER_BYTES
+    rows, num_records, has_ended, end, newest = 0, 0, False, HEADER_BYTES, None
     try:
-        for record, end in read_records(path.read_bytes()):  # noqa: B007 - the last end is used below
+        for record, end in read_records(path):  # noqa: B007 - the last end is used below
             kind = record.WhichOneof("record_type")
             num_records += 1
-            rows += kind == "history"
+            if kind == "history":
+                rows, newest = rows + 1, record.history
             has_ended |= kind == "exit"
             if kind == "run" and started_at is None:
                 started_at = record.run.start_time.ToNanoseconds()
@@ -232,7 +252,8 @@ def seal(path: Path) -> tuple[int, int] | None:
             file.write(encode([record.SerializeToString()], start=end))
         file.flush()
         os.fsync(file.fileno())
-    return started_at, rows
+    last = -1 if newest is None else _put({}, newest.item).get("_step", -1)
+    return started_at, max(rows, last + 1 if isinstance(last, int) else 0)
 
 
 def mark_synced(folders: Iterable[Path], run_id: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from harness.checkpoint.processes import is_running
 from harness.errors import ConfigError
 from harness.tracking.client import failures, one_line
 from harness.tracking.flags import TrackingConfig
+from harness.tracking.rows.beyond import Source
+from harness.tracking.rows.events import num_beyond
 from harness.tracking.rows.history import History
 from harness.tracking.rows.journal import JOURNAL_FILE, Journal
-from harness.tracking.rows.wandb_file import TORN, mark_synced, seal_all
+from harness.tracking.rows.server import rows_between
+from harness.tracking.rows.wandb_file import TORN, mark_synced, read_rows, seal_all
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import Identity
 from harness.tracking.run.open import open_run
@@ -94,9 +99,18 @@ class Attempts:
                 stop=stop,
                 must_be_online=was_online,
             )
-        have, offset = self._have(run, identity, journal, is_elsewhere=found is None)
+        if found is None and is_known:
+            identity = replace(identity, steps_elsewhere=self._steps_of_checkpoint(identity, journal))
+        have, offset = self._have(run, identity, journal)
         first_step = identity.first_step if identity.first_step is not None else have or 0
-        history = History(journal, rows=self._rows, first_row=identity.first_row, first_step=first_step, have=have)
+        history = History(
+            journal,
+            rows=self._rows,
+            first_row=identity.first_row,
+            first_step=first_step,
+            have=have,
+            source=self._source(run, identity),
+        )
         if run is not None:
             self._opened(identity, run, first_step)
             history.begin(run, offset=offset)
@@ -149,14 +163,14 @@ class Attempts:
             is_untracked = before is None and self._saved is None and self._checkpoint is not None
             is_own = is_untracked or (before is not None and before.run_id == identity.forked_from)
             aside = journal.path.with_name(f"metrics.{before.run_id if before else 'before'}.jsonl")
-            kept = [end for line, end in journal.lines() if is_own and line["_row"] < self._rows]
-            with journal.path.open("rb") as file:
-                beginning = file.read(kept[-1] if kept else 0)
-            if not is_untracked:
-                journal.path.replace(aside)
-            journal.path.write_bytes(beginning)
+            kept = max((end for line, end in journal.lines() if is_own and line["_row"] < self._rows), default=0)
+            journal.path.replace(aside)
+            shutil.copyfile(aside, journal.path)
+            os.truncate(journal.path, kept)
+            if is_untracked:
+                aside.unlink()
         elif goes_on and self._changes:
-            beyond = sum(line["_row"] >= self._rows for line, _ in journal.lines())
+            beyond = num_beyond(line for line, _ in journal.lines() if line["_row"] >= self._rows)
             if beyond:
                 raise ConfigError(
                     f"{self._changes}, but the run in W&B has {beyond} rows beyond the checkpoint, made as before: "
@@ -167,7 +181,9 @@ class Attempts:
     def _folders(self, identity: Identity, wandb_dir: Path) -> list[Path]:
         """The offline run folders of the attempts before that are still there."""
         listed = {(self.output_dir / name).resolve() for name in identity.offline_folders}
-        present = {path.resolve() for path in wandb_dir.glob(f"offline-run-*-{identity.run_id}*")}
+        # Not by the folder's name: another run's id may begin like this one's.
+        files = wandb_dir.glob(f"offline-run-*/run-{glob.escape(identity.run_id)}.wandb")
+        present = {path.parent.resolve() for path in files}
         return sorted(path for path in listed | present if path.is_dir())
 
     def _counted(self, identity: Identity, counts: Mapping[Path, int]) -> dict[str, int | None]:
@@ -181,12 +197,13 @@ class Attempts:
         }
         return {**gone, **{self._relative(folder): rows for folder, rows in counts.items()}}
 
-    def _have(self, run: Any, identity: Identity, journal: Journal, *, is_elsewhere: bool) -> tuple[int | None, int]:
-        """
-        Return how many steps W&B has of the run (None: unknown), and which of them is step 0 of the open run.
+    def _steps_of_checkpoint(self, identity: Identity, journal: Journal) -> int:
+        """The steps of the rows that the checkpoint counts, all that is known of a run that only a checkpoint names."""
+        rows = (line["_step"] for line, _ in journal.lines() if identity.first_row <= line["_row"] < self._rows)
+        return max((identity.first_step or 0) + self._rows - identity.first_row, max(rows, default=-1) + 1)
 
-        `is_elsewhere`: only a checkpoint names the run; what the attempts before have left is on another machine.
-        """
+    def _have(self, run: Any, identity: Identity, journal: Journal) -> tuple[int | None, int]:
+        """Return how many steps W&B has of the run (None: unknown), and which of them is step 0 of the open run."""
         if run is None:
             return None, 0
         if not run.offline:
@@ -195,10 +212,26 @@ class Attempts:
             # Synced and deleted, `wandb sync --clean`: all of it has arrived.
             last = max((line["_step"] for line, _ in journal.lines()), default=-1)
             return last + 1, last + 1
-        have = sum(rows or 0 for rows in identity.offline_folders.values())
-        if is_elsewhere:
-            have = (identity.first_step or 0) + self._rows - identity.first_row
+        have = identity.steps_elsewhere + sum(steps or 0 for steps in identity.offline_folders.values())
         return have, have
+
+    def _source(self, run: Any, identity: Identity) -> Source | None:
+        """Return where rows can be read back: from W&B, or from the offline run folders that are there."""
+        if run is not None and not run.offline:
+            return Source(read=partial(rows_between, run.settings), is_shared=True)
+        if run is None or None in identity.offline_folders.values():
+            return None
+
+        def read(first: int, end: int) -> Iterator[dict[str, Any]]:
+            offset = identity.steps_elsewhere
+            for name, steps in identity.offline_folders.items():
+                path = self.output_dir / name / f"run-{identity.run_id}.wandb"
+                if offset + (steps or 0) > first and path.is_file():
+                    rows = ({**row, "_step": offset + row["_step"]} for row in read_rows(path))
+                    yield from (row for row in rows if first <= row["_step"] < end)
+                offset += steps or 0
+
+        return Source(read=read, is_shared=False)
 
     def _opened(self, identity: Identity, run: Any, first_step: int) -> None:
         folders = dict(identity.offline_folders)

@@ -57,7 +57,8 @@ class Identity:
 
     - mode: online or offline, which never changes; "" before it was opened.
     - forked_from: the id of the run from whose checkpoint this one began.
-    - offline_folders: its offline run folders, relative to the file where they can be, and the rows in each.
+    - offline_folders: its offline run folders, relative to the file where they can be, and the steps in each.
+    - steps_elsewhere: the steps before those, which an offline run left in the folder that its checkpoint is from.
     - processes, exit_code: of the last attempt; None if it did not end by itself.
     """
 
@@ -70,6 +71,7 @@ class Identity:
     mode: str = ""
     forked_from: str | None = None
     offline_folders: dict[str, int | None] = field(default_factory=dict)
+    steps_elsewhere: int = 0
     processes: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
 

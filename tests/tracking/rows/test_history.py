@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness.tracking.rows.beyond import Source
 from harness.tracking.rows.history import History
 from harness.tracking.rows.journal import Journal
 
@@ -170,3 +171,143 @@ def test_the_summary_of_a_new_attempt_has_the_latest_of_all(tmp_path: Path) -> N
     run = Run(server)
     opened(path, run, rows=4)
     assert run.summary == {"train/loss": 1 / 3, "eval/loss": 1 / 4, "train/global_step": 2}
+
+
+def end(step: int) -> dict[str, Any]:
+    """The row that a training makes at its end."""
+    return {"train/epoch": step / 10, "train/global_step": step}
+
+
+def step_row(step: int) -> dict[str, Any]:
+    return {"train/loss": 1 / step, "train/epoch": step / 10, "train/global_step": step}
+
+
+def shared(path: Path, server: Server, *, rows: int, first_step: int = 0) -> tuple[History, Run]:
+    """A resume that may ask W&B what it has, as an online one does."""
+
+    def read(first: int, stop: int) -> Iterator[dict[str, Any]]:
+        yield from ({**row, "_step": step} for step, row in enumerate(server.rows[:stop]) if step >= first)
+
+    run = Run(server)
+    source = Source(read=read, is_shared=True)
+    history = History(
+        Journal(path), rows=rows, first_row=0, first_step=first_step, have=len(server.rows), source=source
+    )
+    history.begin(run, offset=0)
+    return history, run
+
+
+def train(history: History, first: int, last: int, *more: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [*(step_row(step) for step in range(first, last + 1)), end(last), *more]
+    for each in rows:
+        history.log(each)
+    return rows
+
+
+@pytest.mark.parametrize("evaluates", [False, True], ids=["", "evaluates at the end"])
+@pytest.mark.parametrize("journal", ["whole", "of the checkpoint", "of an earlier version", "none"])
+def test_a_training_that_has_ended_goes_on_with_all_its_rows(
+    journal: str, evaluates: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, server = tmp_path / "metrics.jsonl", Server()
+    more = [{"eval/loss": 0.5, "train/epoch": 1.0, "train/global_step": 10}] if evaluates else []
+    before = train(shared(path, server, rows=0)[0], 1, 10, *more)
+    assert server.rows == before
+    if journal != "whole":
+        lines = path.read_text().splitlines(keepends=True)[:10]
+        path.write_text("" if journal == "none" else "".join(lines))
+    with caplog.at_level(logging.WARNING):
+        history, _ = shared(path, server, rows=10)
+        after = train(history, 11, 14)
+        again = train(shared(path, server, rows=history.rows - 3)[0], 13, 14)
+    assert again == after[2:]
+    assert server.rows == before + after
+    assert history.rows == len(server.rows)
+    assert caplog.records == []
+
+
+def test_a_training_that_ends_again_sends_nothing_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    before = train(shared(tmp_path / "a.jsonl", server, rows=0)[0], 1, 10)
+    with caplog.at_level(logging.WARNING):
+        train(shared(tmp_path / "b.jsonl", server, rows=5)[0], 6, 10)
+        train(shared(tmp_path / "c.jsonl", server, rows=10)[0], 11, 10)
+    assert server.rows == before
+    assert caplog.records == []
+
+
+def test_rows_that_were_made_without_wandb_go_behind_the_end_of_the_training_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, path = Server(), tmp_path / "b.jsonl"
+    before = train(shared(tmp_path / "a.jsonl", server, rows=0)[0], 1, 10)
+    path.write_text("".join((tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[:10]))
+    unreached = opened(path, None, rows=10)
+    for step in range(11, 15):
+        unreached.log(step_row(step))
+    with caplog.at_level(logging.WARNING):
+        history, _ = shared(path, server, rows=13)  # the checkpoint of step 13
+        after = train(history, 14, 16)
+    assert server.rows == [*before, *(step_row(step) for step in range(11, 14)), *after]
+    assert caplog.records == []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["_row"] for line in lines] == list(range(len(lines)))
+    assert [server.rows[line["_step"]] for line in lines] == [
+        {name: value for name, value in line.items() if not name.startswith("_")} for line in lines
+    ]
+
+
+def test_rows_of_another_folder_are_compared_and_not_taken_for_ours(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, ours, theirs, later = Server(), *(tmp_path / f"{name}.jsonl" for name in "abc")
+    for step in range(1, 6):
+        shared(ours, server, rows=step - 1)[0].log(step_row(step))
+    theirs.write_bytes(ours.read_bytes())
+    later.write_bytes(ours.read_bytes())
+    elsewhere, _ = shared(theirs, server, rows=5)
+    for step in range(6, 9):
+        elsewhere.log({**step_row(step), "train/loss": 9.0})
+    with caplog.at_level(logging.WARNING):
+        history, _ = shared(ours, server, rows=5)
+        history.log(step_row(6))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "at step 6 train/loss was 9.0 before the interruption and is now 0.1666" in said
+    caplog.clear()
+    unreached = opened(later, None, rows=5)
+    for step in range(6, 8):
+        unreached.log(step_row(step))
+    with caplog.at_level(logging.WARNING):
+        shared(later, server, rows=7)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "W&B has another row 5 than this training" in said
+
+
+def test_rows_that_cannot_be_read_back_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    for step in range(1, 9):
+        shared(tmp_path / "a.jsonl", server, rows=step - 1)[0].log(step_row(step))
+
+    def read(first: int, stop: int) -> Iterator[dict[str, Any]]:
+        raise TimeoutError("no answer")
+
+    source = Source(read=read, is_shared=True)
+    with caplog.at_level(logging.WARNING):
+        History(Journal(tmp_path / "b.jsonl"), rows=5, first_row=0, first_step=0, have=8, source=source)
+    assert "3 rows that W&B has beyond the checkpoint can't be read (TimeoutError: no answer)" in caplog.text
+
+
+def test_rows_of_the_users_own_in_wandb_are_no_rows_of_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, path = Server(), tmp_path / "a.jsonl"
+    history, run = shared(path, server, rows=0)
+    for step in range(1, 9):
+        history.log(step_row(step))
+        run.log({"own": step, "train/global_step": step})
+    with caplog.at_level(logging.WARNING):
+        history, _ = shared(tmp_path / "b.jsonl", server, rows=5)
+        train(history, 6, 10)
+    assert caplog.records == []
+    losses = [row["train/global_step"] for row in server.rows if "train/loss" in row]
+    assert losses == list(range(1, 11))
