@@ -46,6 +46,7 @@ from harness.tracking.lifecycle import (
     wandb_tracker,
 )
 from harness.tracking.run.terminal import terminal_kept
+from harness.tracking.unseen import unseen
 from harness.training import rng
 from harness.training.console import logging_kept, set_up_logging
 from harness.training.debug import describe_batch, watch_training
@@ -211,6 +212,8 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     console.start(run.plan.max_steps, state.global_step, "step")
     if adapter := describe(session.task.model):
         console.line(adapter)
+    for line in unseen(run.tracker.config, run.plan, from_step=state.global_step):
+        console.line(line)
     if config.debug.is_on:
         console.line(describe_batch(run.loader.peek(), session.task.processing_class))
     run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))

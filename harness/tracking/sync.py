@@ -18,9 +18,11 @@ from harness.files import write_whole
 from harness.tracking.artifacts.staging import RECORD_FILE, STAGING_FOLDER, Staged, waiting
 from harness.tracking.artifacts.upload import deliver_staged, versions_of
 from harness.tracking.client import REOPEN_RUN, execute, one_line, server_answers
+from harness.tracking.rows.events import is_own, is_same_row, num_beyond
 from harness.tracking.rows.journal import JOURNAL_FILE, Journal
 from harness.tracking.rows.server import (
     AtServer,
+    Connection,
     connection,
     deliver_rows,
     is_plain,
@@ -126,37 +128,46 @@ class OfflineRun:
         if not self._logs:
             return self._outcome(rows=sum(rows for _, _, rows in sent.folders.values()), num_delivered=0)
         last = list(self._logs.values())[-1]
-        ask, post = connection(api, last)
-        server = ask()
+        at = connection(api, last)
+        server = at.ask()
         if server is None and sent.folders:
             raise RowsError(f"W&B has the run no more; to bring all of it again delete {self.output_dir / SENT_FILE}")
         if sent.first_row is None:
-            sent.first_row = self._first_row(server)
+            sent.first_row = self._first_row(server, at)
             sent.write(self.output_dir)
         # Folders that were brought may be deleted afterwards (`wandb clean`).
         names = [path.parent.name for path in self._logs]
         gone = sum(rows for name, (_, _, rows) in sent.folders.items() if name not in names)
         log = self._joined(sent.first_row + gone, is_over=is_over, is_finished=is_finished)
-        server = self._send_attempts(api, sent, server, ask=ask, is_over=is_over, lock=lock)
+        server = self._send_attempts(api, sent, server, ask=at.ask, is_over=is_over, lock=lock)
         total = sent.first_row + gone + len(log.rows)
         has_more = server.count < total
         if server.state != "running" and (has_more or not is_over):
             entity = log.entity or api.default_entity
             variables = {"entity": entity, "project": log.project, "name": log.run_id}
             execute(api, REOPEN_RUN, variables)
-        deliver_rows(log, ask=ask, post=post)
-        after = ask()
-        if after is None or after.count != total:
+        deliver_rows(log, at)
+        after = at.ask()
+        is_last = after is not None and bool(log.rows) and is_same_row(after.last, log.rows[-1])
+        if after is None or after.count < total or (after.count > total and is_last):
             self._problems.append(f"W&B has {after.count if after else 0} rows, {total} were brought there")
         else:  # for `wandb sync`, which would bring them once more
             over = [path.parent for path in self._logs if sent.folders.get(path.parent.name, [0])[0]]
             mark_synced(over, self.identity.run_id)
         return self._outcome(rows=gone + len(log.rows), num_delivered=self._send_artifacts(api, is_over=is_over))
 
-    def _first_row(self, server: AtServer | None) -> int:
+    def _first_row(self, server: AtServer | None, at: Connection) -> int:
         """The number in W&B of our first row: what was there before us, and what `wandb sync` has brought of ours."""
+        before, count = self.identity.steps_elsewhere, 0 if server is None else server.count
+        if count < before:
+            raise RowsError(
+                f"W&B has {count} rows of this run, which goes on behind row {before - 1}: first bring the folder that "
+                "its checkpoint is from"
+            )
         if server is None or server.count == 0:
             return 0
+        if before:  # what the other folder sent at the end of its training, or more
+            return before if num_beyond(filter(is_own, at.read(before, count))) else count
         times = [row.get("_timestamp") for log in self._logs.values() for row in log.rows]
         if (latest := server.last.get("_timestamp")) in times:
             first = server.count - 1 - times.index(latest)
@@ -239,7 +250,8 @@ class OfflineRun:
 
     def _journaled(self) -> list[dict[str, Any]]:
         lines = Journal(self.output_dir / JOURNAL_FILE).lines()
-        return [line for line, _ in lines if line["_row"] >= self.identity.first_row]
+        first_row, first_step = self.identity.first_row, self.identity.steps_elsewhere
+        return [line for line, _ in lines if line["_row"] >= first_row and line["_step"] >= first_step]
 
     def _outcome(self, *, rows: int, num_delivered: int) -> Outcome:
         # A row that wandb's process had not written when it was killed is in the journal; the next attempt sends it.
@@ -281,9 +293,8 @@ class OnlineRuns:
 
     def _deliver_rows(self, api: Any, log: TransactionLog) -> int:
         """Bring the rows of a run; returns how many W&B has of it then."""
-        ask, post = connection(api, log)
         try:
-            deliver_rows(log, ask=ask, post=post)
+            deliver_rows(log, connection(api, log))
         except Exception as error:  # wandb and its transports raise many types
             reason = str(error) if isinstance(error, RowsError) else one_line(error)
             self._problems.append(f"the rows of {log.project}/{log.run_id} are not delivered: {reason}")

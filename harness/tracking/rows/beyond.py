@@ -33,25 +33,27 @@ class Survey:
     """
     A journal as a resume finds it.
 
-    - size: the bytes to keep of it; counted_bytes: those of the rows that the checkpoint counts.
-    - next_step: the step behind those rows; before: the last of them; last: the last row that W&B is taken to have.
+    - size: the bytes to keep of it; counted_bytes: those of the checkpoint's rows; earlier_bytes: those of rows before
+      the run's first one, which has the step first_step.
+    - next_step: the step behind the checkpoint's rows; last: the last row that W&B is taken to have.
     - num_lost: rows of the checkpoint that W&B lacks; latest: the newest value of each name.
     - unread: the steps that W&B has, where it is not known whether they are all in the journal; else 0.
     """
 
+    first_step: int
     next_step: int
     size: int = 0
     counted_bytes: int = 0
-    before: dict[str, Any] | None = None
+    earlier_bytes: int = 0
     last: dict[str, Any] | None = None
     num_lost: int = 0
     latest: dict[str, Any] = field(default_factory=dict)
     unread: int = 0
 
 
-def survey(journal: Journal, *, rows: int, first_row: int, next_step: int, have: int | None) -> Survey:
+def survey(journal: Journal, *, rows: int, first_row: int, first_step: int, have: int | None) -> Survey:
     """Read the journal once. `rows` are those of the checkpoint, `have` the steps of W&B; None: unknown."""
-    found = Survey(next_step=next_step, unread=have or 0)
+    found = Survey(first_step=first_step, next_step=first_step + rows - first_row, unread=have or 0)
     for line, end in journal.lines():
         row, step = line["_row"], line["_step"]
         is_there = have is not None and step < have
@@ -61,9 +63,10 @@ def survey(journal: Journal, *, rows: int, first_row: int, next_step: int, have:
         if row < rows:
             found.counted_bytes = end
         if row < first_row:
+            found.earlier_bytes = end
             continue
         if row < rows:
-            found.before, found.next_step = line, step + 1
+            found.next_step = step + rows - row
             found.num_lost += have is not None and not is_there
         if is_there:
             found.last = line
@@ -78,7 +81,7 @@ def begin_journal(journal: Journal, found: Survey, source: Source | None, *, row
     Rows of the checkpoint that W&B lacks, since the end of an earlier training is at their step there, get other steps.
     Rows that differ from the journal's, and rows that can't be read, are told.
     """
-    last, reason = found.last, ""
+    last = found.last
     is_known = last is not None and last["_step"] + 1 == have
     if source is None or not have or (is_known and not source.is_shared):
         journal.begin(found.size)
@@ -90,37 +93,49 @@ def begin_journal(journal: Journal, found: Survey, source: Source | None, *, row
             journal.begin(found.size)
             found.unread = 0
             return
-        start, step = _common(journal, source, top=min(found.next_step, have) - 1)
-        theirs = _Theirs(filter(is_own, source.read(step, have)))
+        place = _common(journal, found, source, rows=rows, have=have)
+        theirs = Theirs(filter(is_own, source.read(place.step, have)))
     except UNREADABLE as error:
-        reason = f" ({type(error).__name__}: {error})"
         journal.begin(found.size)
-        _tell_unread(have - max(found.next_step, last["_step"] + 1 if last is not None else 0), reason)
+        reached = max(found.next_step, last["_step"] + 1 if last is not None else 0)
+        _tell_unread(have - reached, f"{type(error).__name__}: {error}")
         return
-    _align(journal, found, theirs, start=start, rows=rows, have=have)
+    _align(journal, found, theirs, place, rows=rows, have=have)
 
 
-def _common(journal: Journal, source: Source, *, top: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Place:
+    """A place in the journal: behind so many bytes, before this row and this step."""
+
+    size: int
+    row: int
+    step: int
+
+
+def _common(journal: Journal, found: Survey, source: Source, *, rows: int, have: int) -> Place:
     """
-    Return the bytes of the journal up to a row that W&B has at the same step, and the step behind it.
+    Return the place behind a row that W&B has at the same step.
 
-    It looks at `top` first, then further and further back: where nothing is the same, at the first step.
+    It looks at the newest that both may have, then further and further back: where none is the same, at the beginning.
     """
-    steps = {step for exponent in range(top.bit_length() + 1) if (step := top + 1 - 2**exponent) >= 0}
-    lines = {line["_step"]: (line, end) for line, end in journal.lines() if line["_step"] in steps}
-    for step in sorted(lines, reverse=True):
-        line, end = lines[step]
-        row = next(source.read(step, step + 1), None)
+    top = min(found.next_step, have)
+    steps = {step for exponent in range(top.bit_length() + 1) if (step := top - 2**exponent) >= found.first_step}
+    lines = journal.lines(found.earlier_bytes, found.counted_bytes)
+    for line, end in reversed([(line, end) for line, end in lines if line["_step"] in steps]):
+        row = next(source.read(line["_step"], line["_step"] + 1), None)
         if row is not None and is_same_row(line, row):
-            return end, step + 1
-    return 0, 0
+            return Place(end, line["_row"] + 1, line["_step"] + 1)
+    if found.counted_bytes == found.earlier_bytes:  # a checkpoint of a version before, say: it has no copy of the rows
+        return Place(found.earlier_bytes, rows, found.next_step)
+    return Place(found.earlier_bytes, 0, found.first_step)
 
 
-def _align(journal: Journal, found: Survey, theirs: _Theirs, *, start: int, rows: int, have: int) -> None:
-    """Write the journal anew from byte `start` on: the checkpoint's rows where W&B has them, then what it has more."""
-    ours = journal.lines(start, found.counted_bytes)
+def _align(journal: Journal, found: Survey, theirs: Theirs, place: Place, *, rows: int, have: int) -> None:
+    """Write the journal anew from a place on: the checkpoint's rows where W&B has them, then what it has more."""
+    ours = journal.lines(place.size, found.counted_bytes)
     our = next(ours, None)  # it has the file open: `begin` makes another one
-    journal.begin(start)
+    journal.begin(place.size)
+    number, next_step = place.row, place.step
     found.num_lost, is_other = 0, False
     while our is not None:
         line, row, step = our[0], theirs.behind_ends(our[0]), our[0]["_step"]
@@ -137,23 +152,23 @@ def _align(journal: Journal, found: Survey, theirs: _Theirs, *, start: int, rows
         values = {name: value for name, value in line.items() if name not in COLUMNS}
         journal.append(line["_row"], step, line["_timestamp"], values)
         found.num_lost += step >= have
-        found.next_step = step + 1
+        number, next_step = line["_row"] + 1, step + 1
         our = next(ours, None)
-    found.counted_bytes = journal.size
-    reached = min(found.next_step, have)
+    found.counted_bytes, found.next_step = journal.size, next_step
     while (row := theirs.peek()) is not None:
-        if row["_step"] >= found.next_step:
+        if row["_step"] >= next_step:
             values = {name: value for name, value in row.items() if not name.startswith("_")}
-            journal.append(rows, row["_step"], row.get("_timestamp", 0.0), values)
-            rows += 1
-        reached = row["_step"] + 1
+            journal.append(number, row["_step"], row.get("_timestamp", 0.0), values)
+            number, next_step = number + 1, row["_step"] + 1
+            if number <= rows:  # the journal has lost it
+                found.counted_bytes, found.next_step = journal.size, next_step
         theirs.take()
     found.size, found.unread = journal.size, have if theirs.reason else 0
     if theirs.reason:
-        _tell_unread(have - reached, theirs.reason)
+        _tell_unread(have - next_step, theirs.reason)
 
 
-class _Theirs:
+class Theirs:
     """The rows of the training that W&B has, read as they are looked at; `reason` says why no more can be read."""
 
     def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
@@ -169,7 +184,7 @@ class _Theirs:
         try:
             self._next = next(self._rows, None)
         except UNREADABLE as error:
-            self._next, self.reason = None, f" ({type(error).__name__}: {error})"
+            self._next, self.reason = None, f"{type(error).__name__}: {error}"
 
     def behind_ends(self, line: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the next row that is ours or not of the end of a training."""
@@ -195,8 +210,8 @@ def _tell_other(line: Mapping[str, Any], row: Mapping[str, Any], journal: Journa
 def _tell_unread(count: int, reason: str) -> None:
     if count > 0:
         logger.warning(
-            "%d rows that W&B has beyond the checkpoint can't be read%s: as many rows of this training are taken to be "
-            "the same, and are not sent.",
+            "%d rows that W&B has beyond the checkpoint can't be read (%s): as many rows of this training are taken to "
+            "be the same, and are not sent.",
             count,
             reason,
         )

@@ -59,7 +59,7 @@ def difference(recorded: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[
 
 def is_same_row(recorded: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     """Whether they are one row, or one that was made again with the same values; a checkpoint's have no histograms."""
-    if recorded.get("_timestamp") == row.get("_timestamp"):
+    if (timestamp := recorded.get("_timestamp")) is not None and timestamp == row.get("_timestamp"):
         return True
     plain = [{name: value for name, value in each.items() if not isinstance(value, dict)} for each in (recorded, row)]
     return is_same_event(*plain) and difference(*plain) is None

@@ -46,7 +46,7 @@ class History:
         self._has_diverged = False
         self._end_step: Any = None
         expected = first_step + rows - first_row
-        found = survey(journal, rows=rows, first_row=first_row, next_step=expected, have=have)
+        found = survey(journal, rows=rows, first_row=first_row, first_step=first_step, have=have)
         if have is not None and max(expected - have, 0) > found.num_lost:
             logger.warning(
                 "%d rows before the checkpoint are in neither W&B nor %s: the history has a gap there.",

@@ -34,8 +34,18 @@ from harness.tracking.client import (
     one_line,
 )
 from harness.tracking.damage import is_count, load_json
+from harness.tracking.rows.beyond import Theirs
+from harness.tracking.rows.events import is_own, is_same_row, num_beyond
 from harness.tracking.rows.journal import JOURNAL_FILE, Journal
-from harness.tracking.rows.wandb_file import HEADER_BYTES, WRITER, TransactionLog, encode, read_log, read_records
+from harness.tracking.rows.wandb_file import (
+    HEADER_BYTES,
+    WRITER,
+    TransactionLog,
+    encode,
+    read_log,
+    read_records,
+    read_rows,
+)
 from harness.tracking.run import identity as identities
 
 logger = logging.getLogger(__name__)
@@ -63,20 +73,25 @@ class AtServer:
     state: str
 
 
-def rows_arrived(run: Any) -> int | None:
-    """Return how many rows the server has of an online run, or the file of an offline one; None if unknown."""
+def rows_arrived(run: Any) -> tuple[int, int] | None:
+    """
+    Return how many rows the server has of an online run, or the file of an offline one, and the step behind the last.
+
+    They are two numbers where the user gives steps (`log(..., step=...)`). None if it is unknown.
+    """
     settings = run.settings
     try:
         if run.offline:
-            log = read_log(Path(settings.sync_file))
-            # Numbered from 0, which skips what a step given by the user skips.
-            return 0 if log is None or not log.rows else int(log.rows[-1].get("_step", len(log.rows) - 1)) + 1
+            count, step = 0, 0
+            for row in read_rows(Path(settings.sync_file)):
+                count, step = count + 1, int(row.get("_step", step)) + 1
+            return count, step
         variables = {"entity": settings.entity, "project": settings.project, "run": settings.run_id}
         found = _parse_answer(ask_once(settings, ROWS_OF_RUN, variables))
+        return None if found is None else (found.count, int(found.last.get("_step", found.count - 1)) + 1)
     except (OSError, ValueError, KeyError, TypeError) as error:  # requests raises OSErrors
         logger.debug("The rows that have arrived could not be counted: %s", error)
         return None
-    return None if found is None else found.count
 
 
 def rows_between(settings: Any, first: int, end: int) -> Iterator[dict[str, Any]]:
@@ -87,13 +102,32 @@ def rows_between(settings: Any, first: int, end: int) -> Iterator[dict[str, Any]
     is no answer.
     """
     run = {"entity": settings.entity, "project": settings.project, "run": settings.run_id}
+    return _pages(lambda page: ask_once(settings, HISTORY_OF_RUN, {**run, **page}), first, end)
+
+
+def num_behind(run: identities.Identity, step: int) -> int:
+    """Return how many rows the server has of a run from a step on, without those of an end; 0 if it can't be asked."""
+    import wandb
+
+    settings = wandb.setup().settings.model_copy()
+    settings.entity, settings.project, settings.run_id = run.entity, run.project, run.run_id
+    variables = {"entity": run.entity, "project": run.project, "run": run.run_id}
+    try:
+        found = _parse_answer(ask_once(settings, ROWS_OF_RUN, variables))
+        end = 0 if found is None else int(found.last.get("_step", -1)) + 1
+        return num_beyond(filter(is_own, rows_between(settings, step, end)))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # requests raises OSErrors
+        logger.debug("The rows behind the checkpoint could not be read: %s", error)
+        return 0
+
+
+def _pages(ask: Callable[[dict[str, Any]], dict[str, Any]], first: int, end: int) -> Iterator[dict[str, Any]]:
     deadline = time.monotonic() + READ_SECONDS
     for start in range(first, end, PAGE_ROWS):
         if time.monotonic() > deadline:
             raise TimeoutError(f"W&B took more than {READ_SECONDS:g} s")
         stop = min(start + PAGE_ROWS, end)
-        asked = {**run, "first": start, "end": stop, "count": PAGE_ROWS}
-        lines = ask_once(settings, HISTORY_OF_RUN, asked)["project"]["run"]["history"]
+        lines = ask({"first": start, "end": stop, "count": PAGE_ROWS})["project"]["run"]["history"]
         rows = sorted(map(json.loads, lines), key=lambda row: int(row["_step"]))
         yield from (_with_floats(row) for row in rows if start <= row["_step"] < stop)
 
@@ -127,8 +161,22 @@ def online_logs(folder: Path) -> tuple[list[TransactionLog], list[str]]:
     return sorted(latest.values(), key=lambda log: log.started_at), problems
 
 
-def connection(api: Any, log: TransactionLog) -> tuple[Callable[[], AtServer | None], Callable[[dict[str, Any]], None]]:
-    """Return two functions: one asks the server about a run, one sends a request of its file stream. They raise."""
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """
+    A run at the server. All of it raises what wandb, requests and the disk raise.
+
+    - ask: what the server has of it, None if it has no such run; read: its rows from one step to before another.
+    - post: sends a request of W&B's file stream.
+    """
+
+    ask: Callable[[], AtServer | None]
+    read: Callable[[int, int], Iterator[dict[str, Any]]]
+    post: Callable[[dict[str, Any]], None]
+
+
+def connection(api: Any, log: TransactionLog) -> Connection:
+    """Return what asks the server about a run and sends rows there."""
     entity = log.entity or api.default_entity
     base_url = api.settings["base_url"].rstrip("/")
     variables = {"entity": entity, "project": log.project, "run": log.run_id}
@@ -140,22 +188,23 @@ def connection(api: Any, log: TransactionLog) -> tuple[Callable[[], AtServer | N
     def post(body: dict[str, Any]) -> None:
         transfer.ask("POST", address, seconds=API_TIMEOUT_SECONDS, json=body, auth=("api", api.api_key)).check()
 
-    return ask, post
+    def read(first: int, end: int) -> Iterator[dict[str, Any]]:
+        return _pages(lambda page: execute(api, HISTORY_OF_RUN, {**variables, **page}), first, end)
+
+    return Connection(ask=ask, read=read, post=post)
 
 
-def deliver_rows(
-    log: TransactionLog, *, ask: Callable[[], AtServer | None], post: Callable[[dict[str, Any]], None]
-) -> int:
+def deliver_rows(log: TransactionLog, at: Connection) -> int:
     """
     Send the rows that the server lacks, then the summary and how the run ended; returns how many rows it was.
 
-    `post` sends one request of W&B's file stream. There rows have numbers, so what is sent again after a kill writes
-    the same rows to the same places. Raises RowsError before anything is sent if the two don't fit together.
+    In W&B's file stream rows have numbers, so what is sent again after a kill writes the same rows to the same places.
+    Raises RowsError before anything is sent if the two don't fit together.
     """
-    server = ask()
+    server = at.ask()
     if server is None:
         raise RowsError("W&B does not have the run")
-    rows = missing(log.rows, server)
+    rows = missing(log.rows, server, at.read)
     # Where other rows follow ours, the run went on elsewhere and may be running there.
     is_last = not log.rows or bool(rows) or _is_same(server.last, log.rows[-1])
     has_to_end = log.exit_code is not None and server.state not in ENDED and is_last
@@ -170,11 +219,11 @@ def deliver_rows(
         files = {HISTORY: {"offset": offset, "content": batch}}
         offset += len(batch)
         # The end goes with the last rows: where they are it is too.
-        post({"files": files} if offset < total else {"files": {**files, SUMMARY: summary}, **end})
+        at.post({"files": files} if offset < total else {"files": {**files, SUMMARY: summary}, **end})
     if not rows:
-        post({"files": {SUMMARY: summary}, **end})
+        at.post({"files": {SUMMARY: summary}, **end})
     deadline = time.monotonic() + CONFIRM_SECONDS
-    while (after := ask()) is None or after.count < total:
+    while (after := at.ask()) is None or after.count < total:
         if time.monotonic() > deadline:
             raise RowsError(f"W&B shows {after.count if after else 0} of {total} rows after the upload; try again")
         time.sleep(1)
@@ -206,8 +255,15 @@ def sync_without_rows(
     raise SyncError(f"`wandb sync` said nothing, but W&B lacks {lacks} of {path.parent.name}; try again")
 
 
-def missing(rows: Sequence[dict[str, Any]], server: AtServer) -> Sequence[dict[str, Any]]:
-    """Return the rows that the server lacks. Raises RowsError unless they surely follow those that it has."""
+def missing(
+    rows: Sequence[dict[str, Any]], server: AtServer, read: Callable[[int, int], Iterator[dict[str, Any]]]
+) -> Sequence[dict[str, Any]]:
+    """
+    Return the rows that the server lacks, with the numbers that they get there.
+
+    What another folder has sent at the end of the training, before it went on here, takes numbers too. Raises
+    RowsError unless the rows surely follow those that the server has.
+    """
     steps = [row.get("_step") for row in rows]
     if not rows:
         return rows
@@ -216,15 +272,36 @@ def missing(rows: Sequence[dict[str, Any]], server: AtServer) -> Sequence[dict[s
         raise RowsError(
             "its rows aren't numbered one by one (log(..., step=...)?): nobody knows which of them W&B lacks"
         )
-    if server.count >= first + len(rows):
-        return []
     if server.count < first:
         raise RowsError(f"W&B has {server.count} rows, the folder begins with row {first}: those between are elsewhere")
-    if server.count:
-        same = rows[server.count - 1 - first] if server.count > first else {"_step": first - 1}
-        if not _is_same(server.last, same):
+    both = min(server.count - first, len(rows))  # W&B has rows of these numbers
+    if not both:
+        if server.count and server.last.get("_step") != first - 1:
             raise RowsError(f"row {server.count - 1} in W&B is another than in the folder: the run went on elsewhere")
-    return rows[server.count - first :]
+        return rows
+    theirs = server.last if first + both == server.count else next(read(first + both - 1, first + both), None)
+    if theirs is None or (theirs.get("_step") == rows[both - 1]["_step"] and is_same_row(rows[both - 1], theirs)):
+        return rows[both:]
+    return _behind_ends(rows, server, read)
+
+
+def _behind_ends(
+    rows: Sequence[dict[str, Any]], server: AtServer, read: Callable[[int, int], Iterator[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return the rows that the server lacks where they don't stand at their numbers, with those that they get."""
+    theirs = Theirs(read(rows[0]["_step"], server.count))
+    lacks: list[dict[str, Any]] = []
+    for row in rows:
+        other = theirs.behind_ends(row)
+        if theirs.reason:
+            raise RowsError(f"the rows that W&B has can't be read: {theirs.reason}")
+        if other is None:
+            lacks.append({**row, "_step": server.count + len(lacks)})
+        elif is_same_row(row, other):
+            theirs.take()
+        else:
+            raise RowsError(f"row {other['_step']} in W&B is another than in the folder: the run went on elsewhere")
+    return lacks
 
 
 def _parse_answer(answer: Any) -> AtServer | None:

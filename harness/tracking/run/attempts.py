@@ -22,7 +22,7 @@ from harness.tracking.rows.beyond import Source
 from harness.tracking.rows.events import num_beyond
 from harness.tracking.rows.history import History
 from harness.tracking.rows.journal import JOURNAL_FILE, Journal
-from harness.tracking.rows.server import rows_between
+from harness.tracking.rows.server import num_behind, rows_between
 from harness.tracking.rows.wandb_file import TORN, mark_synced, read_rows, seal_all
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import Identity
@@ -77,6 +77,7 @@ class Attempts:
         wandb_dir = Path(str(init_kwargs.get("dir") or self.output_dir)) / "wandb"
         folders = self._folders(identity, wandb_dir) if goes_on else []
         counts = seal_all(folders, identity.run_id)
+        elsewhere = self._steps_of_checkpoint(identity, journal)
         mode = identity.mode if config.wandb_mode == "auto" else config.wandb_mode
         was_online = identity.mode == "online"
         identity = replace(
@@ -84,6 +85,7 @@ class Attempts:
             project=identity.project or str(init_kwargs.get("project") or ""),
             entity=identity.entity or init_kwargs.get("entity"),
             offline_folders=self._counted(identity, counts),
+            steps_elsewhere=elsewhere if found is None and is_known else identity.steps_elsewhere,
             exit_code=None,
         )
         self._keep(identity)
@@ -99,8 +101,6 @@ class Attempts:
                 stop=stop,
                 must_be_online=was_online,
             )
-        if found is None and is_known:
-            identity = replace(identity, steps_elsewhere=self._steps_of_checkpoint(identity, journal))
         have, offset = self._have(run, identity, journal)
         first_step = identity.first_step if identity.first_step is not None else have or 0
         history = History(
@@ -171,6 +171,8 @@ class Attempts:
                 aside.unlink()
         elif goes_on and self._changes:
             beyond = num_beyond(line for line, _ in journal.lines() if line["_row"] >= self._rows)
+            if not beyond and identity.mode == "online":  # sent from another folder
+                beyond = num_behind(identity, self._steps_of_checkpoint(identity, journal))
             if beyond:
                 raise ConfigError(
                     f"{self._changes}, but the run in W&B has {beyond} rows beyond the checkpoint, made as before: "

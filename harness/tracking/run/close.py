@@ -47,19 +47,22 @@ def summary_numbers(run: Any) -> dict[str, float | None]:
 
 def describe_rows(run: Any, sent: int | None, uploads: UploadResult | None, *, home: Path | None) -> list[str]:
     """
-    Say how many of the rows that were `sent` have arrived, and the command that delivers the others, in a line or none.
+    Say how many of the rows have arrived, and the command that delivers the others, in a line or none.
 
-    `home` is the folder that holds the journal; None: the run's own folder has the rows.
+    `sent` is the step behind the last row; it is the number of rows unless the user gives steps. `home` is the folder
+    that holds the journal; None: the run's own folder has the rows.
     """
     if run.disabled:
         return []
     folder, arrived = Path(run.settings.sync_dir), None if sent is None else rows_arrived(run)
-    if sent is not None and arrived is not None and arrived >= sent:
-        return [] if run.offline else [f"{arrived} rows, all confirmed by the server"]
-    known = "an unknown number" if arrived is None else str(arrived)
+    if sent is not None and arrived is not None and arrived[1] >= sent:
+        return [] if run.offline else [f"{arrived[0]} rows, all confirmed by the server"]
+    rows = f"{'an unknown number' if arrived is None else arrived[0]} of {sent} rows"
+    if arrived is not None and arrived[0] != arrived[1]:
+        rows = f"{arrived[0]} rows, up to step {arrived[1] - 1} of {(sent or 0) - 1},"
     if run.offline:  # nothing has been said of it: wandb goes on as if the disk took all
-        return [f"{known} of {sent} rows are in {folder}, the others are lost (a full disk?)"]
+        return [f"{rows} are in {folder}, the others are lost (a full disk?)"]
     if uploads is not None and uploads.command and str(folder.parents[1]) in shlex.split(uploads.command):
-        return [f"{known} of {sent} rows confirmed by the server; deliver the rest as the artifacts"]
+        return [f"{rows} confirmed by the server; deliver the rest as the artifacts"]
     command = f"{SYNC} {shlex.quote(str(home or folder))}"
-    return [f"{known} of {sent} rows confirmed by the server; deliver the rest: {command}"]
+    return [f"{rows} confirmed by the server; deliver the rest: {command}"]

@@ -182,7 +182,7 @@ def step_row(step: int) -> dict[str, Any]:
     return {"train/loss": 1 / step, "train/epoch": step / 10, "train/global_step": step}
 
 
-def shared(path: Path, server: Server, *, rows: int, first_step: int = 0) -> tuple[History, Run]:
+def shared(path: Path, server: Server, *, rows: int, first_row: int = 0) -> tuple[History, Run]:
     """A resume that may ask W&B what it has, as an online one does."""
 
     def read(first: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -190,9 +190,7 @@ def shared(path: Path, server: Server, *, rows: int, first_step: int = 0) -> tup
 
     run = Run(server)
     source = Source(read=read, is_shared=True)
-    history = History(
-        Journal(path), rows=rows, first_row=0, first_step=first_step, have=len(server.rows), source=source
-    )
+    history = History(Journal(path), rows=rows, first_row=first_row, first_step=0, have=len(server.rows), source=source)
     history.begin(run, offset=0)
     return history, run
 
@@ -311,3 +309,21 @@ def test_rows_of_the_users_own_in_wandb_are_no_rows_of_the_training(
     assert caplog.records == []
     losses = [row["train/global_step"] for row in server.rows if "train/loss" in row]
     assert losses == list(range(1, 11))
+
+
+@pytest.mark.parametrize("lines", [3, 5, 10], ids=["none of its own", "some", "all"])
+def test_a_fork_that_has_ended_goes_on_with_its_own_rows(
+    lines: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    origin, path = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    train(shared(origin, Server(), rows=0)[0], 1, 10)
+    path.write_text("".join(origin.read_text().splitlines(keepends=True)[:3]))
+    server = Server()
+    before = train(shared(path, server, rows=3, first_row=3)[0], 4, 10)
+    assert server.rows == before
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    with caplog.at_level(logging.WARNING):
+        history, _ = shared(path, server, rows=10, first_row=3)
+        after = train(history, 11, 14)
+    assert server.rows == before + after
+    assert caplog.records == []

@@ -14,7 +14,7 @@ import pytest
 from harness.errors import RowsError
 from harness.tracking import client
 from harness.tracking.rows import server as rows_module
-from harness.tracking.rows.server import AtServer, deliver_rows, missing, online_logs, rows_arrived
+from harness.tracking.rows.server import AtServer, Connection, deliver_rows, missing, online_logs, rows_arrived
 from harness.tracking.rows.wandb_file import TransactionLog
 from tests.support.wandb import artifact_processes as processes
 from tests.support.wandb.file import read_all
@@ -48,6 +48,12 @@ class Server:
         last = json.loads(self.lines[max(self.lines)]) if self.lines else {}
         return AtServer(count=len(self.lines), last=last, summary=self.summary, state=self.state)
 
+    def read(self, first: int, end: int) -> Iterator[dict[str, Any]]:
+        yield from (json.loads(self.lines[step]) for step in range(first, end) if step in self.lines)
+
+    def connection(self) -> Connection:
+        return Connection(ask=self.ask, read=self.read, post=self.post)
+
     def post(self, body: dict[str, Any]) -> None:
         self.requests_left -= 1
         if self.requests_left < 0:
@@ -71,10 +77,10 @@ def test_each_row_arrives_once_wherever_the_upload_is_killed(
     server.requests_left = requests_before_the_kill
     if requests_before_the_kill < 4:
         with pytest.raises(ConnectionError):
-            deliver_rows(made_log(rows), ask=server.ask, post=server.post)
+            deliver_rows(made_log(rows), server.connection())
         server.requests_left = 1000
-    deliver_rows(made_log(rows), ask=server.ask, post=server.post)
-    assert deliver_rows(made_log(rows), ask=server.ask, post=server.post) == 0, "again: nothing is left"
+    deliver_rows(made_log(rows), server.connection())
+    assert deliver_rows(made_log(rows), server.connection()) == 0, "again: nothing is left"
     assert [json.loads(server.lines[number]) for number in range(10)] == rows
     assert len(server.lines) == 10
     assert server.state == "finished"
@@ -85,14 +91,14 @@ def test_each_row_arrives_once_wherever_the_upload_is_killed(
 def test_a_run_that_did_not_end_is_not_ended_by_the_upload() -> None:
     rows = made_rows(0, 4)
     server = Server(rows[:1])
-    assert deliver_rows(made_log(rows, exit_code=None), ask=server.ask, post=server.post) == 3
+    assert deliver_rows(made_log(rows, exit_code=None), server.connection()) == 3
     assert server.state == "running"
 
 
 @pytest.mark.parametrize("rows", [4, 5, 9])
 def test_only_the_attempt_that_wrote_the_last_row_ends_the_run(rows: int) -> None:
     server = Server(made_rows(0, rows))
-    assert deliver_rows(made_log(made_rows(0, 5)), ask=server.ask, post=server.post) == 5 - min(rows, 5)
+    assert deliver_rows(made_log(made_rows(0, 5)), server.connection()) == 5 - min(rows, 5)
     assert server.state == ("crashed" if rows > 5 else "finished")
 
 
@@ -112,15 +118,15 @@ def test_rows_that_do_not_surely_follow_are_refused(rows: Any, at_server: Any, m
     server = Server(at_server)
     before = dict(server.lines)
     with pytest.raises(RowsError, match=message):
-        deliver_rows(made_log(rows), ask=server.ask, post=server.post)
+        deliver_rows(made_log(rows), server.connection())
     assert server.lines == before
 
 
 def test_only_the_rows_behind_the_servers_are_missing() -> None:
     attempt = made_rows(3, 4)  # a resumed attempt begins where the server ended
     for count in range(3, 8):
-        at_server = AtServer(count=count, last=made_rows(0, count)[-1], summary={}, state="crashed")
-        assert missing(attempt, at_server) == made_rows(count, 7 - count)
+        server = Server(made_rows(0, count))
+        assert missing(attempt, server.ask(), server.read) == made_rows(count, 7 - count)
 
 
 def test_the_last_attempt_of_each_online_run_is_found(tmp_path: Path) -> None:
