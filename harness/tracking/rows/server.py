@@ -279,28 +279,28 @@ def missing(
         if server.count and server.last.get("_step") != first - 1:
             raise RowsError(f"row {server.count - 1} in W&B is another than in the folder: the run went on elsewhere")
         return rows
-    theirs = server.last if first + both == server.count else next(read(first + both - 1, first + both), None)
-    if theirs is None or (theirs.get("_step") == rows[both - 1]["_step"] and is_same_row(rows[both - 1], theirs)):
+    number = first + both - 1
+    theirs = server.last if number + 1 == server.count else next(read(number, number + 1), None)
+    if theirs is None or (theirs.get("_step") == number and is_same_row(rows[both - 1], theirs)):
         return rows[both:]
-    return _behind_ends(rows, server, read)
+    if (lacks := _behind_ends(rows, Theirs(read(first, server.count)), count=server.count)) is None:
+        raise RowsError(f"row {number} in W&B is another than in the folder: the run went on elsewhere")
+    return lacks
 
 
-def _behind_ends(
-    rows: Sequence[dict[str, Any]], server: AtServer, read: Callable[[int, int], Iterator[dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """Return the rows that the server lacks where they don't stand at their numbers, with those that they get."""
-    theirs = Theirs(read(rows[0]["_step"], server.count))
+def _behind_ends(rows: Sequence[dict[str, Any]], theirs: Theirs, *, count: int) -> list[dict[str, Any]] | None:
+    """Return the rows that are not among W&B's, which are `count`, with the numbers they get; None for other rows."""
     lacks: list[dict[str, Any]] = []
     for row in rows:
         other = theirs.behind_ends(row)
         if theirs.reason:
             raise RowsError(f"the rows that W&B has can't be read: {theirs.reason}")
         if other is None:
-            lacks.append({**row, "_step": server.count + len(lacks)})
+            lacks.append({**row, "_step": count + len(lacks)})
         elif is_same_row(row, other):
             theirs.take()
         else:
-            raise RowsError(f"row {other['_step']} in W&B is another than in the folder: the run went on elsewhere")
+            return None
     return lacks
 
 

@@ -284,3 +284,35 @@ def test_an_answer_without_an_end_is_no_count(monkeypatch: pytest.MonkeyPatch) -
         began = time.monotonic()
         assert rows_arrived(SimpleNamespace(settings=settings, offline=False)) is None
         assert time.monotonic() - began < 5
+
+
+def own_rows(first: int, last: int, *, at: int = 0, ends: bool = True, clock: float = 0.0) -> list[dict[str, Any]]:
+    """Rows of a training for its steps, from number `at` on, and of its end."""
+    rows: list[dict[str, Any]] = [
+        {"train/loss": 1 / step, "train/global_step": step} for step in range(first, last + 1)
+    ]
+    rows += [{"train/global_step": last}] if ends else []
+    return [
+        {"_step": at + number, "_timestamp": clock + number, "train/epoch": row["train/global_step"] / 10, **row}
+        for number, row in enumerate(rows)
+    ]
+
+
+def test_rows_made_without_wandb_go_behind_the_end_that_another_folder_sent() -> None:
+    before, ours = own_rows(1, 10), [*own_rows(1, 10, ends=False), *own_rows(11, 14, at=10, clock=50.0)]
+    server = Server(before)
+    assert deliver_rows(made_log(ours), server.connection()) == 5
+    assert list(map(json.loads, server.lines.values())) == [*before, *own_rows(11, 14, at=11, clock=50.0)]
+    assert deliver_rows(made_log(ours), server.connection()) == 0
+
+
+def test_rows_that_another_folder_has_made_in_their_place_are_told() -> None:
+    ours = own_rows(1, 10)
+    again = [*own_rows(1, 5, ends=False), *own_rows(6, 14, at=5, clock=50.0)]
+    for rows in (again, again[:8]):
+        server = Server(rows)
+        deliver_rows(made_log(ours[:9]), server.connection())  # made again with the same values
+        assert [row["train/global_step"] for row in map(json.loads, server.lines.values())][:9] == list(range(1, 10))
+        server = Server([*rows[:6], *({**row, "train/loss": 9.0} for row in rows[6:])])
+        with pytest.raises(RowsError, match="in W&B is another than in the folder"):
+            deliver_rows(made_log(ours), server.connection())
