@@ -6,6 +6,7 @@ import math
 import numbers
 import shlex
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from harness.tracking.rows.server import rows_arrived
 
 # What uploads, and then the end of the run, get of the time that a preempted job has left.
 PREEMPTED_SECONDS = 10.0
+# wandb's process may write the last rows of an offline run after its end.
+WRITTEN_SECONDS = 5.0
 SYNC = "harness sync"
 
 
@@ -54,7 +57,7 @@ def describe_rows(run: Any, sent: int | None, uploads: UploadResult | None, *, h
     """
     if run.disabled:
         return []
-    folder, arrived = Path(run.settings.sync_dir), None if sent is None else rows_arrived(run)
+    folder, arrived = Path(run.settings.sync_dir), None if sent is None else _arrived(run, sent)
     if sent is not None and arrived is not None and arrived[1] >= sent:
         return [] if run.offline else [f"{arrived[0]} rows, all confirmed by the server"]
     rows = f"{'an unknown number' if arrived is None else arrived[0]} of {sent} rows"
@@ -66,3 +69,11 @@ def describe_rows(run: Any, sent: int | None, uploads: UploadResult | None, *, h
         return [f"{rows} confirmed by the server; deliver the rest as the artifacts"]
     command = f"{SYNC} {shlex.quote(str(home or folder))}"
     return [f"{rows} confirmed by the server; deliver the rest: {command}"]
+
+
+def _arrived(run: Any, sent: int) -> tuple[int, int] | None:
+    """Return what `rows_arrived` does, of an offline run when all is in its file or WRITTEN_SECONDS are over."""
+    deadline = time.monotonic() + WRITTEN_SECONDS
+    while ((found := rows_arrived(run)) is None or found[1] < sent) and run.offline and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
