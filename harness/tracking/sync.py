@@ -166,13 +166,13 @@ class OfflineRun:
             )
         if server is None or server.count == 0:
             return 0
-        if before:  # what the other folder sent at the end of its training, or more
-            return before if num_beyond(filter(is_own, at.read(before, count))) else count
         times = [row.get("_timestamp") for log in self._logs.values() for row in log.rows]
         if (latest := server.last.get("_timestamp")) in times:
             first = server.count - 1 - times.index(latest)
             if first >= 0:
                 return first
+        elif before:  # what the other folder sent at the end of its training, or more
+            return before if num_beyond(filter(is_own, at.read(before, count))) else count
         elif next(iter(self._logs.values())).resumes:
             return server.count
         raise RowsError(f"W&B has {server.count} rows of a run of this id, and they are not of this folder")
