@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -214,6 +215,15 @@ def new_run_id() -> str:
     from wandb.sdk.lib.runid import generate_id
 
     return str(generate_id())
+
+
+def forget_run() -> None:
+    """Let this process, which was forked from one with an open run, have none, and no part in that one's process."""
+    from wandb.env import SERVICE
+    from wandb.sdk.lib.module import unset_globals
+
+    unset_globals()
+    os.environ.pop(SERVICE, None)
 
 
 def next_step(run: Any, default: int) -> int:

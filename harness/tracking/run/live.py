@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from harness.tracking.artifacts.log import Artifacts, open_artifacts
 from harness.tracking.artifacts.queue import UploadResult
-from harness.tracking.client import failures, one_line, separate_randomness
+from harness.tracking.client import failures, forget_run, one_line, separate_randomness
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.rows.history import History
 from harness.tracking.run.attempts import Attempts
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 MAX_REOPENED = 3  # in one process: what keeps killing wandb's is not ended by starting another
 
 
-# Runs that a notebook keeps open after their training, until `wandb.finish()`, as under the Trainer.
-LEFT_OPEN: WeakSet[Any] = WeakSet()
+# Runs that a notebook keeps open after their training, until `wandb.finish()`, as under the Trainer; and its process.
+LEFT_OPEN: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 class LiveRun:
@@ -62,7 +63,11 @@ class LiveRun:
 
         separate_randomness()
         if self._attempts is not None and wandb.run in LEFT_OPEN:
-            wandb.finish()  # of a training before this one in a notebook, whose rows are counted: this is another run
+            # Of a training before this one in a notebook, whose rows are counted: this is another run.
+            if LEFT_OPEN[wandb.run] == os.getpid():
+                wandb.finish()
+            else:
+                forget_run()
         self._is_own = wandb.run is None
         if not self._is_own:
             self.run = wandb.run
@@ -108,7 +113,7 @@ class LiveRun:
             self.deliver(lambda run: end_run(run, exit_code, is_preempting=self._is_preempting))
             uploads = self._close_artifacts(0.0) or uploads
         elif self._is_own and self.run is not None:
-            LEFT_OPEN.add(self.run)
+            LEFT_OPEN[self.run] = os.getpid()
         run, self.run = self.run, None
         history, self.history = self.history, None
         if history is not None and self._attempts is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import shlex
 import shutil
 import subprocess
@@ -89,9 +90,14 @@ def _as_typed(path: Path) -> str:
 
 
 def is_notebook() -> bool:
-    """Whether this is a Jupyter kernel: the test that IPython's own documentation gives."""
+    """
+    Whether this process is a Jupyter kernel, by the test that IPython's own documentation gives.
+
+    A child that `accelerate.notebook_launcher` forks from it has its shell too, and ends with the training.
+    """
     shell = sys.modules.get("IPython")
-    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+    is_kernel = shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+    return is_kernel and multiprocessing.parent_process() is None
 
 
 def _settings(config: TrackingConfig, given: Any, stop: Callable[[], None]) -> Any:
