@@ -171,13 +171,21 @@ class Artifacts:
         self._uploads.add([staged], may_be_late=not is_ordered)
 
 
-def open_artifacts(run: Any, config: TrackingConfig, output_dir: Path | None) -> Artifacts | None:
-    """Return the artifacts of an open run as the --wandb_ flags say; None if models are not logged."""
+def open_artifacts(
+    run: Any, config: TrackingConfig, output_dir: Path | None, *, suffix: str | None = None
+) -> Artifacts | None:
+    """
+    Return the artifacts of an open run as the --wandb_ flags say; None if models are not logged.
+
+    `suffix`: what they are called by; without it the run's name if one was asked for, else its id.
+    """
     if run is None or run.disabled or config.wandb_log_model == "false":
         return None
-    # A run that is called like its folder has a path for a name: the Trainer takes its id then.
-    named = config.run_name not in (None, str(output_dir))
-    return Artifacts(run, config, suffix=(run.name if named else None) or run.id, output_dir=output_dir)
+    if suffix is None:
+        # A run that is called like its folder has a path for a name: the Trainer takes its id then.
+        named = config.run_name not in (None, str(output_dir))
+        suffix = (run.name if named else None) or run.id
+    return Artifacts(run, config, suffix=suffix, output_dir=output_dir)
 
 
 def _allowed(suffix: str, run_id: str) -> str:

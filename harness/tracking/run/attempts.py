@@ -69,6 +69,7 @@ class Attempts:
         """
         found = identities.read(self.output_dir)
         identity = identities.choose(config, found=found, saved=self._saved, rows=self._rows, resumes=self._resumes)
+        identity = identities.named(identity, config, self.output_dir)
         is_known = self._resumes and identity.run_id in [each.run_id for each in (found, self._saved) if each]
         goes_on = is_known and (found is None or found.run_id == identity.run_id)
         journal = self._journal(identity, before=None if goes_on else found, goes_on=goes_on)
@@ -266,6 +267,8 @@ class Attempts:
         for name in ("project", "entity", "group"):
             if getattr(identity, name):
                 kwargs[name] = getattr(identity, name)
+        if identity.name and identity.mode != "online":  # else W&B has it, or another that it was given in the app
+            kwargs["name"] = identity.name
         return kwargs
 
     def _relative(self, folder: Path) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ IDENTITY_FILE = "wandb_run.json"
 # W&B's folder of a run, in the folder `wandb` of an output_dir.
 RUN_FOLDER = re.compile(r"(offline-)?run-.+")
 NAMES_IN_FILE = {"offline_folders": "fragments"}  # else a field's own: runs of earlier versions go on
+OF_CHECKPOINT = ("run_id", "project", "entity", "group", "first_row", "first_step", "mode", "name", "artifacts")
 
 
 def _is_process(value: Any) -> bool:
@@ -56,6 +58,8 @@ class Identity:
     A W&B run. Its first row is `first_row` of the training and has the step `first_step` (None: not known yet).
 
     - mode: online or offline, which never changes; "" before it was opened.
+    - name: what it was asked to be called by, "" if by nothing; None: not known, as of earlier versions.
+    - artifacts: what its artifacts are called by, model-... and checkpoint-...; None: not known, or not chosen yet.
     - forked_from: the id of the run from whose checkpoint this one began.
     - offline_folders: its offline run folders, relative to the file where they can be, and the steps in each.
     - steps_elsewhere: the steps before those, which an offline run left in the folder that its checkpoint is from.
@@ -69,6 +73,8 @@ class Identity:
     first_row: int = 0
     first_step: int | None = None
     mode: str = ""
+    name: str | None = None
+    artifacts: str | None = None
     forked_from: str | None = None
     offline_folders: dict[str, int | None] = field(default_factory=dict)
     steps_elsewhere: int = 0
@@ -78,7 +84,7 @@ class Identity:
     def of_checkpoint(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it: all that holds on another machine too."""
         own = dataclasses.asdict(self)
-        return {name: own[name] for name in ("run_id", "project", "entity", "group", "first_row", "first_step", "mode")}
+        return {name: own[name] for name in OF_CHECKPOINT}
 
 
 def parse(values: Any, *, source: str = "the checkpoint") -> Identity | None:
@@ -160,6 +166,14 @@ def choose(
         )
     if asked not in (None, known.run_id):
         return Identity(run_id=str(asked), first_row=rows, forked_from=known.run_id)
+    name, is_elsewhere = asked_name(config), known is not found
+    if is_elsewhere and asked is None and name and known.name not in (None, name):
+        logger.warning(
+            "The checkpoint is of the W&B run %s, called %s, and lies elsewhere: %s is a new run. "
+            "To go on with that one, give --wandb_run_id %s.",
+            *(known.run_id, known.name or "by W&B", name, known.run_id),
+        )
+        return Identity(run_id=new_run_id(), first_row=rows, first_step=0, forked_from=known.run_id)
     for flag, given, own in (
         ("wandb_project", config.wandb_project, known.project),
         ("wandb_entity", config.wandb_entity, known.entity),
@@ -170,6 +184,27 @@ def choose(
                 "--wandb_fork for a new run."
             )
     return known
+
+
+def asked_name(config: TrackingConfig) -> str:
+    """Return what the run is asked to be called by, "" if by nothing: W&B then makes a name up, or keeps it."""
+    return config.run_name or os.environ.get("WANDB_NAME") or ""
+
+
+def named(identity: Identity, config: TrackingConfig, output_dir: Path) -> Identity:
+    """
+    Return the run with its name and that of its artifacts: what this attempt asks for, else what they were before.
+
+    A run that is called like its folder has a path for a name: its artifacts take its id, as the Trainer's do.
+    """
+    name = asked_name(config)
+    before = "" if identity.name is None and not identity.mode else identity.name  # one that is not opened yet is new
+    if identity.artifacts and (config.run_name is None or name == before):
+        return replace(identity, name=name or before)
+    artifacts = identity.run_id if config.run_name in (None, "", str(output_dir)) else str(config.run_name)
+    if identity.artifacts:
+        logger.info("The run %s is called %s from here on, as are its artifacts.", identity.run_id, artifacts)
+    return replace(identity, name=name or before, artifacts=artifacts)
 
 
 def _known(found: Identity | None, saved: Identity | None, rows: int) -> Identity | None:

@@ -131,7 +131,9 @@ class LiveRun:
     def _begin(self) -> None:
         """Note where the run is that has just been opened, and take up its artifacts."""
         self.where = "" if self.run is None else where(self.run)
-        self.artifacts = open_artifacts(self.run, self._config, self._output_dir)
+        identity = None if self._attempts is None or not self._is_own else self._attempts.identity
+        suffix = None if identity is None else identity.artifacts
+        self.artifacts = open_artifacts(self.run, self._config, self._output_dir, suffix=suffix)
 
     def _close_artifacts(self, limit: float | None) -> UploadResult | None:
         artifacts, self.artifacts = self.artifacts, None
