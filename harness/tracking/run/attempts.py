@@ -97,8 +97,8 @@ class Attempts:
             run = None
         else:
             run = open_run(
-                replace(config, wandb_mode=mode or "auto"),
-                self._kwargs(init_kwargs, identity, config, is_new=not is_known),
+                config,
+                {"mode": mode or "auto", **self._kwargs(init_kwargs, identity, config, is_new=not is_known)},
                 stop=stop,
                 must_be_online=was_online,
             )

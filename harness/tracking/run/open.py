@@ -19,6 +19,7 @@ from harness.masking import masked, masked_words
 from harness.tracking.client import failures, has_credentials, one_line, why_silent
 from harness.tracking.flags import TrackingConfig, check_environment
 from harness.tracking.run.identity import home_of
+from harness.tracking.run.refusals import why_refused
 from harness.tracking.run.terminal import speak_through_log
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def open_run(
     Open the run; `stop` is called from another thread when the user presses Stop in the app.
 
     None if wandb itself does not work, or if it can't be online and `must_be_online`. Raises ConfigError for what wandb
-    refuses, and if --wandb_mode online has no credentials.
+    refuses, and with --wandb_mode online for a lack of credentials and what W&B refuses.
     """
     from wandb.errors import UsageError
 
@@ -48,19 +49,23 @@ def open_run(
     if kwargs.get("dir"):
         Path(kwargs["dir"]).mkdir(parents=True, exist_ok=True)  # wandb would go to /tmp instead
     mode = kwargs.pop("mode", None) or config.wandb_mode
+    is_demanded = config.wandb_mode == "online" or (mode == "online" and not must_be_online)
     if mode in ("offline", "disabled"):
         return _offline(kwargs, mode=mode, reason="")
     try:
         if (reason := _why_offline(kwargs["settings"])) is None:
             return _online(kwargs)
     except NoCredentialsError:
-        if mode == "online":
+        if is_demanded:
             raise ConfigError(NEEDS_CREDENTIALS) from None
         reason = "No W&B credentials (`wandb login`)"
     except UsageError as error:  # --wandb_resume must without such a run, a name that can't be
         raise ConfigError(f"W&B refuses the run: {error}") from error
     except failures() as error:
-        reason = f"W&B could not be reached ({one_line(error)})"
+        refusal = why_refused(error, kwargs)
+        if refusal is not None and is_demanded:
+            raise ConfigError(f"{refusal}. Without --wandb_mode=online (WANDB_MODE) it is kept offline.") from error
+        reason = refusal or f"W&B could not be reached ({one_line(error)})"
     if must_be_online:
         logger.warning("%s: the run is online and stays so; its rows wait on this disk until it is resumed.", reason)
         return None

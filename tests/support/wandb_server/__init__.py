@@ -110,7 +110,7 @@ class WandbServer:
 
     # What goes wrong: see `faults.Fault`.
 
-    def fault(self, kind: str, match: str = "", **options: float) -> None:
+    def fault(self, kind: str, match: str = "", **options: float | str) -> None:
         """`fault("status", "file_stream", code=500, seconds=3)`, `fault("drop", "put artifact/", count=1)` ..."""
         self._control("POST", "faults", {"kind": kind, "match": match, **options})
 

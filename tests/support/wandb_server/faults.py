@@ -16,7 +16,8 @@ class Fault:
 
     Labels are "graphql OPERATION", "file_stream ENTITY/PROJECT/RUN", "put artifact/NAME", "put manifest/ID",
     "put run/NAME", the same three with "get", "otel", "app" (a browser's question). Kinds:
-    `status` answers `code`; `error` answers 200 with a GraphQL error; `hang` answers after the fault is over;
+    `status` answers `code`, with `message` as W&B's GraphQL gives its reason; `error` answers 200 with a GraphQL
+    error; `hang` answers after the fault is over;
     `drop` resets the connection, of an upload or download after `after_bytes`; `throttle` takes `bytes_per_second`
     of an upload or a download; `drip` answers with a byte each half second, `endless` with as many as are taken, both
     without an end; `corrupt` flips a stored byte of an upload that arrived whole; `lose` answers a file_stream request
@@ -28,6 +29,7 @@ class Fault:
     count: int | None = None
     seconds: float | None = None
     code: int = 500
+    message: str = ""
     after_bytes: int = 0
     bytes_per_second: int = 0
     born: float = field(default_factory=time.monotonic)

@@ -61,7 +61,9 @@ async def strike(request: Request, label: str, *, transfer: bool = False) -> Con
     if await context.faults.hang(label) and not transfer and await request.is_disconnected():
         raise Struck(Response(status_code=NOBODY_WAITS))
     if fault := context.faults.take("status", label):
-        raise Struck(JSONResponse({"error": "a fault was asked for"}, status_code=fault.code))
+        reason = {"errors": [{"message": fault.message}], "data": None}
+        body = reason if fault.message else {"error": "a fault was asked for"}
+        raise Struck(JSONResponse(body, status_code=fault.code))
     if context.faults.take("error", label):
         raise Struck(JSONResponse({"data": None, "errors": [{"message": "a fault was asked for"}]}))
     for kind, chunk, pause in (("drip", b" ", 0.5), ("endless", bytes(1 << 20), 0.01)):
