@@ -77,15 +77,26 @@ class Flag:
         """A value from a command line, a file or a variable in the flag's type. Raises ConfigError."""
         try:
             if self.type == list[str]:
-                return [str(item) for item in raw] if isinstance(raw, list) else [str(raw)]
+                texts = [str(item) for item in raw] if isinstance(raw, list) else [str(raw)]
+                return [at_home(text) for text in texts] if self.path else texts
             if isinstance(raw, list) and not issubclass(self.type, dict):
                 raise ValueError(f"takes one value, not {len(raw)}")
             if issubclass(self.type, dict):
                 return self.type(raw)
             text = json.dumps(raw) if isinstance(raw, dict) else str(raw)
+            if self.path:
+                return at_home(text)
             return _switch(text) if self.type is bool else _number_or_text(self.type, text)
         except ValueError as error:
             raise ConfigError(f"Argument --{self.name}: {error}. See --help {self.name}.") from error
+
+
+def at_home(path: str) -> str:
+    """Return a path with the home in place of its ~, which a shell leaves in `--flag=~/path`."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # the home of a user who is not known here
+        return path
 
 
 def _switch(text: str) -> bool:

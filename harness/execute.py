@@ -37,6 +37,7 @@ from harness.snapshot import rehearse, restore
 from harness.tasks import Builder
 from harness.tracking import WandbTracker, run_config, trackers
 from harness.tracking.artifacts.download import record_use
+from harness.tracking.folders import expand_folders
 from harness.tracking.lifecycle import (
     close_trackers,
     describe_links,
@@ -74,6 +75,7 @@ def run_command(config: Config, builder: Builder | None = None) -> Result:
     A `builder` takes the place of the one that --task names.
     """
     check_names(config)
+    expand_folders()
     job = slurm_job()
     if job is not None and config.run.trains:
         config = replace(config, checkpoint=in_job(config.checkpoint, job))

@@ -32,6 +32,7 @@ from harness.tracking.artifacts.download import step_of as alias_of_step
 from harness.tracking.client import one_line
 from harness.tracking.damage import is_count, read_json
 from harness.tracking.flags import TrackingConfig
+from harness.tracking.folders import check_folders
 from harness.tracking.run import identity
 from harness.training.state import TRAINER_STATE_FILE
 
@@ -73,6 +74,8 @@ class Beginning:
     def look(self) -> tuple[Found, Path]:
         """Return the checkpoint and the folder, without writing. Raises ConfigError."""
         config, output_dir = self.config, self._output_dir
+        if config.tracking.sends:
+            check_folders(config.tracking.wandb_dir)
         self._artifact = find_checkpoint(config, output_dir)
         self._listed = _identities(output_dir)
         if self._artifact is None:

@@ -7,7 +7,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from harness.config import arg, at_least, choice, flags_of, section
+from harness.config import arg, at_home, at_least, choice, flags_of, section
 from harness.errors import ConfigError
 from harness.masking import is_secret_name, masked
 
@@ -18,6 +18,17 @@ WATCH = ("false", "gradients", "parameters", "all")
 MODES = ("auto", "online", "offline", "disabled")
 RESUME = ("allow", "must", "never", "auto")
 ARTIFACT_NAMES = ("harness", "transformers")
+# The most characters that W&B's server takes; wandb itself knows of the project's and the tags' only.
+LONGEST = {
+    "run_name": 128,
+    "project": 128,
+    "wandb_project": 128,
+    "wandb_run_id": 128,
+    "wandb_run_group": 128,
+    "wandb_job_type": 64,
+    "wandb_registry": 128,
+}
+LONGEST_TAG = 64
 
 
 @section("tracking", on_resume="unrelated")
@@ -106,8 +117,12 @@ class TrackingConfig:
             wandb_eval_samples_freq=self.wandb_eval_samples_freq,
         )
         at_least(0, wandb_finish_timeout=self.wandb_finish_timeout)
+        if self.wandb_dir is not None:
+            object.__setattr__(self, "wandb_dir", at_home(self.wandb_dir))
         if self.uses_wandb:
             self._check_choices()
+            if self.sends:
+                self._check_lengths()
 
     def _check_choices(self) -> None:
         # Quotes and capitals are tolerated: the W&B guide's own `%env WANDB_LOG_MODEL="checkpoint"` keeps the quotes.
@@ -128,12 +143,35 @@ class TrackingConfig:
             if getattr(self, name) is not None and self.wandb_watch == "false":
                 raise ConfigError(f"--{name} does nothing without --wandb_watch gradients, parameters or all.")
 
+    def _check_lengths(self) -> None:
+        # Offline too: what is too long would be refused when it is uploaded, and the run can't be renamed then.
+        given = {f"--{name}": (getattr(self, name), most) for name, most in LONGEST.items()}
+        given["WANDB_NAME"] = (None if self.run_name else os.environ.get("WANDB_NAME"), LONGEST["run_name"])
+        problems = [
+            f"{name}={value[:20]}... has {len(value)} characters: W&B takes at most {most}."
+            for name, (value, most) in given.items()
+            if value is not None and len(value) > most
+        ]
+        for tag in self.wandb_tags or []:
+            if not 1 <= len(tag) <= LONGEST_TAG:
+                shown = f"{tag[:20]}..." if tag else "''"
+                problems.append(
+                    f"--wandb_tags: {shown} has {len(tag)} characters: W&B takes 1 to {LONGEST_TAG} in a tag."
+                )
+        if problems:
+            raise ConfigError(*problems)
+
     @property
     def uses_wandb(self) -> bool:
         """Whether there will be a W&B run."""
         # Not by `tracker_names`: the parser asks, and does not wait for accelerate.
         is_named = "wandb" in self.report_to or ("all" in self.report_to and find_spec("wandb") is not None)
         return is_named and not self.wandb_disabled
+
+    @property
+    def sends(self) -> bool:
+        """Whether there will be a W&B run that keeps anything, here or on a server."""
+        return self.uses_wandb and self.wandb_mode != "disabled"
 
     def check_trackers(self) -> None:
         """Raise ConfigError for a tracker that accelerate does not know or that is not installed."""

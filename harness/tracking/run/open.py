@@ -14,10 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from harness.config import at_home
 from harness.errors import ConfigError, NoCredentialsError
 from harness.masking import masked, masked_words
 from harness.tracking.client import failures, has_credentials, one_line, why_silent
 from harness.tracking.flags import TrackingConfig, check_environment
+from harness.tracking.folders import expand_folders
 from harness.tracking.run.identity import home_of
 from harness.tracking.run.refusals import why_refused
 from harness.tracking.run.terminal import speak_through_log
@@ -43,12 +45,13 @@ def open_run(
     """
     from wandb.errors import UsageError
 
+    expand_folders()
     check_environment()
     kwargs = dict(init_kwargs)
     kwargs["settings"] = _settings(config, kwargs.get("settings"), stop)
-    if kwargs.get("dir"):
-        Path(kwargs["dir"]).mkdir(parents=True, exist_ok=True)  # wandb would go to /tmp instead
     mode = kwargs.pop("mode", None) or config.wandb_mode
+    if kwargs.get("dir") and mode != "disabled":
+        _make_folder(kwargs)
     is_demanded = config.wandb_mode == "online" or (mode == "online" and not must_be_online)
     if mode in ("offline", "disabled"):
         return _offline(kwargs, mode=mode, reason="")
@@ -70,6 +73,16 @@ def open_run(
         logger.warning("%s: the run is online and stays so; its rows wait on this disk until it is resumed.", reason)
         return None
     return _offline(kwargs, mode="offline", reason=reason)
+
+
+def _make_folder(kwargs: dict[str, Any]) -> None:
+    """Make the folder that W&B's files go to: wandb would go to /tmp instead. Raises ConfigError."""
+    folder = Path(at_home(str(kwargs["dir"])))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--wandb_dir={folder} (WANDB_DIR) can't hold W&B's files of a run: {error}.") from error
+    kwargs["dir"] = str(folder)
 
 
 def check_credentials(config: TrackingConfig) -> None:
