@@ -252,6 +252,19 @@ def check_environment() -> None:
             raise ConfigError(f"{shown} is refused by wandb: {reason}. Put it right or unset it.") from None
 
 
+def check_names(config: TrackingConfig) -> None:
+    """Raise ConfigError for a project or a run id that wandb refuses; it would do so only when the run opens."""
+    import wandb
+
+    kwargs = config.init_kwargs()
+    project = "wandb_project" if config.wandb_project else "project"
+    for flag, setting, value in ((project, "project", kwargs["project"]), ("wandb_run_id", "run_id", kwargs.get("id"))):
+        try:
+            wandb.Settings(**{setting: value})
+        except (ValueError, wandb.errors.UsageError) as error:
+            raise ConfigError(f"--{flag}={value} is refused by wandb: {error}. Choose another.") from error
+
+
 def _installed() -> list[str]:
     """The trackers that can be used, W&B first; those that a user registered have no package to look for."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers

@@ -13,7 +13,7 @@ from accelerate.tracking import filter_trackers
 from harness.distributed.accelerator import software
 from harness.distributed.ranks import tell_all
 from harness.slurm import slurm_job
-from harness.tracking.flags import TrackingConfig, check_environment
+from harness.tracking.flags import TrackingConfig, check_environment, check_names
 from harness.tracking.recorded import launch_config, store_configuration
 from harness.tracking.rows.local import LocalRows
 from harness.tracking.run.attempts import Attempts
@@ -33,13 +33,14 @@ def trackers(
 
     `resumes`: the training goes on where another attempt ended, and so does its run.
 
-    Raises ConfigError, on every rank alike, for variables that W&B doesn't understand and for a lack of credentials.
+    Raises ConfigError, on every rank alike, for what W&B doesn't understand and for a lack of credentials.
     """
     config.check_trackers()
     chosen: list[str | WandbTracker] = [name for name in config.tracker_names() if name != "wandb"]
     if not config.uses_wandb:
         return chosen
     check_environment()
+    check_names(config)
     check_credentials(config)
     attempts = None if config.wandb_mode == "disabled" else Attempts(Path(dir), resumes=resumes)
     config = replace(config, wandb_dir=config.wandb_dir or dir)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from wandb.errors import AuthenticationError, CommError, Error
 
+from harness.errors import ConfigError
+from harness.tracking import TrackingConfig, trackers
 from harness.tracking.run.refusals import why_refused
 from tests.support.faulty_training import Training
 from tests.support.launching import finish
@@ -63,6 +66,19 @@ def test_a_refusal_says_what_was_refused_and_what_to_change(error: Exception, sa
 )
 def test_what_may_pass_is_an_outage(error: Exception) -> None:
     assert why_refused(error, GIVEN) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"wandb_project": "a/b"}, "--wandb_project=a/b is refused by wandb: Invalid project name"),
+        ({"project": "a#b"}, "--project=a#b is refused by wandb: Invalid project name"),
+        ({"wandb_run_id": "a/b"}, "--wandb_run_id=a/b is refused by wandb: Run ID cannot contain"),
+    ],
+)
+def test_names_that_wandb_refuses_are_refused_before_a_run_is_opened(flags: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        trackers(TrackingConfig(**flags), dir="out")
 
 
 OPENED = """
