@@ -143,3 +143,20 @@ def test_a_refusal_ends_a_training_that_must_be_online_before_its_first_step(mod
     else:
         assert line.endswith("the run is kept offline.")
         assert training.report[0].startswith("offline; ")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_that_is_refused_keeps_its_rows_unless_it_must_be_online(tmp_path: Path) -> None:
+    folder, more = tmp_path / "run", {"wandb_log_model": None, "resume_from_checkpoint": "auto", "save_steps": 2}
+    with WandbServer(tmp_path / "server") as server:
+        Training(folder, server, max_steps=2, **more).ended()
+        server.fault("status", "graphql (RunResumeStatus|UpsertBucket)", code=401, message="user is not logged in")
+        refused = Training(folder, server, max_steps=4, **more).ended().err
+        demanded = Training(folder, server, max_steps=6, wandb_mode="online", **more).ended(2).err
+        without = Training(folder, None, max_steps=6, **more).ended().err
+    stays = ": the run is online and stays so; its rows wait on this disk"
+    assert f"or put WANDB_API_KEY right{stays}" in refused
+    assert "harness train: W&B refuses the run (user is not logged in)" in demanded
+    assert f"No W&B credentials (`wandb login`){stays}" in without, "nobody has given --wandb_mode online"
+    lines = (folder / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1])["train/global_step"] == 6
