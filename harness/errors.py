@@ -7,6 +7,7 @@ HarnessError            1  base class; the message is one line that says what to
 ├── NonFiniteError      1  the output of a module contains NaN or infinity
 ├── MemoryShortError    1  the device is out of memory
 ├── RankError           1  another rank has failed
+├── WorkerError         1  a process that reads the data was killed
 ├── StoppedError     85/0  the training saved its state and stopped before its planned end
 └── TrackingError       1  something is missing in W&B; a training goes on, a command ends
     ├── UnreachableError   no credentials, or no server
@@ -22,9 +23,16 @@ HarnessError            1  base class; the message is one line that says what to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from harness.masking import masked
+
+# What torch says when a process that reads the data has ended, and what gloo and NCCL say when a rank has.
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited)")
+KILLED_BY = re.compile(r"is killed by signal: ([\w ]*\w)")
+DEAD_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process exited")
+GO_ON = "The checkpoints are whole: go on with --resume_from_checkpoint auto"
 
 
 class HarnessError(Exception):
@@ -66,6 +74,37 @@ def exit_code_of(
     return code
 
 
+def meaning_of(error: RuntimeError) -> HarnessError | None:
+    """
+    Return the error that says what torch's means, where a traceback would not: a shortage of memory, a killed process.
+
+    None if it is none of these.
+    """
+    text = f"{error} {error.__cause__}"
+    first = (str(error).strip().splitlines() or [""])[0]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's class; torch may not be imported
+        remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
+        return MemoryShortError(f"Out of memory: {remedy}. ({first})")
+    if worker := DEAD_WORKER.search(text):
+        return WorkerError(f"Data worker {worker[1]} {_death_of_worker(text)}. {GO_ON}.")
+    if DEAD_RANK.search(text):
+        return RankError(
+            f"Another rank has ended: its own output says why. One that says nothing was killed, as a rule because "
+            f"memory ran out (the launcher shows SIGKILL, `sacct` OUT_OF_MEMORY). {GO_ON}. ({first})"
+        )
+    return None
+
+
+def _death_of_worker(text: str) -> str:
+    killed = KILLED_BY.search(text)
+    if killed is None:
+        return "has ended without an error of its own: --dataloader_num_workers 0 shows where"
+    if "shared memory" in text:
+        return f"was killed ({killed[1]}): use a larger /dev/shm (docker: --shm-size), or fewer workers"
+    remedy = "use fewer --dataloader_num_workers, a smaller --dataloader_prefetch_factor, or more memory"
+    return f"was killed ({killed[1]}), as a rule because memory ran out: {remedy}"
+
+
 class CheckpointError(HarnessError):
     """A checkpoint could not be written; the older ones are untouched."""
 
@@ -80,6 +119,10 @@ class MemoryShortError(HarnessError):
 
 class RankError(HarnessError, RuntimeError):
     """Another rank has failed; that rank's traceback says where."""
+
+
+class WorkerError(HarnessError):
+    """A process that reads the data was killed."""
 
 
 class StoppedError(HarnessError):

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config import is_first_rank
 from harness.distributed.flags import environment_kept, hide_accelerators
-from harness.errors import ConfigError, MemoryShortError, exit_code_of
+from harness.errors import ConfigError, exit_code_of, meaning_of
 from harness.flags import Config, help_text, help_topic, read
 from harness.masking import tracebacks_masked
 from harness.tasks import is_whole, own_builder
@@ -92,10 +92,9 @@ def run(config: Sequence[str] | Config, **own: Any) -> Result:
         try:
             return run_command(config, builder)
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch may not be imported
+            if (meaning := meaning_of(error)) is None:
                 raise
-            remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
-            raise MemoryShortError(f"Out of memory: {remedy}. ({str(error).splitlines()[0]})") from error
+            raise meaning from error
 
 
 def _show(text: str) -> None:

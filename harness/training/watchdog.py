@@ -305,7 +305,9 @@ def _ranks(ranks: Sequence[int]) -> str:
 def advice(posts: Mapping[int, Post], silent: set[int], backend: str) -> str:
     """Return how to find out more; `backend` is the process group's, "" without one."""
     late = [posts[rank] for rank in late_ranks(posts, silent) if rank in posts]
-    first = f"See what it does: py-spy dump --pid {late[0].pid} on {late[0].host}." if late else ""
+    # A rank that draws a batch may wait for its data workers.
+    pid = f"{'--subprocesses ' if late[0].phase == DATA else ''}--pid {late[0].pid}" if late else ""
+    first = f"See what it does: py-spy dump {pid} on {late[0].host}." if late else ""
     if backend == "nccl":
         # On by default since torch 2.9 or so; the older names, TORCH_NCCL_TRACE_BUFFER_SIZE and
         # TORCH_NCCL_DEBUG_INFO_TEMP_FILE, still work.

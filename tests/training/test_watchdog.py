@@ -60,7 +60,7 @@ def test_the_rank_furthest_behind_is_late() -> None:
         "Step 5 is slow: rank 1 (host node1, pid 101) has been in data (step 5) for 70.0 s; "
         "ranks 0, 2 wait in forward and backward (step 5)."
     )
-    assert "py-spy dump --pid 101 on node1" in advice(found, set(), "gloo")
+    assert "py-spy dump --subprocesses --pid 101 on node1" in advice(found, set(), "gloo")
 
 
 def test_a_silent_rank_is_late_wherever_it_was() -> None:
@@ -88,7 +88,7 @@ def test_the_hints_are_those_of_the_backend() -> None:
     found = posts(post(0))
     assert "TORCH_FR_DUMP_TEMP_FILE" in advice(found, set(), "nccl")
     assert "TORCH_DISTRIBUTED_DEBUG=DETAIL" in advice(found, set(), "gloo")
-    assert advice(found, set(), "") == "See what it does: py-spy dump --pid 100 on node0."
+    assert advice(found, set(), "") == "See what it does: py-spy dump --subprocesses --pid 100 on node0."
 
 
 def test_drawing_and_work_are_places_of_their_own() -> None:
@@ -140,7 +140,7 @@ def test_one_process_says_what_takes_so_long_once_and_when_it_is_over(said: list
     assert slow.startswith("Step 2 is slow: rank 0 (host ")
     assert f"pid {os.getpid()}) has been in data (step 2) for " in slow
     assert " s. Usually data takes " in slow
-    assert slow.endswith(f" s. See what it does: py-spy dump --pid {os.getpid()} on {os.uname()[1]}.")
+    assert slow.endswith(f" s. See what it does: py-spy dump --subprocesses --pid {os.getpid()} on {os.uname()[1]}.")
     assert over.startswith("Step 2 goes on after 5.")
     assert over.endswith(" s in data.")
 
@@ -206,7 +206,7 @@ def test_a_rank_whose_data_is_slow_is_named_with_the_step(undisturbed: Training,
     assert ": Step 5 is slow: rank 1 (host " in slow
     assert ") has been in data (step 5) for " in slow
     assert "; rank 0 waits in forward and backward (step 5)." in slow
-    assert "py-spy dump --pid " in slow
+    assert "py-spy dump --subprocesses --pid " in slow
     assert "TORCH_DISTRIBUTED_DEBUG" in slow
     assert ": Step 5 goes on after 1" in over
     assert over.endswith(" s in forward and backward.")

@@ -19,7 +19,8 @@ class Paced(Dataset):  # type: ignore[type-arg]
     """
     Samples, the first of each batch after `seconds` of sleep; `times` gets a line for it, on the monotonic clock.
 
-    With `raises_at` that sample, counted from 1, can't be read. With `sleeps_at` it takes `sleep_seconds`.
+    With `raises_at` that sample, counted from 1, can't be read. With `sleeps_at` it takes `sleep_seconds`. With
+    `exits_at` its process ends there, without a word.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Paced(Dataset):  # type: ignore[type-arg]
         raises_at: int,
         sleeps_at: int,
         sleep_seconds: float,
+        exits_at: int = 0,
     ) -> None:
         self.samples, self.times, self.seconds, self.batch, self.raises_at = samples, times, seconds, batch, raises_at
-        self.sleeps_at, self.sleep_seconds = sleeps_at, sleep_seconds
+        self.sleeps_at, self.sleep_seconds, self.exits_at = sleeps_at, sleep_seconds, exits_at
         self.count = 0
 
     def __len__(self) -> int:
@@ -54,6 +56,8 @@ class Paced(Dataset):  # type: ignore[type-arg]
         self.count += 1
         if self.count == self.raises_at:
             raise RuntimeError(f"sample {self.count} can't be read")
+        if self.count == self.exits_at:
+            os._exit(3)
         if self.count == self.sleeps_at:
             time.sleep(self.sleep_seconds)
         return self.samples[index]
@@ -79,7 +83,7 @@ class SlowToRead(Dataset):  # type: ignore[type-arg]
         return self.samples[index]
 
 
-FAULTS = {"raises_at": 0, "sleeps_at": 0, "sleep_seconds": 0.0}
+FAULTS = {"raises_at": 0, "sleeps_at": 0, "sleep_seconds": 0.0, "exits_at": 0}
 
 
 def build(config: TaskConfig) -> Task:
