@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,8 @@ from harness.errors import ConfigError
 from harness.export.sources import Weight, is_adapter, read_weights
 from harness.files import follow_umask, sync
 from harness.model.adapters import merged_model
+
+logger = logging.getLogger(__name__)
 
 FILES_PATTERN = "model{suffix}.safetensors"
 # A processing class may have files of any name, so the training's own files, which have known names, are left out.
@@ -61,22 +67,56 @@ def export(checkpoint: Path, out: Path, *, max_shard_size: str, dtype: torch.dty
     free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
     if needed > free:
         raise ConfigError(f"OUT={out}: no space, {needed:,} bytes are needed and {free:,} free; choose another disk.")
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
-        exported = _write(model, weights, checkpoint, partial, max_shard_size)
-        follow_umask(partial)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        partial.rename(out)
-        sync(out.parent)
+        with _partial_folder(out) as partial:
+            exported = _write(model, weights, checkpoint, partial, max_shard_size)
+            follow_umask(partial)
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            partial.rename(out)
+            sync(out.parent)
     except Exception as error:  # safetensors raises its own type for a full disk, which it does not export
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"OUT={out} can't be written: {type(error).__name__} {error}.") from error
+    return exported
+
+
+@contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """
+    Yield a new folder beside `out`; what is left of it at the end is removed, and what killed exports have left.
+
+    A file lock, which the system releases at a process's death, tells those from exports that are running.
+    """
+    for left in out.parent.glob(f"{glob.escape(out.name)}.*.partial"):
+        with _locked(left) as is_left:
+            if is_left:
+                logger.info("Removed the leftover of a killed export: %s.", left)
+                shutil.rmtree(left, ignore_errors=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        with _locked(partial):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return exported
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock on a folder, and yield whether it could be taken: not where the file system has none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        is_held = False
+    else:
+        is_held = True
+    try:
+        yield is_held
+    finally:
+        os.close(descriptor)
 
 
 def model_and_weights(checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Weight]]:

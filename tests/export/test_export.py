@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from transformers import (
 
 from harness.__main__ import main
 from harness.train import main as train
+from tests.support.forking import fork
 from tests.support.inputs import save_gpt_tokenizer, text_flags, write_text
 from tests.support.launching import ROOT
 from tests.support.parity import run_trainer
@@ -218,6 +221,37 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert ended.returncode == 2, ended.stderr
     assert "can't be written" in ended.stderr.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_what_a_killed_export_has_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    """Killed in the middle of its shards, twice; an export to the same place that is running is left alone."""
+    checkpoint, out = saved(tmp_path / "checkpoint"), tmp_path / "out"
+    slow = "import sys, time; import harness.export.folder as folder; save = folder.save_file\n"
+    slow += "folder.save_file = lambda *given: (save(*given), time.sleep(100))\n"
+    slow += "from harness.__main__ import main; main(sys.argv[1:])"
+    argv = ["-c", slow, "export", str(checkpoint), str(out), "--max_shard_size=8KB"]
+    with (tmp_path / "log").open("w") as log:
+        for _ in range(2):
+            process = fork(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, out=log, err=log)
+            end = time.monotonic() + 60
+            while not list(tmp_path.glob(f"out.{process.pid}.partial/*.safetensors")):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            process.kill()
+            process.wait()
+            assert [path.name for path in tmp_path.glob("*.partial")] == [f"out.{process.pid}.partial"]
+            assert not out.exists()
+        process = fork(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, out=log, err=log)
+        while not list(tmp_path.glob(f"out.{process.pid}.partial/*.safetensors")):
+            time.sleep(0.02)
+    try:
+        assert main(["export", str(checkpoint), str(out)]) == 0
+        assert [path.name for path in tmp_path.glob("*.partial")] == [f"out.{process.pid}.partial"]
+    finally:
+        process.kill()
+        process.wait()
+    assert torch.equal(logits(out), logits(checkpoint))
 
 
 PEAK = """
