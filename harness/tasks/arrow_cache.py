@@ -34,7 +34,9 @@ def cached_rows(form: str, key: str, config: TaskConfig, read: Callable[[], Cont
     if not cached.is_file() or config.overwrite_cache:
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Written once: what `datasets` prepares is found again by the file's time.
-        with one_at_a_time(cached.with_suffix(".lock")):
+        with one_at_a_time(cached.with_suffix(".lock")) as is_alone:
+            for left in cached.parent.glob(f"{cached.name}.*.partial") if is_alone else ():
+                left.unlink(missing_ok=True)  # of a process that was killed
             if not cached.is_file() or config.overwrite_cache:
                 _write(cached, *read())
     return datasets.Dataset.from_file(str(cached))
@@ -52,17 +54,18 @@ def _write(cached: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
 
 
 @contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
+def one_at_a_time(lock: Path) -> Iterator[bool]:
     """
-    Wait while another process, on any node that shares the cache, makes the same.
+    Wait while another process, on any node that shares the cache, makes the same; yield whether that is sure.
 
     A process that dies releases the lock. Without file locks, or where none can be written, each makes its own.
     """
     try:
         file = lock.open("a")
     except OSError:
-        yield
+        yield False
         return
+    is_alone = True
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,5 +73,6 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
             logger.info("Another process prepares the same data (%s): waiting for it.", file.name)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
+            is_alone = False
             logger.info("%s can't be locked: each process prepares the data.", file.name)
-        yield
+        yield is_alone

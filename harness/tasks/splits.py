@@ -258,8 +258,8 @@ def user_data(source: str) -> Iterator[None]:
         raise ConfigError(f"{source} can't be read: {reason[0]}") from error
 
 
-def _one_at_a_time(dataset: Any, name: str) -> AbstractContextManager[None]:
+def _one_at_a_time(dataset: Any, name: str) -> AbstractContextManager[bool]:
     """Wait while another process applies this to the data; without a cache on disk each process prepares its own."""
     if not dataset.cache_files:
-        return nullcontext()
+        return nullcontext(False)
     return one_at_a_time(Path(dataset.cache_files[0]["filename"]).parent / f"{dataset._fingerprint}-{name}.lock")
