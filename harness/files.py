@@ -81,8 +81,7 @@ def put_in_place(partial: Path, final: Path) -> None:
         final.rename(replaced)
     partial.rename(final)
     sync(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)  # the new one is there, whatever is left of the older
 
 
 def write_json(path: Path, content: Any) -> None:

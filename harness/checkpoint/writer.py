@@ -6,7 +6,8 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from safetensors import SafetensorError
 from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.host_copies import HostCopies
-from harness.checkpoint.layout import FORMAT_VERSION, OWN_DIGEST, STATE_FILE, digest_of_manifest, read, rng_file
+from harness.checkpoint.layout import (
+    FORMAT_VERSION,
+    OWN_DIGEST,
+    STATE_FILE,
+    digest_of_manifest,
+    read,
+    rng_file,
+    step_of,
+)
 from harness.checkpoint.lock import Lock
 from harness.checkpoint.rescue import leave_weights
 from harness.checkpoint.trial import Trial, pickle
@@ -115,6 +124,7 @@ class Checkpoints:
         self._begun_step: int | None = None
         self._unsaved: Content | None = None  # what is being written, and what could not be
         self._left_step: int | None = None
+        self._undeletable: set[str] = set()
         self._failure = ""
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
@@ -349,9 +359,7 @@ class Checkpoints:
     def keep_only(self, best: str) -> None:
         """Rank zero: delete all but the best, as the Trainer does at the end with save_total_limit 1."""
         if self.is_writer:
-            for path in list_checkpoints(self.output_dir):
-                if path.name != Path(best).name:
-                    shutil.rmtree(path)
+            self._delete([path for path in list_checkpoints(self.output_dir) if path.name != Path(best).name])
 
     # The writer's thread
 
@@ -386,10 +394,7 @@ class Checkpoints:
                     *(final.name, self._error),
                 )
             return
-        try:
-            self._prune(final, best)
-        except OSError as error:
-            logger.warning("Older checkpoints could not be deleted: %s", error)
+        self._prune(final, best)
 
     def _partial(self, step: int) -> Path:
         # After a takeover the earlier writer may still be writing the same step.
@@ -458,8 +463,19 @@ class Checkpoints:
         if best is not None:
             protected.add(Path(best).name)
         excess = len(checkpoints) - max(limit, len(protected))
-        for path in [path for path in checkpoints if path.name not in protected][: max(excess, 0)]:
-            shutil.rmtree(path)
+        self._delete([path for path in checkpoints if path.name not in protected][: max(excess, 0)])
+
+    def _delete(self, checkpoints: Iterable[Path]) -> None:
+        """Delete checkpoints; one that can't be is passed over, which is said once, and tried again at a later save."""
+        for path in checkpoints:
+            try:
+                _remove(path)
+            except OSError as error:
+                if path.name not in self._undeletable:
+                    logger.warning(
+                        "%s can't be deleted, the training goes on: %s. Delete it by hand.", path.name, error
+                    )
+                self._undeletable.add(path.name)
 
 
 def _of_disk(error: Exception) -> Exception:
@@ -469,6 +485,15 @@ def _of_disk(error: Exception) -> Exception:
     words = ("I/O error", "iostream error", "PytorchStreamWriter", "inline_container", "file write failed")
     is_of_disk = any(each in str(error) for each in words)
     return OSError(str(error)) if is_of_disk else error
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, under the name of a leftover: what a kill leaves of it is taken for nothing else."""
+    if checkpoint.is_symlink():
+        raise OSError(f"{checkpoint} is a link to {checkpoint.resolve()}")
+    leftover = checkpoint.with_name(f"checkpoint-{step_of(checkpoint)}.{uuid.uuid4().hex[:8]}.partial")
+    checkpoint.rename(leftover)
+    shutil.rmtree(leftover)
 
 
 def _fresh(folder: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.checkpoint.find import list_checkpoints
+from harness.checkpoint.find import list_checkpoints, remove_leftovers
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.layout import why_invalid
 from harness.checkpoint.writer import Checkpoints, Content
@@ -24,6 +27,7 @@ from harness.errors import CheckpointError
 from harness.files import digest_of
 from harness.train import main
 from harness.training import rng
+from tests.support.launching import run
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, reset, run_harness
 
 SAVING = {**TRAINING, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "no"}
@@ -272,3 +276,110 @@ def test_a_disk_that_is_full_for_a_while_costs_no_more_than_the_saves_it_is_full
     else:
         assert 15 not in steps
         assert "--resume_from_checkpoint true" in shown.err
+
+
+@pytest.fixture
+def undeletable() -> Iterator[Callable[[Path], None]]:
+    """Makes a folder that can't be deleted, not by root either; skips where no way is known."""
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("only root can make a folder that can't be deleted")
+        done = subprocess.run(["chattr", "+i", str(folder)], capture_output=True, check=False)
+        if done.returncode == 0:
+            made.append(folder)
+            return
+        done = subprocess.run(["mount", "--bind", str(folder), str(folder)], capture_output=True, check=False)
+        if done.returncode != 0:
+            pytest.skip("neither chattr nor a mount works here")
+        mounted.append(folder)
+
+    mounted: list[Path] = []
+    yield make
+    for folder in made:
+        subprocess.run(["chattr", "-i", str(folder)], check=True)
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_checkpoint_that_can_not_be_deleted_is_passed_over_and_told_of_once(
+    tmp_path: Path, undeletable: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = writer(tmp_path, save_total_limit=2)
+    for step in (1, 2, 3, 4, 5):
+        checkpoints.save(content(step))
+        checkpoints.check_last()
+        if step == 1:
+            undeletable(tmp_path / "checkpoint-1")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
+    assert [why_invalid(path) for path in list_checkpoints(tmp_path)] == [None] * 3
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("checkpoint-1 can't be deleted, the training goes on: ")
+
+
+def test_the_end_of_a_training_keeps_a_checkpoint_that_can_not_be_deleted(
+    tmp_path: Path, undeletable: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = writer(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(content(step))
+    checkpoints.check_last()
+    undeletable(tmp_path / "checkpoint-1")
+    checkpoints.keep_only(str(tmp_path / "checkpoint-3"))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-3"]
+    assert "checkpoint-1 can't be deleted" in caplog.text
+
+
+def test_a_link_to_a_checkpoint_elsewhere_is_not_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    checkpoints = writer(folder, save_total_limit=1)
+    checkpoints.save(content(1))
+    checkpoints.check_last()
+    (folder / "checkpoint-1").rename(tmp_path / "elsewhere")
+    (folder / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    for step in (2, 3):
+        checkpoints.save(content(step))
+    checkpoints.check_last()
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-1", "checkpoint-3"]
+    assert why_invalid(folder / "checkpoint-1") is None
+
+
+@pytest.mark.parametrize(("name", "deleted"), [("checkpoint-1", 3), ("checkpoint-1.replaced", 0)])
+def test_a_kill_in_the_middle_of_pruning_leaves_no_half_checkpoint(name: str, deleted: int, tmp_path: Path) -> None:
+    """The process is killed before a file of the older one is deleted: the newer one is there, the rest soon is not."""
+    checkpoints = writer(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(content(step))
+    checkpoints.check_last()
+    (tmp_path / "checkpoint-1").rename(tmp_path / name)
+    killed = run([sys.executable, "-c", PRUNES_AND_IS_KILLED, str(tmp_path), str(deleted)])
+    assert killed.code == -signal.SIGKILL, killed.err
+    (left,) = [path for path in tmp_path.iterdir() if path.name != "checkpoint-2"]
+    assert len([*left.iterdir()]) > 0
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert remove_leftovers(tmp_path) == [left.name]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+PRUNES_AND_IS_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from harness.checkpoint.flags import CheckpointConfig
+from harness.checkpoint.writer import Checkpoints
+
+folder, left = Path(sys.argv[1]), int(sys.argv[2])
+unlink = os.unlink
+
+def one_fewer(*given, **options):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    unlink(*given, **options)
+
+os.unlink = one_fewer
+agree = lambda error: None
+checkpoints = Checkpoints(folder, CheckpointConfig(), ranks=(0, 1), agree=agree, gather=lambda v: [v], meet=agree)
+checkpoints.keep_only(str(folder / "checkpoint-2"))
+"""
