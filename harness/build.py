@@ -41,7 +41,7 @@ from harness.training.evaluation import Evaluator
 from harness.training.flags import ConsoleConfig
 from harness.training.hooks import Hooks
 from harness.training.loss import Loss, prepare_model
-from harness.training.metrics import Clock, Window, Work
+from harness.training.metrics import Clock, NonFinite, Window, Work
 from harness.training.plan import Plan, resolve_plan
 from harness.training.state import TrainState
 from harness.training.stopping import Stop, TimeLimit
@@ -69,6 +69,8 @@ def assemble(
     A `builder` takes the place of the one that --task names. Raises ConfigError for everything that the flags ask for
     and the task lacks. Writes nothing.
     """
+    if weights is None and builder is None:  # a builder may bring a model
+        config.check_weights()
     accelerator, local = backend.accelerator, not config.task.preprocess_on_main
     task_config, artifacts = main_process_first(
         accelerator, lambda: models_from_wandb(config.task, config.tracking), local=local
@@ -280,6 +282,7 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
         best=BestModel(config.best, metric=config.best_metric, keeps_checkpoints=saves),
         checkpoints=checkpoints,
         window=Window(accelerator, config.metrics, session.hooks.logged_outputs),
+        nonfinite=NonFinite(accelerator, config.stopping, scales_loss=stepper.scales_loss),
         work=work,
         throughput=Throughput(task.model, config.throughput, accelerator, flops_per_token=work.flos_per_element),
         clock=Clock(state),

@@ -4,7 +4,7 @@ The errors that are not bugs of this package, as one tree, with the exit code th
 HarnessError            1  base class; the message is one line that says what to do
 ├── ConfigError         2  bad input or configuration, which the user can correct
 ├── CheckpointError     1  a checkpoint could not be written; the older ones are untouched
-├── NonFiniteError      1  the output of a module contains NaN or infinity
+├── NonFiniteError      1  the output of a module, a loss or gradients contain NaN or infinity
 ├── MemoryShortError    1  the device is out of memory
 ├── RankError           1  another rank has failed
 ├── WorkerError         1  a process that reads the data was killed
@@ -110,7 +110,7 @@ class CheckpointError(HarnessError):
 
 
 class NonFiniteError(HarnessError):
-    """The output of a module contains NaN or infinity; the message names the first such module."""
+    """The output of a module, a loss or gradients contain NaN or infinity; the message says where they began."""
 
 
 class MemoryShortError(HarnessError):

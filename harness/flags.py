@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ from harness.training.flags import (
     WatchdogConfig,
 )
 
-QUICKSTART = "quickstart"
+QUICKSTART, OF_QUICKSTART = "quickstart", "harness.tasks.quickstart:build"  # the recipe, and its task
 # Which run it was is no part of how it was configured: another one of the same configuration is a new run. What one
 # resume was allowed is not allowed for good.
 NOT_CONFIGURATION = (
@@ -176,12 +177,21 @@ class Config:
             raise ConfigError(*problems)
 
     def _contradictions(self) -> Iterator[str]:
-        plan, best = self.plan, self.best
+        plan = self.plan
         if self.adapters.is_on and self.task.model_name_or_path is None and self.task.task in SHIPPED:
             yield (
                 "An adapter is saved without its model, and a new model could not be found again: give "
                 "--model_name_or_path, or train the whole model."
             )
+        if self.stopping.stop_on_nonfinite and plan.logging_strategy == "no":
+            yield (
+                f"--stop_on_nonfinite={self.stopping.stop_on_nonfinite} looks at the steps in a report, and "
+                "--logging_strategy=no makes none; give steps or epoch."
+            )
+        yield from self._of_evaluations()
+
+    def _of_evaluations(self) -> Iterator[str]:
+        plan, best = self.plan, self.best
         evaluates = plan.eval_strategy != "no"
         if best.load_best_model_at_end and plan.save_strategy != "best":
             yield from self._why_best_can_not_be_loaded()
@@ -216,6 +226,16 @@ class Config:
             yield (
                 f"--load_best_model_at_end needs --save_steps ({plan.save_steps:g}) to be a multiple of "
                 f"--eval_steps ({eval_steps:g}): the best evaluation must have a checkpoint."
+            )
+
+    def check_weights(self) -> None:
+        """Raise ConfigError where nothing is trained, and the model would be a new one: its weights are random."""
+        is_new = self.task.task in (*SHIPPED, OF_QUICKSTART) and self.task.model_name_or_path is None
+        if is_new and not self.run.trains:
+            flag = "--do_eval" if self.run.do_eval else "--do_predict"
+            raise ConfigError(
+                f"{flag} without --do_train takes a model that has been trained, and none is given: a new one has "
+                "random weights. Give the run's folder as --model_name_or_path, or --do_train too."
             )
 
     @property
@@ -261,6 +281,8 @@ SECTIONS: tuple[type, ...] = (
 
 
 FLAGS = flags_of(*SECTIONS)
+# NAME or ORGANISATION/NAME; anything else is a path.
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 INDENT = 30  # of the help's texts beside the flags
 
 
@@ -328,8 +350,7 @@ def _check_path(flag: Flag, value: Any) -> None:
     if flag.path == "file":
         data_files(flag.name, value)
         return
-    looks_like_path = value.startswith(("/", "./", "../", "~")) or value.count("/") > 1
-    may_be_elsewhere = flag.path == "model" and (not looks_like_path or value.startswith("wandb:"))
+    may_be_elsewhere = flag.path == "model" and (HUB_NAME.fullmatch(value) or value.startswith("wandb:"))
     if not may_be_elsewhere and not (Path(value).exists() if flag.path == "model" else Path(value).is_dir()):
         start = f"check the path (relative ones start at {Path.cwd()})."
         raise ConfigError(f"--{flag.name}={value}: no such folder; {start}")

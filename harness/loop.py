@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -89,8 +90,9 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
         run.work.add(batch)
         run.throughput.add(batch)
     run.tracker.observe(state.global_step + 1, scaler=run.accelerator.scaler)
-    run.window.grad_norm = run.stepper.step(run.modeling.max_grad_norm)
-    run.window.learning_rate = current_learning_rate(run.scheduler, run.optimizer, run.optim)
+    norm = run.stepper.step(run.modeling.max_grad_norm)
+    rate = current_learning_rate(run.scheduler, run.optimizer, run.optim)
+    run.window.end_step(norm, learning_rate=rate, nonfinite=run.nonfinite)
     if run.optim.lr_scheduler_type not in BY_METRIC and not run.stepper.was_skipped:
         run.scheduler.step()
     run.stepper.zero_grad()
@@ -125,7 +127,7 @@ def follow(
             run.watchdog.at(EVALUATION, state.global_step)
             run.texts.show(run.bare_model, step=state.global_step)
         state.is_ended = ends_epoch and is_over(run, state)  # a save from here on records it
-        if is_best if run.plan.config.save_strategy == "best" else due.save:
+        if (is_best if run.plan.config.save_strategy == "best" else due.save) and run.nonfinite.may_save(state):
             save(run, state)
 
 
@@ -136,11 +138,12 @@ def report(run: Run, state: TrainState, own: Mapping[str, float]) -> None:
     `own` are the task's values for this step. One that only trackers are to have goes into `extras`, as train/NAME.
     """
     run.watchdog.at(REPORT, state.global_step)
-    values = {**run.window.values(), **run.work.values(), **run.throughput.values()}
+    values = {**run.window.values(), **run.work.values(), **run.throughput.values(), **run.nonfinite.values()}
     of_ranks = gather_numbers(run.accelerator, {**values, "skipped": run.stepper.take_skipped()})
     steps = state.global_step - state.last_logged_step
     outputs = run.window.mean_outputs(of_ranks, num_steps=steps)
     total, num_nonfinite = run.window.drain(of_ranks)
+    run.nonfinite.add_to(state, of_ranks)
     rates = run.throughput.report(of_ranks)
     logs = {"loss": total / steps, **run.window.last_step(), **outputs, **own}
     state.total_loss += total
@@ -151,16 +154,13 @@ def report(run: Run, state: TrainState, own: Mapping[str, float]) -> None:
         state.num_skipped_steps += int(of_ranks[run.accelerator.process_index]["skipped"])
         extras["train/num_skipped_steps"] = state.num_skipped_steps
     logs = emit(run, state, logs, extras, timed=True)
-    run.console.report(logs, step=state.global_step, rate=as_text(rates))
+    shown = {**logs, "loss": math.nan} if num_nonfinite else logs  # whatever --logging_nan_inf_filter makes of it
+    run.console.report(shown, step=state.global_step, rate=as_text(rates))
+    run.nonfinite.check(state)
 
 
 def emit(
-    run: Run,
-    state: TrainState,
-    logs: Mapping[str, float],
-    extras: Mapping[str, float],
-    *,
-    timed: bool = False,
+    run: Run, state: TrainState, logs: Mapping[str, float], extras: Mapping[str, float], *, timed: bool = False
 ) -> dict[str, float]:
     """Collective: complete a row for the history and, with `extras` of ours, for the trackers; returns the row."""
     row = {**logs, "epoch": state.epoch}
@@ -216,6 +216,7 @@ def heed_stop(run: Run, state: TrainState) -> None:
     saves = run.plan.config.save_strategy != "no"
     run.checkpoints.settle()
     if saves and run.checkpoints.saved_step != state.global_step:
+        run.nonfinite.check_last(state)
         save(run, state)
         run.checkpoints.check_last()
     raise stopped(reason, at=where, saved_in=run.checkpoints.output_dir if saves else None)
@@ -225,6 +226,7 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
     """Collective: return the metrics of the whole training; load the best weights if they were asked for."""
     run.watchdog.at(END, state.global_step)
     run.stop.settled()
+    run.nonfinite.settle(state)
     # As the Trainer: what rank zero has not reported; the mean over the ranks would be another number.
     state.total_loss += run.window.undrained()
     steps = state.global_step - run.clock.first_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,11 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
     if not (asked.do_eval or asked.do_predict):
         return {}
     accelerator, task = session.accelerator, session.task
-    model = session.backend.prepare_for_evaluation(task.model, session.step_size) if run is None else run.model
-    if run is not None:
+    if run is None:
+        session.console.line(f"{'Evaluating' if asked.do_eval else 'Predicting'} only: nothing is trained.")
+        model = session.backend.prepare_for_evaluation(task.model, session.step_size)
+    else:
+        model = run.model
         run.optimizer.eval()
     if (dtype := _weights_dtype(session.config)) is not None:
         if session.backend.is_sharded:
@@ -167,10 +171,13 @@ def describe_end(
     session: Session, run: Run | None, state: TrainState, results: dict[str, float]
 ) -> list[tuple[str, str]]:
     """Rank zero: return the results as rows of a short table; files are given relative to the run's folder."""
-    rows = last_metrics(state.log_history, results)
+    rows = last_metrics(state.log_history, {**results, **_unfiltered(state)})
     if state.best_metric is not None:
         best = f"{state.best_metric:.4f} at step {state.best_global_step or 'unknown'}"
         rows.append((f"best {session.config.best_metric}", best))
+    if state.num_nonfinite_steps:
+        n, of, first = state.num_nonfinite_steps, state.global_step, state.first_nonfinite_step
+        rows.append(("not finite", f"loss or gradients of {n} of {of} steps, the first: {first}"))
     if "train_samples_per_second" in results:
         rate, seconds = results["train_samples_per_second"], results["train_runtime"]
         rows.append(("speed", f"{rate:.1f} samples/s, {seconds:.1f} s in all"))
@@ -182,6 +189,13 @@ def describe_end(
     if session.config.run.do_predict and session.task.describe_predictions is not None:
         rows.append(("predictions", PREDICTIONS_FILE))
     return rows
+
+
+def _unfiltered(state: TrainState) -> dict[str, float]:
+    """Return NaN for the losses of the training that are none but for --logging_nan_inf_filter."""
+    if not state.num_nonfinite_losses:
+        return {}
+    return {"train_loss": math.nan, **({"loss": math.nan} if state.nonfinite_steps_in_a_row else {})}
 
 
 def last_metrics(history: Sequence[Mapping[str, float]], results: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ from harness.training.evaluation import EvalSet, Evaluator
 from harness.training.flags import ModelingConfig
 from harness.training.hooks import Hooks
 from harness.training.loss import Loss
-from harness.training.metrics import Clock, Window, Work
+from harness.training.metrics import Clock, NonFinite, Window, Work
 from harness.training.plan import Plan
 from harness.training.state import TrainState
 from harness.training.stopping import Stop
@@ -110,6 +110,7 @@ class Run:
     best: BestModel
     checkpoints: Checkpoints
     window: Window
+    nonfinite: NonFinite
     work: Work
     throughput: Throughput
     clock: Clock

@@ -83,7 +83,9 @@ def test_do_eval_and_do_predict_after_the_training_write_their_results(labels: l
     assert {line.split("\t")[1] for line in lines[1:]} <= {"cat", "dog"}
 
 
-def test_do_eval_alone_evaluates_a_trained_folder_without_touching_it(labels: list[str], tmp_path: Path) -> None:
+def test_do_eval_alone_evaluates_a_trained_folder_without_touching_it(
+    labels: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained, out = tmp_path / "trained", tmp_path / "out"
     assert main([*labels, *FAST, f"--output_dir={trained}", "--do_train", "--do_eval"]) == 0
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
@@ -91,7 +93,9 @@ def test_do_eval_alone_evaluates_a_trained_folder_without_touching_it(labels: li
     reset()
     from_folder = [flag for flag in labels if not flag.startswith(("--model_type", "--config_overrides"))]
     model = f"--model_name_or_path={trained}"
+    assert "Evaluating only" not in capsys.readouterr().out
     assert main([*from_folder, model, *FAST, f"--output_dir={out}", "--do_eval"]) == 0
+    assert "Evaluating only: nothing is trained." in capsys.readouterr().out
     found = results(out)
     assert (found["eval_loss"], found["eval_accuracy"]) == (expected["eval_loss"], expected["eval_accuracy"])
     assert not any(name.startswith("train_") for name in found)

@@ -260,9 +260,18 @@ class StoppingConfig:
         "Under SLURM save and stop so long before the job's time limit, beside the time that a save and the longest "
         "step take; 0: leave the limit alone.",
     )
+    stop_on_nonfinite: int = arg(
+        0,
+        "Stop when loss or gradients of N steps in a row are not finite, as a report or a save finds, and save no "
+        "checkpoint after such a step; 0: never.",
+    )
 
     def __post_init__(self) -> None:
-        at_least(0, time_limit_margin_seconds=self.time_limit_margin_seconds)
+        at_least(
+            0,
+            time_limit_margin_seconds=self.time_limit_margin_seconds,
+            stop_on_nonfinite=self.stop_on_nonfinite,
+        )
 
 
 @section("console", on_resume="unrelated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +12,19 @@ from accelerate import Accelerator
 from transformers.trainer_utils import speed_metrics
 
 from harness.distributed.sharding import num_parameters
-from harness.distributed.transfer import gather_numbers
-from harness.errors import ConfigError
-from harness.training.flags import MetricsConfig
+from harness.distributed.transfer import gather_numbers, to_device
+from harness.errors import ConfigError, NonFiniteError
+from harness.training.flags import MetricsConfig, StoppingConfig
 from harness.training.state import TrainState
 from harness.training.weighing import Repeated
+
+logger = logging.getLogger(__name__)
+
+STEPS_OF_A_WORD = 32
+REMEDIES = (
+    "lower --learning_rate or let it rise more slowly (--warmup_steps), try --bf16 instead of --fp16, look at the data "
+    "there; --debug underflow_overflow names the module where it begins"
+)
 
 
 class Window:
@@ -33,6 +42,7 @@ class Window:
         self.outputs = {name: torch.zeros((), device=accelerator.device) for name in logged_outputs}
         # The sum of the losses, and the number of those that are not finite.
         self.sums = torch.zeros(2, device=accelerator.device)
+        self._before = self.sums  # those before the step under way
         self.grad_norm: torch.Tensor | float = 0.0
         self.learning_rate = 0.0
 
@@ -41,7 +51,8 @@ class Window:
         finite = torch.isfinite(loss)
         if self.filters:
             loss = torch.where(finite, loss, self.sums[0] / (1 + steps_since_report))
-        self.sums += torch.stack([loss.float(), (~finite).float()])
+        # Not in place: the sums of each step are looked at later, by NonFinite.
+        self.sums = self.sums + torch.stack([loss.float(), (~finite).float()])
 
     def add_outputs(self, outputs: Any, *, part: torch.Tensor | float) -> None:
         """
@@ -55,6 +66,12 @@ class Window:
                 value = torch.where(part > 0, value, 0.0)  # without a target it may be no number
             if isinstance(part, torch.Tensor) or part > 0:
                 total += value
+
+    def end_step(self, norm: torch.Tensor | float, *, learning_rate: float, nonfinite: NonFinite) -> None:
+        """Note a step's norm of the gradients and learning rate, and for later whether it was finite: no host sync."""
+        self.grad_norm, self.learning_rate = norm, learning_rate
+        nonfinite.add(norm, sums=(self._before, self.sums))
+        self._before = self.sums
 
     def values(self) -> dict[str, torch.Tensor | float]:
         """Return this rank's numbers, for a report to gather: no host sync."""
@@ -73,7 +90,7 @@ class Window:
         """
         loss = torch.tensor([values["loss"] for values in of_ranks], dtype=torch.float32, device="cpu").mean()
         self.grad_norm = of_ranks[self.accelerator.process_index]["grad_norm"]
-        self.sums.zero_()
+        self.sums = self._before = torch.zeros_like(self.sums)
         for total in self.outputs.values():
             total.zero_()
         return loss.item(), int(sum(values["nonfinite_losses"] for values in of_ranks))
@@ -97,7 +114,7 @@ class Window:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; a logged output that it lacks begins at zero."""
-        self.sums.copy_(saved["sums"])
+        self.sums = self._before = torch.zeros_like(self.sums).copy_(saved["sums"])
         for name, total in self.outputs.items():
             total.copy_(torch.as_tensor(saved.get("outputs", {}).get(name, 0.0)))
         self.grad_norm, self.learning_rate = saved["grad_norm"], saved["learning_rate"]
@@ -132,6 +149,130 @@ def _scalar(outputs: Any, name: str) -> torch.Tensor:
         what = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise ConfigError(f"{start} have it as {what}: it takes a tensor without dimensions.")
     return value.detach().float()
+
+
+class NonFinite:
+    """
+    Finds the optimizer steps whose loss or gradients are not finite: a bit a step, which stays on the device.
+
+    While fp16's loss scaler looks for its scale gradients overflow, and it skips the step. That counts only where the
+    scale has come below 1: then it is not the scale that is too large.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: StoppingConfig, *, scales_loss: bool) -> None:
+        self.accelerator, self.limit, self.scales_loss = accelerator, config.stop_on_nonfinite, scales_loss
+        # The steps since the last look in words of bits, and of the latest the values that the bits are made of.
+        self._words: list[torch.Tensor] = []
+        self._sums: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._norms: list[torch.Tensor] = []
+        self._num_steps = self._most_in_a_row = 0
+        self._has_warned = False
+
+    def add(self, norm: torch.Tensor | float, *, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Note a step by the norm of its gradients and a window's sums before and after it: no host sync."""
+        self._sums.append(sums)
+        if isinstance(norm, torch.Tensor):  # DeepSpeed does not always know it
+            self._norms.append(norm)
+        self._num_steps += 1
+        if len(self._sums) == STEPS_OF_A_WORD:
+            self._pack()
+
+    def _pack(self) -> None:
+        before, after = (torch.stack(each)[:, 1] for each in zip(*self._sums, strict=True))
+        found = after > before
+        if len(self._norms) == len(found):
+            found = found | to_device(self._are_unsound(torch.stack(self._norms)), found.device)
+        self._words.append((found.long() << torch.arange(len(found), device=found.device)).sum())
+        self._sums, self._norms = [], []
+
+    def _are_unsound(self, norms: torch.Tensor) -> torch.Tensor:
+        found = ~torch.isfinite(norms)
+        if not self.scales_loss:
+            return found
+        if (scaler := self.accelerator.scaler) is None:  # DeepSpeed's, which raises at the end of its scale
+            return torch.zeros_like(found)
+        scale: torch.Tensor = scaler.scale(torch.ones((), device=norms.device))
+        return found & (scale < 1)
+
+    def values(self) -> dict[str, torch.Tensor | float]:
+        """Return this rank's bits, for a report to gather: no host sync."""
+        if self._sums:
+            self._pack()
+        return {f"nonfinite_steps/{i}": word for i, word in enumerate(self._words)}
+
+    def add_to(self, state: TrainState, of_ranks: Sequence[Mapping[str, float]]) -> None:
+        """
+        Add the steps since the last look, the `values` of all ranks, to the state; rank zero warns of the first.
+
+        A step counts if it does on any rank. They begin anew.
+        """
+        state.num_nonfinite_losses += int(sum(values.get("nonfinite_losses", 0) for values in of_ranks))
+        for i in range(self._num_steps):
+            word, bit = divmod(i, STEPS_OF_A_WORD)
+            if not any(int(values[f"nonfinite_steps/{word}"]) >> bit & 1 for values in of_ranks):
+                state.nonfinite_steps_in_a_row = 0
+                continue
+            state.num_nonfinite_steps += 1
+            state.nonfinite_steps_in_a_row += 1
+            self._most_in_a_row = max(self._most_in_a_row, state.nonfinite_steps_in_a_row)
+            self._tell(state, step=state.global_step - self._num_steps + 1 + i)
+        self._words, self._num_steps = [], 0
+
+    def _tell(self, state: TrainState, *, step: int) -> None:
+        state.first_nonfinite_step = state.first_nonfinite_step or step
+        if not self._has_warned and self.accelerator.is_main_process:
+            ends = "" if self.limit else ", --stop_on_nonfinite 10 ends such a training"
+            logger.warning("The loss or the gradients of step %d are not finite: %s%s.", step, REMEDIES, ends)
+        self._has_warned = True
+
+    def settle(self, state: TrainState) -> None:
+        """
+        Collective: add the steps since the last look to the state; a host sync, if there are any.
+
+        Raises NonFiniteError as `check` does.
+        """
+        if self._num_steps:
+            self.add_to(state, gather_numbers(self.accelerator, self.values()))
+        self.check(state)
+
+    def may_save(self, state: TrainState) -> bool:
+        """
+        Collective: whether to save: with --stop_on_nonfinite not after a step that is not finite, which rank zero says.
+
+        Raises NonFiniteError as `check` does. A host sync, if the flag is given.
+        """
+        if not self.limit:
+            return True
+        self.settle(state)
+        if state.nonfinite_steps_in_a_row and self.accelerator.is_main_process:
+            logger.warning("checkpoint-%d is not written: its last step is not finite.", state.global_step)
+        return not state.nonfinite_steps_in_a_row
+
+    def check(self, state: TrainState) -> None:
+        """Raise NonFiniteError, the same on all ranks, if as many steps in a row as the flag says were not finite."""
+        if 0 < self.limit <= self._most_in_a_row:
+            raise stopped_at(state, num_steps=self._most_in_a_row)
+
+    def check_last(self, state: TrainState) -> None:
+        """
+        Collective: with --stop_on_nonfinite, raise NonFiniteError if the last step is not finite.
+
+        For a stop ahead of its time: what it would save is of no use.
+        """
+        if self.limit:
+            self.settle(state)
+        if self.limit and state.nonfinite_steps_in_a_row:
+            raise stopped_at(state, num_steps=state.nonfinite_steps_in_a_row)
+
+
+def stopped_at(state: TrainState, *, num_steps: int) -> NonFiniteError:
+    """Return the error that ends a training of which so many steps in a row were not finite."""
+    steps = "the last step" if num_steps == 1 else f"{num_steps} steps in a row"
+    return NonFiniteError(
+        f"Stopped at step {state.global_step} of {state.max_steps}: the loss or the gradients of {steps} are not "
+        f"finite; the first such step was {state.first_nonfinite_step}. Checkpoints of before are kept, and go on with "
+        f"--resume_from_checkpoint true. What may help: {REMEDIES}."
+    )
 
 
 class Work:

@@ -18,6 +18,9 @@ class TrainState:
     `epoch` is a fraction: 1.5 is the middle of the second epoch. `total_loss` is the sum of the losses of all reported
     steps since `loss_from_step`, from which `train_loss` is computed. `num_skipped_steps` counts the steps whose
     gradients overflowed in fp16; `global_step` includes them, as in the Trainer.
+
+    Of steps whose loss or gradients are not finite: how many there were, the first of them, and how many have followed
+    one another up to now. `num_nonfinite_losses` counts the losses of micro-batches, over all ranks.
     """
 
     epoch: float = 0
@@ -40,11 +43,15 @@ class TrainState:
     loss_from_step: int = 0
     is_ended: bool = False
     num_skipped_steps: int = 0
+    num_nonfinite_losses: int = 0
+    num_nonfinite_steps: int = 0
+    first_nonfinite_step: int = 0
+    nonfinite_steps_in_a_row: int = 0
     should_stop: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fields that `trainer_state.json` has no place for."""
-        return {name: getattr(self, name) for name in _OURS}
+        return {name: value for name in _OURS if (value := getattr(self, name)) or name not in _IF_ANY}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Load what `state_dict` returned; unknown keys of a newer version are ignored."""
@@ -102,7 +109,12 @@ _OURS = (
     "loss_from_step",
     "is_ended",
     "num_skipped_steps",
+    "num_nonfinite_losses",
+    "num_nonfinite_steps",
+    "first_nonfinite_step",
+    "nonfinite_steps_in_a_row",
 )
+_IF_ANY = _OURS[-4:]  # the checkpoint of a sound training has none of them
 _OF_THE_PLAN = (
     "max_steps",
     "num_train_epochs",

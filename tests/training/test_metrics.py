@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +14,14 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from harness.distributed.transfer import gather_numbers
-from harness.errors import ConfigError
-from harness.training.flags import MetricsConfig
-from harness.training.metrics import Clock, Window, Work
+from harness.errors import ConfigError, NonFiniteError
+from harness.train import main
+from harness.training.flags import MetricsConfig, StoppingConfig
+from harness.training.metrics import Clock, NonFinite, Window, Work
 from harness.training.state import TrainState
 from tests.support.launching import DDP, flags, launcher, run
-from tests.support.parity import TRAINING, history
+from tests.support.measuring.syncs import READS, Dispatched
+from tests.support.parity import TRAINING, as_flags, history, reset
 
 FINITE, BAD = [1.5, 0.7, 2.25, 1.1], [1.5, math.nan, 0.7, math.inf, 2.0, -math.inf]
 
@@ -226,3 +230,173 @@ def test_a_report_of_two_processes_is_one_collective(tmp_path: Path) -> None:
     assert (tmp_path / "count").read_text() == "2"
     (tokens,) = {event["num_input_tokens_seen"] for event in history(tmp_path / "run") if event["step"] == 4}
     assert 4 * 2 * 8 * 6 < tokens <= 4 * 2 * 8 * 32
+
+
+# A step of such a size is finite, and nothing after it is.
+DIVERGES = {
+    "task": "tests.support.tasks.parity_task:build",
+    "optim": "sgd",
+    "learning_rate": 1e38,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 6,
+    "logging_steps": 2,
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
+def diverged(folder: Path, **more: object) -> int:
+    return main(as_flags({**DIVERGES, "output_dir": folder, **more}))
+
+
+def test_a_loss_that_is_not_finite_is_shown_told_of_once_and_named_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert diverged(tmp_path / "run") == 0
+    shown = capsys.readouterr()
+    reports = [line for line in shown.out.splitlines() if line.startswith("step ")]
+    assert len(reports) == 3
+    assert all("loss nan  grad_norm nan" in line for line in reports)
+    assert shown.err.count("are not finite") == 1
+    assert "The loss or the gradients of step 2 are not finite: lower --learning_rate" in shown.err
+    assert re.search(r"^train +loss nan  train_loss nan  grad_norm nan", shown.out, re.MULTILINE)
+    assert re.search(r"^not finite +loss or gradients of 5 of 6 steps, the first: 2$", shown.out, re.MULTILINE)
+    losses = [row["loss"] for row in history(tmp_path / "run") if "loss" in row]
+    assert all(map(math.isfinite, losses)), "rows keep the Trainer's value"
+
+
+def test_so_many_steps_that_are_not_finite_end_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert diverged(out, stop_on_nonfinite=3, save_steps=1) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("harness train: ") == 1
+    assert "Stopped at step 4 of 6: the loss or the gradients of 3 steps in a row are not finite; the first" in shown
+    assert "such step was 2. " in shown
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"], "the last one that is of any use"
+    assert "checkpoint-2 is not written: its last step is not finite" in shown
+    assert not (out / "model.safetensors").exists()
+
+
+def test_fewer_steps_than_the_limit_end_no_training(tmp_path: Path) -> None:
+    assert diverged(tmp_path / "run", stop_on_nonfinite=6, save_strategy="no") == 0
+
+
+def test_the_count_of_steps_goes_on_after_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert diverged(out, max_steps=4, save_steps=4) == 0
+    reset()
+    capsys.readouterr()
+    # At step 6 there are 5 in a row, of which the resumed attempt has seen 2.
+    assert diverged(out, stop_on_nonfinite=5, save_strategy="no", resume_from_checkpoint="true") == 1
+    assert "5 steps in a row are not finite; the first such step was 2." in capsys.readouterr().err
+
+
+def test_a_limit_that_nothing_looks_at_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert diverged(tmp_path / "run", stop_on_nonfinite=2, logging_strategy="no") == 2
+    assert "--stop_on_nonfinite=2 looks at the steps in a report" in capsys.readouterr().err
+    assert diverged(tmp_path / "run", stop_on_nonfinite=-1) == 2
+    assert "--stop_on_nonfinite=-1" in capsys.readouterr().err
+
+
+def nonfinite(accelerator: Accelerator, *, limit: int = 0, scales_loss: bool = False) -> NonFinite:
+    return NonFinite(accelerator, StoppingConfig(stop_on_nonfinite=limit), scales_loss=scales_loss)
+
+
+def step(steps: NonFinite, found: Window, *, loss: float = 1.0, norm: float = 1.0) -> None:
+    found.add(torch.tensor(loss), steps_since_report=0)
+    found.end_step(torch.tensor(norm), learning_rate=1e-3, nonfinite=steps)
+
+
+BAD_STEPS = [3, 31, 32, 33, 34, 70]  # a word holds 32
+
+
+def test_each_step_that_is_not_finite_is_found_on_whichever_rank_it_is(accelerator: Accelerator) -> None:
+    of_ranks = []
+    for rank in range(2):
+        steps, found = nonfinite(accelerator), Window(accelerator, MetricsConfig())
+        for number in range(1, 71):
+            is_bad = number in BAD_STEPS[rank::2]
+            step(steps, found, **({"loss": math.nan} if rank else {"norm": math.inf}) if is_bad else {})
+            if number == 40:
+                drained(found)  # a report begins the sums anew
+        of_ranks.append({name: float(value) for name, value in steps.values().items()})
+    assert [len(values) for values in of_ranks] == [3, 3]
+    state = TrainState(global_step=170, max_steps=200)
+    steps.add_to(state, of_ranks)
+    assert (state.num_nonfinite_steps, state.first_nonfinite_step, state.nonfinite_steps_in_a_row) == (6, 103, 1)
+    step(steps, found)
+    state.global_step = 171
+    steps.settle(state)
+    assert (state.num_nonfinite_steps, state.nonfinite_steps_in_a_row) == (6, 0)
+
+
+def test_steps_in_a_row_are_counted_over_reports(accelerator: Accelerator) -> None:
+    steps, found = nonfinite(accelerator, limit=3), Window(accelerator, MetricsConfig())
+    state = TrainState(max_steps=9)
+    for norms in ([math.nan, math.nan, 1.0, math.nan], [math.nan]):
+        for norm in norms:
+            step(steps, found, norm=norm)
+            state.global_step += 1
+        steps.settle(state)
+    assert not steps.may_save(state)
+    step(steps, found, norm=math.nan)
+    state.global_step += 1
+    with pytest.raises(NonFiniteError, match=r"Stopped at step 6 of 9: .* 3 steps in a row .* first such step was 1"):
+        steps.may_save(state)
+
+
+def test_a_stop_saves_nothing_that_is_not_finite(accelerator: Accelerator) -> None:
+    for limit in (0, 9):
+        steps, found = nonfinite(accelerator, limit=limit), Window(accelerator, MetricsConfig())
+        state = TrainState(global_step=1, max_steps=9)
+        step(steps, found, loss=math.inf)
+        with nullcontext() if limit == 0 else pytest.raises(NonFiniteError, match="the last step are not finite"):
+            steps.check_last(state)
+        assert steps.may_save(state) == (limit == 0)
+
+
+def test_a_step_that_the_loss_scaler_skips_is_no_alarm_while_it_looks_for_its_scale() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=True)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=scaler, is_main_process=True)
+    steps = NonFinite(accelerator, StoppingConfig(), scales_loss=True)  # type: ignore[arg-type]
+    found = Window(accelerator, MetricsConfig())  # type: ignore[arg-type]
+    scaler.scale(torch.ones(()))  # makes its scale
+    state = TrainState(global_step=1)
+    for scale, loss, counts in ((4.0, 1.0, 0), (1.0, 1.0, 0), (0.5, 1.0, 1), (4.0, math.nan, 2)):
+        scaler.update(scale)
+        step(steps, found, loss=loss, norm=math.inf)
+        steps.add_to(state, [{name: float(value) for name, value in steps.values().items()}])
+        assert state.num_nonfinite_steps == counts
+
+
+def test_a_step_costs_no_operation_but_one_in_so_many(accelerator: Accelerator) -> None:
+    seen: list[str] = []
+    steps, found = nonfinite(accelerator, limit=1), Window(accelerator, MetricsConfig())
+    norm = torch.tensor(1.0)
+    with Dispatched(lambda operation: seen.append(str(operation))):
+        for _ in range(31):
+            found.end_step(norm, learning_rate=1e-3, nonfinite=steps)
+        assert seen == []
+        found.end_step(norm, learning_rate=1e-3, nonfinite=steps)
+    assert 0 < len(seen) <= 20
+    assert not READS & {*seen}
+
+
+def test_a_checkpoint_of_a_sound_training_has_no_word_of_steps_that_are_not_finite() -> None:
+    assert not [name for name in TrainState().state_dict() if "nonfinite" in name]
+    state = TrainState()
+    state.load_state_dict(TrainState(num_nonfinite_steps=2, first_nonfinite_step=7).state_dict())
+    assert (state.num_nonfinite_steps, state.first_nonfinite_step) == (2, 7)
+
+
+@pytest.mark.slow
+def test_two_ranks_end_together_where_steps_are_not_finite(tmp_path: Path) -> None:
+    short = {**DIVERGES, "stop_on_nonfinite": 3, "save_steps": 1}
+    argv = [name for name in flags(tmp_path / "run", short) if name != "--use_cpu"]
+    done = run([*launcher(DDP), "-m", "harness", "train", *argv, "--expect_num_processes", "2"], cwd=tmp_path)
+    assert done.code == 1
+    assert done.err.count("harness train: Stopped at step 4 of 6") == 1
+    assert "not on rank zero" not in done.err
+    assert done.err.count("The loss or the gradients of step 2 are not finite") == 1
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
