@@ -99,6 +99,19 @@ def train_file(inputs: Inputs, name: str, content: str) -> list[str]:
     return [*without(inputs.text, "train_file"), f"--train_file={inputs.file(name, content)}"]
 
 
+def model(name: str) -> Row:
+    return lambda inputs: [f"--model_name_or_path={name}", inputs.text[-2]]
+
+
+def adapter(inputs: Inputs) -> str:
+    """The folder of an adapter whose model is gone."""
+    folder = inputs.folder / "adapter"
+    folder.mkdir()
+    content = {"base_model_name_or_path": "org/gone", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(content), encoding="utf-8")
+    return str(folder)
+
+
 def argv_of(row: str, inputs: Inputs) -> list[str]:
     flags = ROWS[row][0]
     return flags if isinstance(flags, list) else flags(inputs)
@@ -277,6 +290,47 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
     ),
     "missing config": (["--config=gone.yaml"], ("--config=gone.yaml: no such file", "recipes: ")),
     "config that is no YAML": (lambda i: config(i, "a: [1\n"), ("--config=.*own.yaml is not valid YAML",)),
+    "new model to evaluate": (
+        lambda i: [*i.text, "--do_eval"],
+        ("--do_eval without --do_train", "a new one has random weights", "--model_name_or_path, or --do_train too"),
+    ),
+    "quickstart's model to evaluate": (["--do_eval", "--report_to=none"], ("--do_eval without --do_train",)),
+    "nothing to resume and evaluate": (
+        lambda i: [*i.text, "--do_predict", "--resume_from_checkpoint=auto"],
+        ("--do_predict without --do_train",),
+    ),
+    **{
+        f"model {path}": (model(path), (re.escape(f"--model_name_or_path={path}: no such folder"), "check the path"))
+        for path in ("runs/cola/checkpoint-500", "/data/bert", "./nope", "a/b/c", "runs/", "two words", "C:\\bert")
+    },
+    "model that is not cached": (
+        model("org/none"),
+        ("--model_name_or_path=org/none: ", "no such folder here", "run `hf download org/none` where there"),
+    ),
+    "config that is nowhere": (
+        lambda i: [*without(i.text, "model_type"), "--config_name=runs/x"],
+        ("--config_name=runs/x: ", "hf download runs/x"),
+    ),
+    "tokenizer that is nowhere": (
+        lambda i: [*without(i.text, "tokenizer_name"), "--tokenizer_name=a/b"],
+        ("--tokenizer_name=a/b: ", "hf download a/b"),
+    ),
+    "path of a tokenizer": (
+        lambda i: [*without(i.text, "tokenizer_name"), "--tokenizer_name=./tok"],
+        ("--tokenizer_name=./tok: no such",),
+    ),
+    "path of data": (
+        lambda i: [*without(i.text, "train_file"), "--dataset_name=./nope"],
+        ("--dataset_name=./nope: no such", "check the path"),
+    ),
+    "data that is not cached": (
+        lambda i: [*without(i.text, "train_file"), "--dataset_name=org/none"],
+        ("--dataset_name=org/none: no such folder here", r"load_dataset\('org/none'\)"),
+    ),
+    "adapter of a model that is nowhere": (
+        lambda i: model(adapter(i))(i),
+        ("its base model is org/gone, and its tokenizer", "hf download org/gone"),
+    ),
     "infinite epochs": ([*PARITY, "--num_train_epochs=inf", "--max_steps=3"], ("--num_train_epochs=inf", "use more")),
     "infinite steps": ([*PARITY, "--logging_steps=inf"], ("--logging_steps=inf", "use 1 or more")),
     "infinite rate": ([*PARITY, "--learning_rate=inf"], ("--learning_rate=inf", "use 0 or more")),

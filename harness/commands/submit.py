@@ -142,10 +142,12 @@ def check(request: Request, environment: Mapping[str, str]) -> tuple[Config, lis
         raise ConfigError(f"{request.script}: no such file. harness submit needs a checkout: pip install -e . in one.")
     from harness.commands.checks import check_cache, check_disk, check_launch_config, check_tracking
     from harness.execute import check_names
-    from harness.flags import parse
+    from harness.flags import read
 
-    config = parse(request.arguments)
+    config = read(request.arguments).checked()
     check_names(config)
+    if not config.checkpoint.resumes:
+        config.check_weights()
     is_offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     notes = [
         check_launch_config(request.launch, num_processes=request.num_processes, uses_gpus=request.num_gpus > 0),

@@ -211,6 +211,22 @@ def adapter_config(folder: Path) -> dict[str, Any] | None:
     return content
 
 
+def why_not_found(error: Exception, name: str, *, cache_dir: str | None = None) -> str:
+    """Return in one line why Transformers could not load a name, a folder's or the Hub's, and what to do."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "couldn't connect" in reason.lower() or "offline mode" in reason.lower():
+        fetch = f"hf download {name}" + (f" --cache-dir {cache_dir}" if cache_dir else "")
+        return (
+            "no such folder here, not in the Hub's cache, and the Hub can't be reached; check the name, or run "
+            f"`{fetch}` where there is a network first"
+        )
+    if any(each in reason for each in ("Repo id must", "Incorrect path_or_model_id")):
+        return f"no such folder, and no name that a model of the Hub could have; relative paths start at {Path.cwd()}"
+    if "is not a local folder and is not a valid model identifier" in reason:
+        return "no such folder here, and none of that name on the Hub; a private one needs `hf auth login`, or --token"
+    return reason
+
+
 def load_adapter(model: torch.nn.Module, source: str, **options: Any) -> torch.nn.Module:
     """Return the model with the adapter of a folder or of the Hub, trainable. Raises ConfigError."""
     peft = import_peft(f"--model_name_or_path={source} is an adapter: it")
@@ -245,12 +261,12 @@ def merged_model(folder: Path) -> torch.nn.Module:
         raise ConfigError(f"{folder}: its model {base} is of the class {name}, which Transformers does not have.")
     options = {"revision": found["revision"]} if found.get("revision") else {}
     file = folder / MODEL_CONFIG_FILE
-    if file.is_file():  # the adapter may have another head than the base
-        options |= {"config": transformers.AutoConfig.from_pretrained(file), "ignore_mismatched_sizes": True}
     try:
+        if file.is_file():  # the adapter may have another head than the base
+            options |= {"config": transformers.AutoConfig.from_pretrained(file), "ignore_mismatched_sizes": True}
         model = kind.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: its model {base} can't be loaded: {error}") from error
+        raise ConfigError(f"{folder}: its model {base} can't be loaded: {why_not_found(error, base)}.") from error
     return merged(load_adapter(model, str(folder)))
 
 

@@ -66,7 +66,9 @@ class ModelFlags:
 class SourceFlags:
     """Where the data is from, and how much of it is used."""
 
-    dataset_name: str | None = arg(help="Data set on the Hub, or a folder written by save_to_disk.", common=True)
+    dataset_name: str | None = arg(
+        help="Data set on the Hub, or a folder written by save_to_disk.", path="model", common=True
+    )
     dataset_config_name: str | None = arg(help="Configuration of the data set on the Hub.")
     task_name: str | None = arg(help="A GLUE task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli.", common=True)
     train_file: list[str] | None = arg(

@@ -28,7 +28,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from harness.config import FALSE, TRUE
 from harness.errors import ConfigError
-from harness.model.adapters import MODEL_CONFIG_FILE, adapter_config, load_adapter
+from harness.model.adapters import MODEL_CONFIG_FILE, adapter_config, load_adapter, why_not_found
 from harness.tasks.flags import TaskConfig
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def load_tokenizer(config: TaskConfig, **options: Any) -> Any:
     flag = "tokenizer_name" if config.tokenizer_name else "model_name_or_path"
     if name is None:
         raise ConfigError("No tokenizer; give --tokenizer_name, or --model_name_or_path with a model that has one.")
-    with _user_model(f"--{flag}={name}: its tokenizer can't be loaded"):
+    with _user_model(config, flag, name, "its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **_hub(config), **options)
     # From a folder without tokenizer files, Transformers makes a tokenizer with special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -62,7 +62,7 @@ def load_image_processor(config: TaskConfig) -> Any:
         raise ConfigError(
             "No image processor; give --image_processor_name, or --model_name_or_path with a model that has one."
         )
-    with _user_model(f"--{flag}={name}: its image processor can't be loaded"):
+    with _user_model(config, flag, name, "its image processor can't be loaded"):
         # Always Pillow's, so that pixels don't depend on whether torchvision is installed.
         return AutoImageProcessor.from_pretrained(name, backend="pil", **_hub(config))
 
@@ -80,7 +80,7 @@ def load_config(config: TaskConfig, tokenizer: Any) -> Any:
         name = str(file) if file.is_file() else base.model_name_or_path
     if name is not None:
         flag = "config_name" if config.config_name else "model_name_or_path"
-        with _user_model(f"--{flag}={name}: its config can't be loaded"):
+        with _user_model(config, flag, name, "its config can't be loaded"):
             model_config = AutoConfig.from_pretrained(name, **_hub(config))
         if config.config_overrides:
             model_config = with_overrides(model_config, config.config_overrides)
@@ -177,14 +177,15 @@ def load_model(config: TaskConfig, auto_class: Any, model_config: Any, tokenizer
     if config.model_name_or_path is None:
         if options.get("dtype") == "auto":
             del options["dtype"]  # there are no weights whose type it could take
-        with _user_model(f"A new {model_config.model_type} model can't be made"):
+        with _user_problems(f"A new {model_config.model_type} model can't be made"):
             model = auto_class.from_config(model_config, **options)
     else:
         # An adapter has the head that it was trained with.
         other_head = config.ignore_mismatched_sizes or adapter is not config
         options |= _hub(config) | {"ignore_mismatched_sizes": other_head}
-        with _user_model(f"--model_name_or_path={config.model_name_or_path}: the model can't be loaded"):
-            model = auto_class.from_pretrained(config.model_name_or_path, config=model_config, **options)
+        name = config.model_name_or_path
+        with _user_model(adapter, "model_name_or_path", name, "the model can't be loaded"):
+            model = auto_class.from_pretrained(name, config=model_config, **options)
     if tokenizer is not None:
         _fit_embeddings(model, tokenizer)
     if adapter is not config:
@@ -245,7 +246,8 @@ def _under_adapter(config: TaskConfig) -> TaskConfig:
     name = config.model_name_or_path
     if name is None:
         return config
-    file = find_adapter_config_file(name, **_hub(config, with_code=False))
+    with _user_model(config, "model_name_or_path", name, "it can't be loaded"):
+        file = find_adapter_config_file(name, **_hub(config, with_code=False))
     if file is None:
         return config
     content = adapter_config(Path(file).parent) or {}
@@ -348,13 +350,22 @@ def _hub(config: TaskConfig, *, with_code: bool = True) -> dict[str, Any]:
 
 
 @contextmanager
-def _user_model(what: str) -> Iterator[None]:
+def _user_model(config: TaskConfig, flag: str, name: str, what: str) -> Iterator[None]:
+    """As `_user_problems`, of what a flag names: a folder, a model on the Hub, or the model under an adapter."""
+    given = getattr(config, flag)
+    shown = f"--{flag}={given}: " + ("" if name == given else f"its base model is {name}, and ") + what
+    with _user_problems(shown, lambda error: why_not_found(error, name, cache_dir=config.cache_dir)):
+        yield
+
+
+@contextmanager
+def _user_problems(what: str, why: Callable[[Exception], str] | None = None) -> Iterator[None]:
     """Turn what Transformers raises for files it can't load into ConfigError; use it around one call."""
     try:
         yield
     except (OSError, ImportError, ValueError, ArithmeticError, SafetensorError, StrictDataclassError) as error:
         # ArithmeticError: a size of 0 in the config. ImportError: an attention whose package is not installed.
-        raise ConfigError(f"{what}: {_first_line(error)}") from error
+        raise ConfigError(f"{what}: {(why or _first_line)(error)}") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

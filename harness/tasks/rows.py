@@ -104,14 +104,23 @@ def _load_named(config: TaskConfig, source: str) -> Any:
             f"{source}: `datasets` takes {folder} as a pattern and would read other folders; rename it, or name its "
             "files by --train_file."
         )
-    with user_data(source):
-        return datasets.load_dataset(
-            config.dataset_name,
-            config.dataset_config_name,
-            cache_dir=config.cache_dir,
-            token=config.token,
-            streaming=config.streaming,
-        )
+    try:
+        with user_data(source):
+            return datasets.load_dataset(
+                config.dataset_name,
+                config.dataset_config_name,
+                cache_dir=config.cache_dir,
+                token=config.token,
+                streaming=config.streaming,
+            )
+    except ConfigError as error:
+        if not any(each in str(error) for each in ("Couldn't reach", "offline mode", "Couldn't find cache for")):
+            raise
+        named = ", ".join(repr(each) for each in (config.dataset_name, config.dataset_config_name) if each)
+        raise ConfigError(
+            f"{source}: no such folder here, not in the cache, and the Hub can't be reached; check the name, or run "
+            f'`python -c "import datasets; datasets.load_dataset({named})"` where there is a network first.'
+        ) from error
 
 
 def _load_files(flag: str, given: Sequence[str], config: TaskConfig, keep_linebreaks: bool) -> Any:

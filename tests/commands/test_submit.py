@@ -40,6 +40,15 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "--model_name_or_path=no/model is not in the cache, and the nodes have no internet: run `hf download no/model`",
     ),
     "name that only a library knows": ([*CPU, "--optim=adamm"], "--optim=adamm is not known"),
+    "path of a model": (
+        [*CPU, "--model_name_or_path", "runs/cola/checkpoint-500", "--train_file", "a.txt"],
+        "--model_name_or_path=runs/cola/checkpoint-500: no such folder",
+    ),
+    "path of a model of nodes without internet": (
+        [*CPU, "--no-internet", "--model_name_or_path", "./nope", "--train_file", "a.txt"],
+        "--model_name_or_path=./nope: no such folder",
+    ),
+    "new model to evaluate": ([*CPU, "--config", "quickstart", "--do_eval"], "--do_eval without --do_train"),
     "model in W&B": (
         [*CPU, "--no-internet", "--model_name_or_path", "wandb:a/b/c:v0", "--train_file", "a.txt"],
         "needs the network, and the nodes have none",
