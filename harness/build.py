@@ -69,7 +69,7 @@ def assemble(
     A `builder` takes the place of the one that --task names. Raises ConfigError for everything that the flags ask for
     and the task lacks. Writes nothing.
     """
-    if weights is None and builder is None:  # a builder may bring a model
+    if not is_resumed and builder is None:  # a builder may bring a model
         config.check_weights()
     accelerator, local = backend.accelerator, not config.task.preprocess_on_main
     task_config, artifacts = main_process_first(

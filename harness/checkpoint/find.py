@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import tempfile
+import uuid
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -62,6 +63,15 @@ def remove_leftovers(output_dir: Path) -> list[str]:
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in left if not path.exists())
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, under a leftover's name, which a kill leaves and nothing takes. Raises OSError."""
+    if checkpoint.is_symlink():
+        raise OSError(f"{checkpoint} is a link to {checkpoint.resolve()}")
+    leftover = checkpoint.with_name(f"checkpoint-{step_of(checkpoint)}.{uuid.uuid4().hex[:8]}.partial")
+    checkpoint.rename(leftover)
+    shutil.rmtree(leftover)
 
 
 def in_job(config: CheckpointConfig, job: SlurmJob) -> CheckpointConfig:

@@ -6,7 +6,6 @@ import logging
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from harness.checkpoint.find import list_checkpoints
+from harness.checkpoint.find import list_checkpoints, remove_checkpoint
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.host_copies import HostCopies
 from harness.checkpoint.layout import (
@@ -25,7 +24,6 @@ from harness.checkpoint.layout import (
     digest_of_manifest,
     read,
     rng_file,
-    step_of,
 )
 from harness.checkpoint.lock import Lock
 from harness.checkpoint.rescue import leave_weights
@@ -282,7 +280,7 @@ class Checkpoints:
             left = self._leave_weights()
             raise CheckpointError(
                 f"{self._failure}. The older ones are untouched; "
-                f"make room, then go on with --resume_from_checkpoint true. {left}".rstrip()
+                f"make room or make it writable, then go on with --resume_from_checkpoint true. {left}".rstrip()
             )
 
     def together(self, act: Callable[[], None], *, weights: Mapping[str, Any] | None = None, step: int = 0) -> None:
@@ -306,7 +304,7 @@ class Checkpoints:
         if message is not None:
             raise CheckpointError(
                 f"The model could not be written to {self.output_dir}: {message}. The checkpoints are untouched; "
-                f"make room, then go on with --resume_from_checkpoint true. {left}".rstrip()
+                f"make room or make it writable, then go on with --resume_from_checkpoint true. {left}".rstrip()
             ) from failure
         if weights is not None:  # they are written, whatever the last checkpoint has come to
             self._unsaved = None
@@ -469,7 +467,7 @@ class Checkpoints:
         """Delete checkpoints; one that can't be is passed over, which is said once, and tried again at a later save."""
         for path in checkpoints:
             try:
-                _remove(path)
+                remove_checkpoint(path)
             except OSError as error:
                 if path.name not in self._undeletable:
                     logger.warning(
@@ -485,15 +483,6 @@ def _of_disk(error: Exception) -> Exception:
     words = ("I/O error", "iostream error", "PytorchStreamWriter", "inline_container", "file write failed")
     is_of_disk = any(each in str(error) for each in words)
     return OSError(str(error)) if is_of_disk else error
-
-
-def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, under the name of a leftover: what a kill leaves of it is taken for nothing else."""
-    if checkpoint.is_symlink():
-        raise OSError(f"{checkpoint} is a link to {checkpoint.resolve()}")
-    leftover = checkpoint.with_name(f"checkpoint-{step_of(checkpoint)}.{uuid.uuid4().hex[:8]}.partial")
-    checkpoint.rename(leftover)
-    shutil.rmtree(leftover)
 
 
 def _fresh(folder: Path) -> None:

@@ -90,18 +90,14 @@ class Attempts:
             exit_code=None,
         )
         self._keep(identity)
+        run = None
         if was_online and mode == "offline":
             logger.warning(
                 "The run is online: what W&B has of it is not known offline. Its rows are kept in %s.", journal.path
             )
-            run = None
         else:
-            run = open_run(
-                config,
-                {"mode": mode or "auto", **self._kwargs(init_kwargs, identity, config, is_new=not is_known)},
-                stop=stop,
-                must_be_online=was_online,
-            )
+            kwargs = {"mode": mode or "auto", **self._kwargs(init_kwargs, identity, config, is_new=not is_known)}
+            run = open_run(config, kwargs, stop=stop, must_be_online=was_online)
         have, offset = self._have(run, identity, journal)
         first_step = identity.first_step if identity.first_step is not None else have or 0
         history = History(
