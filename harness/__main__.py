@@ -17,7 +17,7 @@ from importlib import import_module
 import harness
 from harness.errors import ConfigError, exit_code_of
 from harness.masking import tracebacks_masked
-from harness.signals import hold
+from harness.signals import end_preparation, prepare_command, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class Command:
     def run(self, name: str, argv: Sequence[str]) -> int:
         """Import its module and run it; returns the exit code."""
         if name == "train":
-            hold()  # before its imports, which take seconds
             return int(import_module("harness.train").main(argv))
+        end_preparation()
         return int(import_module(f"harness.commands.{name}").run(argv))
 
 
@@ -55,8 +55,12 @@ COMMANDS = {
 
 def script() -> None:
     """Run as the installed command `harness`."""
+    prepare_command()  # before the imports of a training, which take seconds
     with tracebacks_masked():
-        sys.exit(main())
+        code = main()
+    if sys.argv[1:2] == ["train"]:
+        import_module("harness.train").leave(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = words[0] if words else "--help"
     command = COMMANDS.get(name, Command(help=""))
 
-    def say(_: int, message: str) -> None:
-        print(f"harness {name}: {message}" if name in COMMANDS else f"harness: {message}", file=sys.stderr, flush=True)
+    def tell(_: int, message: str) -> None:
+        say(f"harness {name}: {message}" if name in COMMANDS else f"harness: {message}", sys.stderr)
 
     work = partial(command.run, name, words[1:]) if name in COMMANDS else partial(_without_command, name)
-    return exit_code_of(work, say, interrupted=command.interrupted)
+    return exit_code_of(work, tell, interrupted=command.interrupted)
 
 
 def _without_command(word: str) -> int:

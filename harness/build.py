@@ -328,6 +328,7 @@ def _stop(session: Session, tracker: WandbTracker, checkpoints: Checkpoints) -> 
         requested=lambda: tracker.stop_requested,
         time_limit=_time_limit(session, checkpoints),
         is_shut_out=lambda: checkpoints.is_shut_out,
+        saves=session.config.plan.save_strategy != "no",
     )
 
 

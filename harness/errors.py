@@ -8,7 +8,7 @@ HarnessError            1  base class; the message is one line that says what to
 ├── MemoryShortError    1  the device is out of memory
 ├── RankError           1  another rank has failed
 ├── WorkerError         1  a process that reads the data was killed
-├── StoppedError     85/0  the training saved its state and stopped before its planned end
+├── StoppedError  85/130/0 the training saved its state and stopped before its planned end
 └── TrackingError       1  something is missing in W&B; a training goes on, a command ends
     ├── UnreachableError   no credentials, or no server
     ├── NoCredentialsError neither a key in the environment nor a login
@@ -24,7 +24,8 @@ HarnessError            1  base class; the message is one line that says what to
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 
 from harness.masking import masked
 
@@ -62,14 +63,15 @@ def exit_code_of(
     """
     Run the `work` of a command and return its exit code; on an error `say` gets that code and the masked message.
 
-    Ctrl-C gives 130. Any error other than HarnessError is a bug and is raised with its traceback.
+    Ctrl-C gives 130, and the message that its KeyboardInterrupt has, else `interrupted`. Any error other than
+    HarnessError is a bug and is raised with its traceback.
     """
     try:
         return work()
     except HarnessError as error:
         code, message = error.exit_code, masked(str(error))
-    except KeyboardInterrupt:
-        code, message = 130, interrupted
+    except KeyboardInterrupt as error:
+        code, message = 130, masked(str(error)) or interrupted
     say(code, message)
     return code
 
@@ -126,10 +128,19 @@ class WorkerError(HarnessError):
 
 
 class StoppedError(HarnessError):
-    """The training stopped at a step boundary before its planned end; the message is one line that says why."""
+    """
+    The training stopped before its planned end; the message is one line that says why, and how to go on.
 
-    def __init__(self, message: str, *, exit_code: int, was_preempted: bool) -> None:
-        super().__init__(message)
+    `flags` are those with which it goes on, none if it can't; the whole `command` is known where one was typed.
+    """
+
+    def __init__(
+        self, reason: str, *, exit_code: int, was_preempted: bool, flags: Sequence[str] = (), command: str = ""
+    ) -> None:
+        # Without a full stop after it, which would be copied with the command.
+        goes_on = f"; go on with: {command}" if command else f"; go on with {shlex.join(flags)}" if flags else "."
+        super().__init__(f"{reason}{goes_on}")
+        self.reason, self.flags = reason, tuple(flags)
         self.exit_code, self.was_preempted = exit_code, was_preempted
 
 

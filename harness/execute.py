@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from harness.build import Planned, assemble, build_run, plan_run
-from harness.checkpoint.find import check_output_dir, in_job, remove_leftovers
+from harness.checkpoint.find import check_output_dir, in_job, list_checkpoints, remove_leftovers
 from harness.checkpoint.fit import check_fit
 from harness.checkpoint.layout import manifest_of
 from harness.checkpoint.lock import Lock
@@ -32,6 +32,7 @@ from harness.model.weights import check_weights, load_weights, own_weights, raw_
 from harness.results import Result, conclude, save_final
 from harness.resume import Beginning
 from harness.session import Run, Session
+from harness.signals import INTERRUPTED_EXIT_CODE
 from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
 from harness.snapshot import rehearse, restore
 from harness.tasks import Builder
@@ -52,9 +53,11 @@ from harness.training import rng
 from harness.training.console import logging_kept, set_up_logging
 from harness.training.debug import describe_batch, watch_training
 from harness.training.state import TrainState
-from harness.training.stopping import PREEMPTED_FILE
+from harness.training.stopping import COMPLETES, PREEMPTED_FILE, resume_flags
 
 logger = logging.getLogger("harness")
+
+CLOSING = "the training has ended, which is being recorded"
 
 
 def check_names(config: Config) -> None:
@@ -149,10 +152,11 @@ def carry_out(
 ) -> Result:
     """Collective: train, evaluate, show the results, and close what is open, however it ends."""
     accelerator, output_dir = session.accelerator, session.output_dir
-    exit_code, how = 1, FAILED
+    exit_code, how, is_trained = 1, FAILED, False
     rows: list[tuple[str, str]] = []
     try:
         trained = train(session, run, state) if run is not None else {}
+        is_trained = run is not None
         metrics, rows = conclude(session, run, state, trained)
         found = (tracker.run_id, tracker.run_url)
         accelerator.wait_for_everyone()  # no other rank waits for rank zero's last uploads
@@ -162,14 +166,19 @@ def carry_out(
         if accelerator.is_main_process and stopped.was_preempted:
             (output_dir / PREEMPTED_FILE).touch()
         raise
+    except KeyboardInterrupt:
+        exit_code, how = INTERRUPTED_EXIT_CODE, STOPPED
+        left = what_is_left(session, run, state, is_trained=is_trained)
+        raise KeyboardInterrupt(str(left)) from left
     finally:
         session.console.close()
         # The caller's model again: mixed precision has wrapped its forward.
         model = accelerator.unwrap_model(session.task.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         # A launcher kills all ranks when one exits: the end of the run is recorded before that.
-        with run.stop.listening() if run is not None and exit_code != 0 else nullcontext():
+        with run.stop.listening(CLOSING) if run is not None and exit_code != 0 else nullcontext():
             is_shut_out = lock.is_lost()
-            close_trackers(accelerator, exit_code=exit_code, is_shut_out=is_shut_out)
+            is_at_once = run is not None and run.stop.is_at_once
+            close_trackers(accelerator, exit_code=exit_code, leaves_open=is_shut_out or is_at_once)
             if not is_shut_out:
                 record.end(how)
         rows.append(("folder", str(output_dir)))  # the only place that names it, however the run ended
@@ -211,15 +220,15 @@ def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: 
 def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     """Collective: train, then save the final model and state; returns the metrics of the training."""
     console, config = session.console, session.config
-    console.start(run.plan.max_steps, state.global_step, "step")
-    if adapter := describe(session.task.model):
-        console.line(adapter)
-    for line in unseen(run.tracker.config, run.plan, from_step=state.global_step):
-        console.line(line)
-    if config.debug.is_on:
-        console.line(describe_batch(run.loader.peek(), session.task.processing_class))
-    run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
-    with run.stop.listening():
+    with run.stop.listening():  # before workers of the data are forked, which get a terminal's signals too
+        console.start(run.plan.max_steps, state.global_step, "step")
+        if adapter := describe(session.task.model):
+            console.line(adapter)
+        for line in unseen(run.tracker.config, run.plan, from_step=state.global_step):
+            console.line(line)
+        if config.debug.is_on:
+            console.line(describe_batch(run.loader.peek(), session.task.processing_class))
+        run.tracker.watch(run.model, session.accelerator, log_freq=max(100, state.logging_steps))
         try:
             with (
                 watch_training(config.debug, session.task.model, session.accelerator.device, console.line),
@@ -230,11 +239,29 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
             leave_trained(session, run, state)
             raise
         finally:
-            run.checkpoints.wait()  # however the training ends, the save under way is completed
-    console.close()
-    finish_output(session, run, state)
-    run.checkpoints.check_last()
+            if not run.stop.is_at_once:
+                run.checkpoints.wait()  # however the training ends, the save under way is completed
+        console.close()
+        run.stop.promise = COMPLETES
+        finish_output(session, run, state)
+        run.checkpoints.check_last()
+        if run.stop.was_interrupted():
+            run.tracker.mark_preempting()
+            raise what_is_left(session, run, state, is_trained=True)
     return results
+
+
+def what_is_left(session: Session, run: Run | None, state: TrainState, *, is_trained: bool) -> StoppedError:
+    """Local: return the error that says what there is after Ctrl-C that has not made a save."""
+    reason, flags = "Interrupted", tuple[str, ...]()
+    if is_trained:
+        reason = f"Interrupted after the last step: the training is complete, its model is in {session.output_dir}"
+    elif run is not None:
+        found = list_checkpoints(session.output_dir)[-1:]
+        kept = f"what is after {found[0].name} is not saved" if found else "there is no checkpoint"
+        reason = f"Interrupted twice at step {state.global_step} of {run.plan.max_steps}: {kept}"
+        flags = resume_flags(session.output_dir) if found else ()
+    return StoppedError(reason, flags=flags, exit_code=INTERRUPTED_EXIT_CODE, was_preempted=False)
 
 
 def leave_trained(session: Session, run: Run, state: TrainState) -> None:

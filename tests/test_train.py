@@ -208,7 +208,8 @@ def test_an_interrupt_ends_with_130(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(flags) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err.splitlines()[-1] == "harness train: Interrupted."
+    says = "harness train: Interrupted at step 2 of 3: nothing is saved with --save_strategy no."
+    assert capsys.readouterr().err.splitlines()[-1] == says
 
 
 def test_out_of_memory_says_what_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

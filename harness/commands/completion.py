@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 from harness.commands import Parser
+from harness.train import show
 
 SHELLS = ("bash", "zsh", "tcsh")
 COMMANDS = ("sync", "export", "submit", "link", "completion")
@@ -32,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     given = parser().parse_args(argv)
     import shtab
 
-    print(shtab.complete(_whole(), shell=given.shell))
+    show(f"{shtab.complete(_whole(), shell=given.shell)}\n")
     return 0
 
 

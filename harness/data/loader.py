@@ -13,12 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import seed_worker
 
 from harness.data.batches import BatchMaker, IndexedBatches, as_it_is
 from harness.data.digest import digest_of_samples
 from harness.data.flags import DataConfig
-from harness.data.samples import Samples, class_if_loaded, pins_memory, worker_options
+from harness.data.samples import Samples, class_if_loaded, pins_memory, start_worker, worker_options
 from harness.data.streams import StreamBatches
 from harness.distributed.ranks import ranks_of
 from harness.training import rng
@@ -122,7 +121,7 @@ class TrainLoader:
             "collate_fn": as_it_is,
             **worker_options(config, accelerator.device),
             "worker_init_fn": partial(
-                seed_worker, num_workers=config.dataloader_num_workers, rank=accelerator.process_index
+                start_worker, num_workers=config.dataloader_num_workers, rank=accelerator.process_index
             ),
         }
         if samples.is_stream:

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import RemoveColumnsCollator
+from transformers.trainer_utils import RemoveColumnsCollator, seed_worker
 
 from harness.data.flags import DataConfig
 from harness.errors import ConfigError
+from harness.signals import outlive_stops
 
 # Its collator logs once which keys it hides; shown with --log_level info.
 library_logger = logging.getLogger("transformers.trainer")
@@ -130,7 +131,15 @@ def worker_options(config: DataConfig, device: torch.device) -> dict[str, Any]:
         "persistent_workers": config.dataloader_persistent_workers,
         "prefetch_factor": config.dataloader_prefetch_factor,
         "multiprocessing_context": config.dataloader_multiprocessing_context,
+        "worker_init_fn": start_worker,
     }
+
+
+def start_worker(worker_id: int, *, num_workers: int | None = None, rank: int = 0) -> None:
+    """Begin a worker process of a DataLoader: with `num_workers` it has the Trainer's seed."""
+    outlive_stops()
+    if num_workers is not None:
+        seed_worker(worker_id, num_workers, rank)
 
 
 def usable_samples(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +15,9 @@ from typing import Any
 import psutil
 import yaml
 
+from harness.masking import masked_words
+
+LAUNCHERS, COMMANDS = ("accelerate", "accelerate-launch", "torchrun"), ("harness", "harness-train")
 # Keys of the launch config, and the flags of the launcher that set the same.
 SAME_AS = {"distributed_type": ("multi_gpu", "use_deepspeed", "use_fsdp", "cpu"), "use_cpu": ("cpu",)}
 
@@ -79,11 +86,7 @@ def find_launch() -> Launch | None:
 
     The launcher passes on what it decided but not what it was told: that is read from its command line.
     """
-    try:
-        commands = [process.cmdline() for process in psutil.Process().parents()]
-    except psutil.Error:
-        return None
-    arguments = next((found for found in map(launcher_arguments, commands) if found is not None), None)
+    arguments = next((found for found in map(launcher_arguments, _parents()) if found is not None), None)
     return None if arguments is None else read_launch(arguments)
 
 
@@ -116,6 +119,70 @@ def read_launch(arguments: Sequence[str]) -> Launch | None:
     except yaml.YAMLError:
         config = {}
     return Launch(flags=flags, config=config if isinstance(config, dict) else {}, path=path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypedCommand:
+    """A command as somebody typed it: its `words` up to the flags of the training, and these flags."""
+
+    words: Sequence[str]
+    flags: Sequence[str]
+
+    def with_flags(self, flags: Sequence[str]) -> str:
+        """Return it as a line for a shell, with `flags` in place of the same ones; without secrets."""
+        replaced = {*flags[::2], "--wandb_fork"}  # given again, it would make another run
+        kept: list[str] = []
+        skips = False
+        for word in self.flags:
+            if word.startswith("--"):
+                skips = word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in replaced
+            kept += [] if skips else [word]
+        return shlex.join([*self.words, *masked_words([*kept, *flags])])
+
+
+def typed_command(flags: Sequence[str]) -> TypedCommand:
+    """Find how this process was started with the flags of a training: by a launcher, by Python, or as a command."""
+    for command in (*filter(is_launcher, _parents()), sys.orig_argv):
+        at = len(command) - len(flags)
+        if at > 0 and list(command[at:]) == list(flags):
+            is_command = len(command) > 1 and Path(command[1]).name in (*LAUNCHERS, *COMMANDS) and at > 1
+            words = [Path(command[1]).name, *command[2:at]] if is_command else command[:at]
+            return TypedCommand(words=words, flags=flags)
+    return TypedCommand(words=("harness", "train"), flags=flags)
+
+
+def passes_on(signum: int) -> bool:
+    """
+    Whether torch's launcher, accelerate's too, sends this signal on, and kills its processes after a while.
+
+    SLURM's scripts have it leave SIGTERM to the processes.
+    """
+    handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+    return "TORCHELASTIC_RUN_ID" in os.environ and signal.Signals(signum).name in handled.split(",")
+
+
+def shutdown_seconds() -> float:
+    """Return how long torch's launcher lets its processes live after it has sent them a signal."""
+    for command in filter(is_launcher, _parents()):
+        for word, following in zip(command, [*command[1:], ""], strict=True):
+            flag, _, value = word.partition("=")
+            if flag in ("--shutdown_timeout", "--shutdown-timeout"):
+                return float(value or following)
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
+
+def _parents() -> list[list[str]]:
+    """The command lines of the processes that this one descends from, the nearest first."""
+    try:
+        return [process.cmdline() for process in psutil.Process().parents()]
+    except psutil.Error:
+        return []
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """Whether a command line is one of accelerate's launcher or of torchrun."""
+    by_torch = any(Path(word).name in ("torchrun", "torch.distributed.run") for word in command[:4])
+    return by_torch or launcher_arguments(command) is not None
 
 
 def where(key: str) -> str:

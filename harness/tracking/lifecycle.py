@@ -18,7 +18,6 @@ from harness.tracking.recorded import launch_config, store_configuration
 from harness.tracking.rows.local import LocalRows
 from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.open import check_credentials
-from harness.tracking.run.wandb_core import abandon_run
 from harness.tracking.tracker import WandbTracker
 
 
@@ -81,15 +80,15 @@ def open_trackers(
     tell_all(accelerator, start)
 
 
-def close_trackers(accelerator: Accelerator, *, exit_code: int, is_shut_out: bool = False) -> None:
+def close_trackers(accelerator: Accelerator, *, exit_code: int, leaves_open: bool = False) -> None:
     """
     End the W&B run as finished (0) or failed, without a collective: it may be an error that brings us here.
 
-    `is_shut_out`: a later attempt has taken over the folder and the run; the run is left open for it.
+    `leaves_open`: a later attempt goes on with the run, or has done so already; nothing is waited for.
     """
     for tracker in accelerator.trackers:
-        if isinstance(tracker, WandbTracker) and is_shut_out:
-            abandon_run()
+        if isinstance(tracker, WandbTracker) and leaves_open:
+            tracker.abandon()
         elif isinstance(tracker, WandbTracker):
             tracker.finish(exit_code)
 

@@ -251,6 +251,10 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             self._local.close()
         self._report = self._live.close(exit_code) or self._report
 
+    def abandon(self) -> None:
+        """Leave the run open for the next attempt, and wait for nothing; an adopted run stays its owner's."""
+        self._live.abandon()
+
     def describe(self) -> str:
         """Say where the run is, also when it is over: its address, or its folder and how to upload it."""
         return self._live.where

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from harness.config import is_dumb_terminal
 from harness.masking import masked
+from harness.signals import say
 from harness.training.flags import ConsoleConfig
 
 TIMING_SUFFIXES = ("_runtime", "_samples_per_second", "_steps_per_second")
@@ -121,8 +122,8 @@ class Console:
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._enabled:
-            tqdm.write(masked(text), file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError), tqdm.external_write_mode(file=sys.stdout):
+                say(masked(text), sys.stdout)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

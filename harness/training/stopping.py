@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
+import bdb
+import logging
+import os
 import signal
 import threading
 import time
@@ -14,14 +18,22 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from harness.distributed.launch import passes_on, shutdown_seconds
 from harness.distributed.ranks import gloo_group
 from harness.errors import StoppedError
-from harness.signals import SIGNALS
+from harness.signals import INTERRUPTED_EXIT_CODE, SIGNALS
 from harness.training.flags import StoppingConfig
+
+logger = logging.getLogger(__name__)
 
 PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
 PREEMPTED_FILE = "preempted"
 SECONDS_BETWEEN_LOOKS = 1.0  # how often to read the lock, a file that may be on a network
+# What a person is told at the first Ctrl-C.
+SAVES = "the step, evaluation or save under way is finished, then the training is saved and ends"
+SAVES_NOTHING = "the step or evaluation under way is finished, then the training ends; --save_strategy no saves nothing"
+COMPLETES = "the training is complete, its model is written before it ends"
+SAME_PRESS_SECONDS = 0.5  # a launcher and the terminal may both send the signal of one Ctrl-C
 
 
 class StopReason(IntEnum):
@@ -31,7 +43,8 @@ class StopReason(IntEnum):
     REQUESTED = 1
     TIME_LIMIT = 2
     PREEMPTED = 3
-    SHUT_OUT = 4
+    INTERRUPTED = 4
+    SHUT_OUT = 5
 
 
 class TimeLimit:
@@ -71,6 +84,8 @@ class Stop:
     - requested: whether a stop was requested from outside (Stop in the W&B app); read on each rank.
     - time_limit: the job's, on rank zero; None on other ranks and without a limit.
     - is_shut_out: whether another process has taken over the folder; asked once a second.
+    - saves: whether a stop leaves a checkpoint.
+    - is_at_once: whether a second Ctrl-C has come: then nothing is waited for.
 
     With several ranks the answer travels on a separate gloo group while the next step runs, so that no step waits for
     it: they stop one step after the signal.
@@ -83,36 +98,91 @@ class Stop:
         requested: Callable[[], bool],
         time_limit: TimeLimit | None = None,
         is_shut_out: Callable[[], bool] = lambda: False,
+        saves: bool = True,
     ) -> None:
         self.requested, self.time_limit, self.is_shut_out = requested, time_limit, is_shut_out
+        self.saves, self.is_at_once = saves, False
         self._looked_at = 0.0
-        self._signalled = threading.Event()
-        self._is_alone = accelerator.num_processes == 1
+        self._noted = StopReason.NONE
+        self._interrupted_at: float | None = None
+        self._process: int | None = None
+        self.promise = ""
+        self._is_alone, self._speaks = accelerator.num_processes == 1, accelerator.is_main_process
         self._group = None if self._is_alone else gloo_group(accelerator)
         self._flag = torch.zeros(1, dtype=torch.int64)
         self._pending: torch.distributed.Work | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Record SIGNALS during the block; launchers repeat them, so a second one changes nothing."""
+    def listening(self, promise: str = "") -> Iterator[None]:
+        """
+        Record signals during the block: those of a scheduler, of a terminal that is closed, and Ctrl-C.
+
+        Launchers repeat the first ones, so a second one changes nothing; a second Ctrl-C raises KeyboardInterrupt. At
+        the first one a person is told the `promise`, which may change meanwhile; default: that of a training.
+        Ignored signals of a terminal stay ignored (`nohup`, a job in the background), and Ctrl-C stays pdb's.
+        """
         if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
             yield
             return
-
-        def note(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - Python's signature
-            self._signalled.set()
-
+        self._process = os.getpid()
+        self.promise = promise or (SAVES if self.saves else SAVES_NOTHING)
         with ExitStack() as stack:
+            stack.callback(self._end_listening)
             for each in SIGNALS:
-                stack.callback(signal.signal, each, signal.signal(each, note))
+                stack.callback(signal.signal, each, signal.signal(each, self._note))
+            for each, note in ((signal.SIGHUP, self._note), (signal.SIGINT, self._interrupt)):
+                before = signal.getsignal(each)
+                if before != signal.SIG_IGN and not isinstance(getattr(before, "__self__", None), bdb.Bdb):
+                    stack.callback(signal.signal, each, signal.signal(each, note))
             # A signal that was held since the start arrives now.
             stack.callback(
                 signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             )
             yield
 
+    def _end_listening(self) -> None:
+        self._process = None
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        # torch's launcher answers a second Ctrl-C by SIGTERM.
+        if signum == signal.SIGTERM and self._interrupted_at is not None and passes_on(signum):
+            self._interrupt(signum, frame)
+        self._noted = max(self._noted, StopReason.PREEMPTED)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self._process is None or _is_at_prompt(frame):
+            signal.default_int_handler(signum, frame)
+        if self._process != os.getpid():  # a worker of the data, which has this handler by its fork
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            self._noted = StopReason.INTERRUPTED
+            if self._speaks:  # in a thread: the code that was interrupted may hold the lock of the log, or of stderr
+                _thread.start_new_thread(self._tell, ())
+        elif now - self._interrupted_at > SAME_PRESS_SECONDS:
+            self.is_at_once = True
+            signal.default_int_handler(signum, frame)
+
+    def _tell(self) -> None:
+        limit = ""
+        if passes_on(signal.SIGINT):
+            limit = (
+                f" The launcher kills all processes {shutdown_seconds():.0f} s from now: what is not saved then is "
+                "lost, the older checkpoints stay whole."
+            )
+        logger.warning("Ctrl-C: %s. Ctrl-C again ends it at once.%s", self.promise, limit)
+
     def agreed(self) -> StopReason:
         """Collective: return why to stop, or NONE; the same on all ranks."""
+        answer, began = self._agreed(), self._interrupted_at
+        tells = answer == StopReason.INTERRUPTED and self.saves and self._speaks
+        if tells and began is not None and passes_on(signal.SIGINT):
+            left = max(0.0, began + shutdown_seconds() - time.monotonic())
+            logger.warning("The training is saved now; the launcher kills all processes in %.0f s.", left)
+        return answer
+
+    def _agreed(self) -> StopReason:
         reason = self._reason()
         if self._is_alone:
             return reason
@@ -128,8 +198,8 @@ class Stop:
             self._looked_at = time.monotonic()
             if self.is_shut_out():
                 return StopReason.SHUT_OUT
-        if self._signalled.is_set():
-            return StopReason.PREEMPTED
+        if self._noted != StopReason.NONE:
+            return self._noted
         if self.time_limit is not None and self.time_limit.is_near(steps_ahead=0 if self._is_alone else 1):
             return StopReason.TIME_LIMIT
         return StopReason.REQUESTED if self.requested() else StopReason.NONE
@@ -142,13 +212,40 @@ class Stop:
         self._pending = None
         return StopReason(int(self._flag.item()))
 
+    def was_interrupted(self) -> bool:
+        """Collective: whether Ctrl-C has come on any rank, after the last step."""
+        if self._is_alone:
+            return self._noted == StopReason.INTERRUPTED
+        self._flag.fill_(self._noted)
+        torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(self._flag.item()) == StopReason.INTERRUPTED
+
+
+def _is_at_prompt(frame: FrameType | None) -> bool:
+    """Whether this code is called from the prompt of a debugger, which is that of Python's `cmd`."""
+    while frame is not None:
+        if frame.f_code.co_name == "cmdloop":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def resume_flags(output_dir: Path) -> tuple[str, ...]:
+    """Return the flags with which a training in this folder goes on."""
+    return ("--resume_from_checkpoint", "true", "--output_dir", str(output_dir))
+
 
 def stopped(reason: StopReason, *, at: str, saved_in: Path | None) -> StoppedError:
     """Return the error that ends a training `at` a step, whose checkpoint is in a folder, or is not saved."""
-    done = f"saved; go on with --resume_from_checkpoint true --output_dir {saved_in}"
+    flags = () if saved_in is None else resume_flags(saved_in)
     if reason == StopReason.REQUESTED:
-        message = f"Stopped from the W&B app at {at}: {'nothing was saved' if saved_in is None else done}."
-        return StoppedError(message, exit_code=0, was_preempted=False)
+        done = "nothing was saved" if saved_in is None else "saved"
+        return StoppedError(f"Stopped from the W&B app at {at}: {done}", flags=flags, exit_code=0, was_preempted=False)
+    done = "nothing is saved with --save_strategy no" if saved_in is None else "saved"
+    if reason == StopReason.INTERRUPTED:
+        return StoppedError(
+            f"Interrupted at {at}: {done}", flags=flags, exit_code=INTERRUPTED_EXIT_CODE, was_preempted=False
+        )
     why = "The job's time limit is near: stopped" if reason == StopReason.TIME_LIMIT else "Preempted"
-    message = f"{why} at {at}: {'nothing is saved with --save_strategy no' if saved_in is None else done}."
-    return StoppedError(message, exit_code=1 if saved_in is None else PREEMPTED_EXIT_CODE, was_preempted=True)
+    exit_code = 1 if saved_in is None else PREEMPTED_EXIT_CODE
+    return StoppedError(f"{why} at {at}: {done}", flags=flags, exit_code=exit_code, was_preempted=True)

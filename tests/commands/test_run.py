@@ -177,13 +177,14 @@ def test_a_stop_and_an_interrupt_reach_the_caller(tmp_path: Path) -> None:
     with pytest.raises(StoppedError, match="Preempted at step") as stopped:
         trained(tmp_path / "stopped", saving, train_dataset=Signalling(signal.SIGTERM))
     assert stopped.value.was_preempted
-    step = int(harness.latest_checkpoint(tmp_path / "stopped").name.partition("-")[2])  # type: ignore[union-attr]
-    assert 0 < step < 6
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"Interrupted at step \d of 6: saved; go on with --resume_from"):
         trained(tmp_path / "interrupted", saving, train_dataset=Signalling(signal.SIGINT))
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    went_on = trained(tmp_path / "stopped", {**saving, "resume_from_checkpoint": "true"})
-    assert went_on.state.global_step == 6
+    for name in ("stopped", "interrupted"):
+        step = int(harness.latest_checkpoint(tmp_path / name).name.partition("-")[2])  # type: ignore[union-attr]
+        assert 0 < step < 6
+        went_on = trained(tmp_path / name, {**saving, "resume_from_checkpoint": "true"})
+        assert went_on.state.global_step == 6
 
 
 def state_of_process() -> dict[str, Any]:

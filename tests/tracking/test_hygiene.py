@@ -237,12 +237,15 @@ def test_a_crash_fails_the_run_keeps_its_rows_and_leaks_nothing(played_at_length
         assert files_with(secret, training.folder, server.folder) == []
 
 
-def test_an_interrupted_run_is_not_called_finished(played_at_length: Played) -> None:
+def test_an_interrupted_run_is_left_as_a_preempted_one_is(played_at_length: Played) -> None:
     training = played_at_length[is_interrupted]
-    assert training.err.splitlines()[-1] == "harness train: Interrupted."
+    assert "harness train: Interrupted at step " in training.err.splitlines()[-1]
     run = played_at_length.server.run(training.run_id)
-    assert (run.state, run.exit_code) == ("failed", 1)
-    assert len(run.rows) > 0
+    assert (run.preempting, run.state, run.exit_code) == (True, "preempted", 130)
+    rows = len(run.rows)
+    assert 0 < rows < STEPS
+    assert (training.output_dir / f"checkpoint-{rows}").is_dir()
+    assert not (training.output_dir / "preempted").exists()
 
 
 def test_a_preempted_run_goes_on_as_the_same_run(played_at_length: Played) -> None:

@@ -53,7 +53,8 @@ def test_sigterm_saves_says_so_and_the_run_goes_on_as_if_nothing_had_been(uninte
     assert (folder / "preempted").is_file()
     # Sample 50 belongs to the seventh batch, which is drawn ahead: the stop is at the boundary before.
     (message,) = [line for line in ended.err.splitlines() if line.startswith("harness train: ")]
-    assert message.startswith("harness train: Preempted at step 6 of 30: saved; go on with --resume_from_checkpoint")
+    assert message.startswith("harness train: Preempted at step 6 of 30: saved; go on with: ")
+    assert message.endswith(f" --resume_from_checkpoint true --output_dir {folder}")
     assert (folder / "checkpoint-6" / "harness_state.json").is_file()
     assert not (folder / "model.safetensors").exists()
     (saved,) = read_all(tmp_path)

@@ -18,6 +18,7 @@ from harness.tracking.rows.history import History
 from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.close import PREEMPTED_SECONDS, SYNC, describe_rows, end_run
 from harness.tracking.run.open import is_notebook, open_run, where
+from harness.tracking.run.wandb_core import abandon_run
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,11 @@ class LiveRun:
         home = self._output_dir if history is not None else None
         rows = describe_rows(run, sent, uploads, home=home) if ends else []
         return rows if uploads is None else [*rows, uploads.describe()]
+
+    def abandon(self) -> None:
+        """End wandb's process without ending the run, if it was opened here."""
+        if self._is_own:
+            abandon_run()
 
     def _begin(self) -> None:
         """Note where the run is that has just been opened, and take up its artifacts."""

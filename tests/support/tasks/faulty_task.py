@@ -83,12 +83,27 @@ class SlowToRead(Dataset):  # type: ignore[type-arg]
         return self.samples[index]
 
 
+class SlowToSave:
+    """In place of a tokenizer: after the rehearsal and `quick` saves each takes `seconds` more, and is written down."""
+
+    def __init__(self, seconds: float, *, quick: int, saves: Path) -> None:
+        self.seconds, self.quick, self.saves = seconds, quick, saves
+        self.count = -1
+
+    def save_pretrained(self, folder: Any) -> None:
+        self.count += 1
+        if self.count > self.quick:
+            write_time(self.saves)
+            time.sleep(self.seconds)
+
+
 FAULTS = {"raises_at": 0, "sleeps_at": 0, "sleep_seconds": 0.0, "exits_at": 0}
 
 
 def build(config: TaskConfig) -> Task:
     """`fault_rank` is the rank that the faults happen on; without it they happen on all."""
-    given = {"seconds": 0.0, "batch": 8, "eval_seconds": 0.0, **FAULTS, **(config.task_args or {})}
+    given = {"seconds": 0.0, "batch": 8, "eval_seconds": 0.0, "save_seconds": 0.0, "quick_saves": 0}
+    given |= {**FAULTS, **(config.task_args or {})}
     rank = given.pop("fault_rank", None)
     if rank is not None and os.environ.get("RANK", "0") != str(rank):
         given |= FAULTS
@@ -96,6 +111,9 @@ def build(config: TaskConfig) -> Task:
     if (seconds := given.pop("eval_seconds")) > 0:
         task = replace(task, eval_dataset=SlowToRead(task.eval_dataset, seconds=seconds))
     times = Path(given.pop("times"))
+    quick = given.pop("quick_saves")
+    if (seconds := given.pop("save_seconds")) > 0:
+        task = replace(task, processing_class=SlowToSave(seconds, quick=quick, saves=times.with_name("saves")))
     write_time(times.with_name("built"))
     if os.environ.get("RANK", "0") != "0":
         times = times.with_name(f"{times.name}-{os.environ['RANK']}")

@@ -1,4 +1,4 @@
-"""The parity task, but the process gets SIGTERM while it trains: once, at a given sample, on a given rank."""
+"""The parity task, but the process gets a signal while it trains: once, at a given sample, on a given rank."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from harness.tasks import Task, TaskConfig
 from tests.support.tasks import parity_task
 
 
-class SendsTerm(Dataset):  # type: ignore[type-arg]
-    def __init__(self, samples: Any, *, after: int, sent: Path) -> None:
-        self.samples, self.after, self.sent = samples, after, sent
+class Signals(Dataset):  # type: ignore[type-arg]
+    def __init__(self, samples: Any, *, after: int, sent: Path, number: signal.Signals) -> None:
+        self.samples, self.after, self.sent, self.number = samples, after, sent, number
         self.count = 0
 
     def __len__(self) -> int:
@@ -34,14 +34,16 @@ class SendsTerm(Dataset):  # type: ignore[type-arg]
         self.count += 1
         if self.count == self.after and not self.sent.exists():
             self.sent.touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
         return self.samples[index]
 
 
 def build(config: TaskConfig) -> Task:
-    options = {"rank": 0, **(config.task_args or {})}
+    """`signal` is SIGTERM unless it is given."""
+    options = {"rank": 0, "signal": "SIGTERM", **(config.task_args or {})}
     task = parity_task.build(replace(config, task_args=None))
     if int(os.environ.get("RANK", "0")) != options["rank"]:
         return task
-    data = SendsTerm(task.train_dataset, after=options["after"], sent=Path(options["sent"]))
+    number = signal.Signals[options["signal"]]
+    data = Signals(task.train_dataset, after=options["after"], sent=Path(options["sent"]), number=number)
     return replace(task, train_dataset=data)
