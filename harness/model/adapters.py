@@ -33,6 +33,7 @@ TASK_TYPES = {
     "SEQ_2_SEQ_LM": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "AutoModelForSeq2SeqLM"),
     "CAUSAL_LM": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
 }
+AUTO_CLASSES = frozenset(name for _, name in TASK_TYPES.values())
 
 
 def is_adapted(model: torch.nn.Module) -> bool:
@@ -204,7 +205,7 @@ def adapter_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} can't be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds no JSON object, so it describes no adapter.")
@@ -251,15 +252,17 @@ def merged_model(folder: Path) -> torch.nn.Module:
     Raises ConfigError if the folder names no base model that can be loaded.
     """
     found = adapter_config(folder) or {}
-    base = found.get("base_model_name_or_path")
-    if not base:
+    base, mapping = found.get("base_model_name_or_path"), found.get("auto_mapping")
+    if not base or not isinstance(base, str):
         raise ConfigError(f"{folder} does not name the model that its adapter belongs to; it can't be merged.")
-    name = TASK_TYPES.get(found.get("task_type") or "", (None, None))[1]
-    name = name or (found.get("auto_mapping") or {}).get("base_model_class")
-    kind = getattr(transformers, name or "", None)
-    if kind is None:
+    name = TASK_TYPES.get(str(found.get("task_type")), (None, None))[1]
+    name = name or (mapping.get("base_model_class") if isinstance(mapping, dict) else None)
+    kind = getattr(transformers, str(name), None)
+    # Not whatever else Transformers has under that name.
+    is_model = isinstance(kind, type) and (issubclass(kind, transformers.PreTrainedModel) or name in AUTO_CLASSES)
+    if kind is None or not is_model:
         raise ConfigError(f"{folder}: its model {base} is of the class {name}, which Transformers does not have.")
-    options = {"revision": found["revision"]} if found.get("revision") else {}
+    options: dict[str, Any] = {"revision": str(found["revision"])} if found.get("revision") else {}
     file = folder / MODEL_CONFIG_FILE
     try:
         if file.is_file():  # the adapter may have another head than the base

@@ -273,6 +273,8 @@ def _play_all(asked: argparse.Namespace, folder: Path) -> int:
     for case in cases:
         verdict, told = fuzzer.play(case)
         counted.setdefault(case.layout, Counter())[verdict.partition(":")[0]] += 1
+        if verdict == "values":
+            print(f"case {case.number}: {told}: values", flush=True)
         if verdict.startswith("WRONG") or asked.case is not None:
             shown = (folder / "out").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             print(f"case {case.number}: {case}\n  {told}\n  {verdict}\n    " + "\n    ".join(shown[-12:]), flush=True)

@@ -302,3 +302,23 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path: Path, capsys: pytes
         given = {**common, **flags, "resume_from_checkpoint": tmp_path / kind / "checkpoint-2"}
         assert main([*as_flags(given), "--use_cpu"]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": ["x"]}, "does not name the model"),
+        ({"base_model_name_or_path": None}, "does not name the model"),
+        ({"auto_mapping": "GPT2LMHeadModel"}, "of the class None"),
+        ({"auto_mapping": {"base_model_class": "Trainer"}}, "of the class Trainer, which Transformers does not have"),
+        ({"auto_mapping": {"base_model_class": "__path__"}}, "of the class __path__"),
+        ({"task_type": ["CAUSAL_LM"]}, "of the class None"),
+    ],
+)
+def test_a_crafted_adapter_is_refused_before_its_model_is_looked_for(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    content = {"base_model_name_or_path": "base", "task_type": None, **changes}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        merged_model(tmp_path)
