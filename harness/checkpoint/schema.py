@@ -21,6 +21,7 @@ from harness.errors import ConfigError
 
 NUM_WORDS = 624  # of the state of a Mersenne twister, Python's and numpy's
 CUDA_STATES = (8, 16)  # bytes: the seed, and an offset behind it
+MOST = 10**300  # what a float can be
 MOST_SHOWN = 40  # letters of a value in a message
 
 
@@ -40,7 +41,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_whole(value)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, float) or (is_whole and abs(value) < MOST)  # operations may be more than 64 bits count
 
 
 def _is_path(value: Any) -> bool:
@@ -55,7 +57,8 @@ def _is_history(value: Any) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_is_number(each) for each in value)
+    # A task's own optimizer may have its rates as tensors.
+    return isinstance(value, list | tuple) and all(_is_number(each) or is_floats(each, ()) for each in value)
 
 
 NOTHING = Kind("null", lambda value: value is None)
@@ -195,8 +198,8 @@ def check_schedule(file: str, state: Any) -> None:
 
 
 def check_scaler(file: str, state: Any) -> None:
-    """Raise ConfigError unless it is the state of a loss scaler."""
-    check(file, state, SCALER, needs=SCALER)
+    """Raise ConfigError unless it is the state of a loss scaler; one that is off saves an empty one."""
+    check(file, state, SCALER, needs=SCALER if state else ())
 
 
 def check_rank_state(file: str, state: Any) -> None:

@@ -194,7 +194,7 @@ def check_state(optimizer: torch.optim.Optimizer, parts: Sequence[Mapping[str, A
     optimizer only this is known: what has the shape of a matrix has that of every parameter in the group.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's has it inside
-    kind = next((each for each in type(optimizer).__mro__ if _is_known(each)), None)
+    kind = _known(optimizer)
     for part in parts:
         _check_groups(optimizer.param_groups, part["param_groups"], needs_numbers=kind is not None)
     parameters = [(i, each) for i, group in enumerate(optimizer.param_groups) for each in group["params"]]
@@ -216,8 +216,16 @@ def check_state(optimizer: torch.optim.Optimizer, parts: Sequence[Mapping[str, A
         _check_alike(name, shapes)
 
 
-def _is_known(each: type) -> bool:
-    return each.__name__ in NEEDED and each.__module__.partition(".")[0] in SECOND_MOMENTS
+def _known(optimizer: torch.optim.Optimizer) -> type | None:
+    """Return which of the optimizers in NEEDED makes the steps; None for another, and for a step of somebody else's."""
+    of = [each for each in (type(optimizer).step, *type(optimizer).__mro__) if _package_of(each) in SECOND_MOMENTS]
+    if not of or of[0] is not type(optimizer).step:
+        return None
+    return next((each for each in of if isinstance(each, type) and each.__name__ in NEEDED), None)
+
+
+def _package_of(each: Any) -> str:
+    return str(each.__module__).partition(".")[0]
 
 
 def _needed(kind: type, group: Mapping[str, Any], parameter: torch.Tensor) -> list[str]:
@@ -225,7 +233,7 @@ def _needed(kind: type, group: Mapping[str, Any], parameter: torch.Tensor) -> li
     needed = [*NEEDED[kind.__name__]]
     needed += [what for (name, switch), what in NEEDED_IF.items() if name == kind.__name__ and group.get(switch)]
     if kind.__name__ == "Adafactor":
-        of_matrix, of_other = SECOND_MOMENTS[kind.__module__.partition(".")[0]]
+        of_matrix, of_other = SECOND_MOMENTS[_package_of(kind)]
         needed += of_matrix if parameter.dim() > 1 else of_other
     return needed
 
@@ -252,11 +260,11 @@ def why_unlike(own: Any, saved: Any) -> str | None:
     Return why a saved value can't take the place of one's own, as words that go on "it is ..."; None if it can.
 
     Values may differ, types and sizes may not: the shape of a tensor, the length of a list, the names in a mapping.
-    What is None on one side may be a plain value on the other.
+    A plain value that is None on one side may be another on the other, but a number stays one.
     """
     if own is None or saved is None:
         plain = all(each is None or isinstance(each, bool | int | float | str) for each in (own, saved))
-        return None if plain else f"a {type(saved).__name__}"
+        return None if plain and not _is_number(own) else f"a {type(saved).__name__}"
     if isinstance(own, torch.Tensor) or isinstance(saved, torch.Tensor):
         return _why_unlike_tensor(own, saved)
     if isinstance(own, Mapping) or isinstance(saved, Mapping):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
+from harness.checkpoint import schema
 from harness.checkpoint.find import find
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.layout import STATE_FILE, digest_of_manifest, read, why_invalid
@@ -359,6 +360,7 @@ GROUPS: dict[str, tuple[Change, str]] = {
     "parameters of another kind": (with_value(0, "params", "01"), "has not the 4 parameters"),
     "a rate that is a text": (with_value(0, "lr", "x"), "lr of a group is a str instead of a float"),
     "a rate that is not finite": (with_value(0, "lr", float("nan")), "lr of a group is nan"),
+    "no rate": (with_value(0, "lr", None), "lr of a group is a NoneType"),
     "three betas": (with_value(0, "betas", (0.9, 0.9, 0.9)), "betas of a group is a tuple instead of 2 values"),
     "a switch that is a list": (with_value(0, "amsgrad", []), "amsgrad of a group"),
     "no decay": (lambda groups: [{k: v for k, v in each.items() if k != "eps"} for each in groups], "has no eps"),
@@ -372,6 +374,23 @@ def test_groups_are_those_of_the_optimizer(kind: str) -> None:
     state = optimizer.state_dict()
     with pytest.raises(ValueError, match=reason):
         check_state(optimizer, [{**state, "param_groups": change(state["param_groups"])}])
+
+
+def test_a_step_of_ones_own_may_keep_what_it_likes() -> None:
+    class Renamed(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter].setdefault("first", torch.zeros(3))
+
+    optimizer = stepped(Renamed)
+    check_state(optimizer, [optimizer.state_dict()])
+
+
+def test_rates_may_be_tensors_and_counts_of_operations_large() -> None:
+    schema.check_schedule("scheduler.pt", {"last_epoch": 1, "_last_lr": [torch.tensor(0.1)]})
+    schema.check_counters("trainer_state.json", {"global_step": 1, "total_flos": 10**24})
+    schema.check_scaler("scaler.pt", {})
 
 
 def in_shards(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.checkpoint.layout import why_invalid
 from harness.distributed.compiled_ops import OP
+from harness.files import digest_of
 from tests.support.launching import DDP, ROOT, SCRIPT, ZERO, launcher, run
 from tests.support.parity import as_flags, history
 from tests.support.two_processes import ARGUMENTS, finished, losses, rows, trained, weights
@@ -211,6 +212,23 @@ def test_a_crafted_shard_is_refused_and_not_run(zero: Path, tmp_path: Path) -> N
     assert "optim_states.pt can't be loaded safely" in ended.err
     assert ended.err.count("harness train: ") == 1
     assert not list(ROOT.glob("executed"))
+
+
+def test_a_state_in_a_shard_that_does_not_fit_is_refused_on_all_ranks(zero: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(zero / "checkpoint-20", tmp_path / "run" / "checkpoint-20")
+    name = "global_step20/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = torch.load(checkpoint / name, weights_only=False)  # our own, just written
+    content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(content, checkpoint / name)
+    manifest = json.loads((checkpoint / "harness_state.json").read_text(encoding="utf-8"))
+    size, digest = (checkpoint / name).stat().st_size, digest_of(checkpoint / name)
+    manifest["files"][name] = {"size": size, "sha256": digest}
+    del manifest["sha256"]
+    (checkpoint / "harness_state.json").write_text(json.dumps(manifest), encoding="utf-8")
+    ended = trained(ZERO2, tmp_path, resume_from_checkpoint="true", max_steps=101)
+    assert ended.code != 0
+    assert "exp_avg that is of the shape [3] instead of" in ended.err
+    assert ended.err.count("harness train: ") == 1
 
 
 def test_a_damaged_shard_is_passed_over(zero: Path, tmp_path: Path) -> None:

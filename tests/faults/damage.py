@@ -288,7 +288,7 @@ def _structure(file: Path, *, torn: bool) -> Any:
             return content[8 : 8 + struct.unpack("<Q", content[:8])[0]], len(content)
         if torn and zipfile.ZipFile(file).testzip() is not None:
             return "torn"
-        return _shape(with_arrays(load_safely(file, "cpu", IN_PLACE_OF_NUMPY)))
+        return _shape(with_arrays(load_safely(file, "cpu", IN_PLACE_OF_NUMPY, mmap="optimizer" in file.name)))
     except Exception as error:
         return f"{type(error).__name__} {error}"
 
