@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.faulty_training import Training
+from tests.support.launching import SCRIPT
 
 
 @pytest.fixture
@@ -31,9 +33,11 @@ def turn_read_only(disk: Path) -> None:
     Path(f"/sys/fs/ext4/{Path(device).name}/trigger_fs_error").write_text("1")
 
 
+@pytest.mark.slow
 def test_a_disk_that_turns_read_only_leaves_the_checkpoints_and_the_weights(disk: Path, tmp_path: Path) -> None:
-    training = Training(tmp_path, None, pace=0.1, variables={"TMPDIR": str(tmp_path / "temporary")})
     (tmp_path / "temporary").mkdir()
+    command = (sys.executable, SCRIPT)  # a forked process knows its temporary folder already
+    training = Training(tmp_path, None, pace=0.1, command=command, variables={"TMPDIR": str(tmp_path / "temporary")})
     training.reach(14)
     turn_read_only(disk)
     training.ended(1)

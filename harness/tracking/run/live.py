@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -56,6 +57,7 @@ class LiveRun:
         self._attempts, self._stop = attempts, stop
         self._setup: list[Callable[[Any], Any]] = []
         self._num_reopened = 0
+        self._committed: list[str] = []  # artifacts, before wandb's process has died
         self._is_own = self._is_preempting = self._has_warned = False
 
     def open(self) -> None:
@@ -127,7 +129,9 @@ class LiveRun:
             return []
         home = self._output_dir if history is not None else None
         rows = describe_rows(run, sent, uploads, home=home) if ends else []
-        return rows if uploads is None else [*rows, uploads.describe()]
+        if uploads is None:
+            return rows
+        return [*rows, replace(uploads, committed=[*self._committed, *uploads.committed]).describe()]
 
     def abandon(self) -> None:
         """End wandb's process without ending the run, if it was opened here."""
@@ -166,7 +170,8 @@ class LiveRun:
             return False
         self._num_reopened += 1
         logger.warning("wandb's process has died: another one takes over, and gets the rows that were lost with it.")
-        self._close_artifacts(0.0)  # they stay staged
+        before = self._close_artifacts(0.0)  # what W&B lacks stays staged
+        self._committed += [] if before is None else before.committed
         history.close()
         reopened = attempts.reopen(self._config, self._init_kwargs, rows=history.rows, stop=self._stop)
         if reopened is None:

@@ -217,9 +217,17 @@ def _init(kwargs: Mapping[str, Any]) -> Any:
     speak_through_log(kwargs["settings"])  # again: after a teardown wandb has forgotten it
     with _masked_command_line():
         try:
-            return wandb.init(**kwargs)
+            run = wandb.init(**kwargs)
         except ValueError as error:  # pydantic's ValidationError among them: a setting given in code
             raise ConfigError(f"wandb.init refuses its arguments: {one_line(error)}") from error
+    for handler in logging.getLogger("wandb").handlers:
+        # Its debug log: where a disk does not take it, Python would print a traceback for each line.
+        handler.handleError = _pass_over  # type: ignore[method-assign]
+    return run
+
+
+def _pass_over(record: logging.LogRecord) -> None:
+    """Do nothing about a line that could not be logged."""
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +15,8 @@ import pytest
 
 from harness.checkpoint.processes import is_running
 from harness.tracking.run.wandb_core import describe_processes, wait_for_cores
+from tests.support.faulty_training import Training, committed
+from tests.support.wandb_server import WandbServer
 
 GONE = [2**22 - 1, 0.0]
 
@@ -74,3 +77,22 @@ def test_a_zombie_is_not_running() -> None:
         time.sleep(0.05)
     assert not is_running(dead.pid, created_at)
     dead.wait()
+
+
+@pytest.mark.slow
+def test_artifacts_from_before_its_death_are_counted_at_the_end(tmp_path: Path) -> None:
+    """wandb-core is killed by the system when memory runs out: the training goes on, and the end tells of all."""
+    with WandbServer(tmp_path / "server") as server:
+        training = Training(tmp_path / "run", server, pace=0.2)
+        training.reach(14)
+        deadline = time.monotonic() + 60
+        while len(list(committed(server))) < 2:  # the architecture and checkpoint-10
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (core,) = [each for each in psutil.Process(training.process.pid).children() if each.name() == "wandb-core"]
+        core.kill()
+        training.ended()
+        assert "wandb's process has died: another one takes over" in training.err
+        assert len(list(committed(server))) == 5
+        assert "31 rows, all confirmed by the server" in training.report
+        assert any(line.startswith("5 artifacts confirmed by the server: ") for line in training.report)
