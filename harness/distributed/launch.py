@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -151,14 +150,14 @@ def typed_command(flags: Sequence[str]) -> TypedCommand:
     return TypedCommand(words=("harness", "train"), flags=flags)
 
 
-def passes_on(signum: int) -> bool:
+def passes_on(name: str) -> bool:
     """
-    Whether torch's launcher, accelerate's too, sends this signal on, and kills its processes after a while.
+    Whether torch's launcher, accelerate's too, sends the signal of this name on, and kills its processes after a while.
 
     SLURM's scripts have it leave SIGTERM to the processes.
     """
     handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
-    return "TORCHELASTIC_RUN_ID" in os.environ and signal.Signals(signum).name in handled.split(",")
+    return "TORCHELASTIC_RUN_ID" in os.environ and name in handled.split(",")
 
 
 def shutdown_seconds() -> float:

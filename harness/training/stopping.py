@@ -145,7 +145,7 @@ class Stop:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         # torch's launcher answers a second Ctrl-C by SIGTERM.
-        if signum == signal.SIGTERM and self._interrupted_at is not None and passes_on(signum):
+        if signum == signal.SIGTERM and self._interrupted_at is not None and passes_on("SIGTERM"):
             self._interrupt(signum, frame)
         self._noted = max(self._noted, StopReason.PREEMPTED)
 
@@ -166,7 +166,7 @@ class Stop:
 
     def _tell(self) -> None:
         limit = ""
-        if passes_on(signal.SIGINT):
+        if passes_on("SIGINT"):
             limit = (
                 f" The launcher kills all processes {shutdown_seconds():.0f} s from now: what is not saved then is "
                 "lost, the older checkpoints stay whole."
@@ -177,7 +177,7 @@ class Stop:
         """Collective: return why to stop, or NONE; the same on all ranks."""
         answer, began = self._agreed(), self._interrupted_at
         tells = answer == StopReason.INTERRUPTED and self.saves and self._speaks
-        if tells and began is not None and passes_on(signal.SIGINT):
+        if tells and began is not None and passes_on("SIGINT"):
             left = max(0.0, began + shutdown_seconds() - time.monotonic())
             logger.warning("The training is saved now; the launcher kills all processes in %.0f s.", left)
         return answer
