@@ -245,7 +245,9 @@ def _check_groups(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str,
     for mine, group in zip(own, saved, strict=True):
         expected = list(range(count, count + len(mine["params"])))
         if group.get("params") != expected:
-            raise ValueError(f"a group has not the {len(expected)} parameters of this run, counted from {count}")
+            has_more = isinstance(found := group.get("params"), list) and len(found) > len(expected)
+            what = "more parameters" if has_more else "other parameters"
+            raise ValueError(f"it has {what}: a group has not the {len(expected)} of this run, counted from {count}")
         count += len(expected)
         for name in mine.keys() - {"params"}:
             if name in group and (fault := why_unlike(mine[name], group[name])) is not None:
@@ -338,7 +340,11 @@ def _whole_of_rows(what: str, parts: Sequence[Any]) -> torch.Tensor:
             raise ValueError(f"{what} has parts that do not belong together")
         if not isinstance(rows, torch.Tensor) or not is_ordinary(rows) or list(rows.shape[1:]) != shape[1:]:
             raise ValueError(f"{what} has rows of another shape than {shape[1:]}")
-        if rows.dim() == 0 or start < 0 or start + len(rows) > shape[0] or stop not in (None, start):
+        if rows.dim() == 0 or start < 0:
+            raise ValueError(f"{what} has no rows")
+        if len(rows) == 0:
+            continue  # more ranks than rows: where it would begin says nothing
+        if start + len(rows) > shape[0] or stop not in (None, start):
             raise ValueError(f"{what} has rows that do not follow each other")
         stop = start + len(rows)
     return torch.empty(shape, dtype=parts[0]["rows"].dtype, device="meta")

@@ -355,9 +355,9 @@ def test_a_count_of_steps_is_a_number(step: Any) -> None:
 GROUPS: dict[str, tuple[Change, str]] = {
     "one less": (lambda groups: groups[:1], "it has 1 groups of parameters, and there are 2"),
     "one more": (lambda groups: [*groups, groups[1]], "it has 3 groups"),
-    "a parameter less": (with_value(0, "params", [0]), "has not the 4 parameters"),
-    "a parameter twice": (with_value(1, "params", [4, 4]), "has not the 2 parameters"),
-    "parameters of another kind": (with_value(0, "params", "01"), "has not the 4 parameters"),
+    "a parameter less": (with_value(0, "params", [0]), "has not the 4 of this run"),
+    "a parameter twice": (with_value(1, "params", [4, 4]), "has not the 2 of this run"),
+    "parameters of another kind": (with_value(0, "params", "01"), "has not the 4 of this run"),
     "a rate that is a text": (with_value(0, "lr", "x"), "lr of a group is a str instead of a float"),
     "a rate that is not finite": (with_value(0, "lr", float("nan")), "lr of a group is nan"),
     "no rate": (with_value(0, "lr", None), "lr of a group is a NoneType"),
