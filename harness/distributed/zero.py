@@ -17,7 +17,7 @@ from transformers.trainer_utils import _is_peft_model
 
 from harness.distributed.backend import OptimizerFiles, Stepper, StepSize, check_wrapped, no_agreement
 from harness.distributed.launch import where
-from harness.distributed.optimizer_shards import why_unlike
+from harness.distributed.optimizer_shards import check_optimizer_file, check_state, why_unlike
 from harness.distributed.ranks import agree
 from harness.distributed.sharding import whole_on_first
 from harness.errors import ConfigError
@@ -27,6 +27,7 @@ STAGES = (1, 2, 3)
 LATEST_FILE = "latest"  # this file holds the name of the folder with the shards
 TAG = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 STATE = "optimizer_state_dict"  # DeepSpeed's name of the optimizer's state in a shard
+BASE_STATE = "base_optimizer_state"  # inside of that, in stages 1 and 2; in stage 3 it has the same name again
 MOST_LETTERS = 60  # of a name in a message
 
 
@@ -299,6 +300,29 @@ def _check_shard(engine: Any, folder: Path) -> None:
         fault = "not there" if key not in saved else why_unlike(own[key], saved[key])
         if fault is not None:
             raise ConfigError(f"{folder}: {key} in {name} is {fault}; it is of another model or launch, or damaged.")
+    try:
+        _check_base(engine.optimizer, saved)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder}: {name} does not fit the optimizer ({error}); it is damaged.") from error
+
+
+def _check_base(zero: Any, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the state of the optimizer inside of ZeRO's has the sizes of this rank's flat pieces."""
+    gives = hasattr(zero, "_set_fp32_optimizer_param_groups")  # stage 3 lends it the pieces for each step
+    state = saved[STATE if gives else BASE_STATE]
+    if gives:
+        zero._set_fp32_optimizer_param_groups()
+    try:
+        pieces = [piece for group in zero.optimizer.param_groups for piece in group["params"]]
+        check_optimizer_file(BASE_STATE, state)
+        check_state(zero.optimizer, [state])
+    finally:
+        if gives:
+            zero._clear_fp32_optimizer_param_groups()
+    for index, values in state["state"].items():  # whatever optimizer it is: it works on each number by itself
+        for what, value in values.items():
+            if isinstance(value, torch.Tensor) and value.numel() not in (1, pieces[index].numel()):
+                raise ValueError(f"{what} of piece {index} has {value.numel()} numbers, not {pieces[index].numel()}")
 
 
 def load_shard(path: str, map_location: Any = None, *, mmap: bool = False) -> Any:

@@ -234,7 +234,7 @@ def test_a_state_in_a_shard_that_does_not_fit_is_refused_on_all_ranks(zero: Path
     (checkpoint / "harness_state.json").write_text(json.dumps(manifest), encoding="utf-8")
     ended = trained(ZERO2, tmp_path, resume_from_checkpoint="true", max_steps=101)
     assert ended.code != 0
-    assert "exp_avg that is of the shape [3] instead of" in ended.err
+    assert "exp_avg of parameter 0 has the shape [3] instead of" in ended.err
     assert ended.err.count("harness train: ") == 1
 
 
