@@ -201,8 +201,8 @@ def _unfiltered(state: TrainState) -> dict[str, float]:
 def last_metrics(history: Sequence[Mapping[str, float]], results: Mapping[str, float]) -> list[tuple[str, str]]:
     """Return the last value of each metric: one row for the training, and one for each set that was evaluated."""
     last: dict[str, float] = {}
-    for entry in (*history, results):
-        last |= entry
+    for entry in (*history, results):  # a Trainer's history may hold what is no number
+        last |= {name: value for name, value in entry.items() if isinstance(value, int | float)}
     sets = sorted((name.removesuffix("_runtime") for name in last if name.endswith("_runtime")), key=len, reverse=True)
     of: dict[str, dict[str, float]] = {"train": {}}
     metrics = [name for name in last if name not in ("step", "epoch")]
