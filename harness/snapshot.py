@@ -288,7 +288,9 @@ class Optimizer:
         run = self.run
         check_optimizer(saved.path, saved.shared, _asked(run))
         try:
-            own, schedule = run.scheduler.state_dict(), saved.files[SCHEDULER_FILE]
+            own = run.scheduler.state_dict()
+            # Not the attributes of its functions: those of another --lr_scheduler_type are none of this one's.
+            schedule = {**saved.files[SCHEDULER_FILE], **{name: own[name] for name in own if name == "lr_lambdas"}}
             if (fault := why_unlike(own, schedule)) is not None:
                 raise ValueError(f"{SCHEDULER_FILE} holds {fault}")
             run.backend.load_optimizer(run.model, run.optimizer, saved.path, saved.files)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from harness.masking import masked_words
@@ -172,6 +171,8 @@ def shutdown_seconds() -> float:
 
 def _parents() -> list[list[str]]:
     """The command lines of the processes that this one descends from, the nearest first."""
+    import psutil
+
     try:
         return [process.cmdline() for process in psutil.Process().parents()]
     except psutil.Error:

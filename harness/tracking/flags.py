@@ -152,12 +152,11 @@ class TrackingConfig:
             for name, (value, most) in given.items()
             if value is not None and len(value) > most
         ]
+        source = "WANDB_TAGS" if os.environ.get("WANDB_TAGS", "").split(",") == self.wandb_tags else "--wandb_tags"
         for tag in self.wandb_tags or []:
             if not 1 <= len(tag) <= LONGEST_TAG:
                 shown = f"{tag[:20]}..." if tag else "''"
-                problems.append(
-                    f"--wandb_tags: {shown} has {len(tag)} characters: W&B takes 1 to {LONGEST_TAG} in a tag."
-                )
+                problems.append(f"{source}: {shown} has {len(tag)} characters: W&B takes 1 to {LONGEST_TAG} in a tag.")
         if problems:
             raise ConfigError(*problems)
 

@@ -16,11 +16,14 @@ import pytest
 
 from harness import resume
 from harness.checkpoint import lock as locks
+from harness.checkpoint.layout import OWN_DIGEST, STATE_FILE, digest_of_manifest, step_of
 from harness.checkpoint.lock import LOCK_FILE, Lock
 from harness.errors import ConfigError
+from harness.files import digest_of
 from harness.flags import parse
 from harness.resume import Beginning
 from harness.train import main
+from harness.training.state import TRAINER_STATE_FILE
 from tests.support.faulty_training import Training
 from tests.support.parity import TASK, TRAINING, as_flags, assert_equal_weights, reset, run_harness
 
@@ -107,6 +110,19 @@ def test_a_start_that_goes_on_takes_the_run_over(run: Path, monkeypatch: pytest.
     assert not (run / LOCK_FILE).exists()
 
 
+def copy_as(newer: Path, older: Path) -> None:
+    """Make a whole checkpoint of another one, of the step that its name says."""
+    shutil.copytree(older, newer)
+    state, manifest = (json.loads((newer / name).read_text()) for name in (TRAINER_STATE_FILE, STATE_FILE))
+    state["global_step"] = manifest["step"] = step_of(newer)
+    (newer / TRAINER_STATE_FILE).write_text(json.dumps(state))
+    if (facts := manifest["files"].get(TRAINER_STATE_FILE)) is not None:
+        file = newer / TRAINER_STATE_FILE
+        facts |= {"size": file.stat().st_size, "sha256": digest_of(file)}
+    manifest[OWN_DIGEST] = digest_of_manifest(manifest)
+    (newer / STATE_FILE).write_text(json.dumps(manifest))
+
+
 def config_of(run: Path) -> Any:
     return parse([*FLAGS, *as_flags({**SAVING, "output_dir": run, "resume_from_checkpoint": "auto"})])
 
@@ -118,7 +134,7 @@ def test_what_an_earlier_attempt_saved_until_it_was_fenced_is_gone_on_from(run: 
         found, output_dir = beginning.look()
         assert (found.path, output_dir) == (run / "checkpoint-3", run)
         assert not (run / LOCK_FILE).exists()
-        shutil.copytree(run / "checkpoint-3", run / "checkpoint-5")
+        copy_as(run / "checkpoint-5", run / "checkpoint-3")
         assert beginning.claim(accepts=lambda _: None).path == run / "checkpoint-5"
         assert json.loads((run / LOCK_FILE).read_text())["token"] == lock.token
 

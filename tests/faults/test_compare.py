@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.writer import Checkpoints, Content
+from harness.training import rng
 from tests.faults.compare import Verdict, compare_rows, compare_runs, compare_word, without_first_end
 from tests.faults.plan import FIRST_END, STEPS
 
@@ -24,7 +25,13 @@ def make_run(folder: Path, *, weight: float = 1.0, momentum: float = 1.0, genera
     """What a run leaves, as far as it is compared, its last checkpoint by the real writer."""
     weights = {"weight": torch.full((4,), weight)}
     history = [{"loss": 0.1 * step, "step": step, "train_runtime": 3.0} for step in range(1, 4)]
-    state = {"log_history": history, "best_model_checkpoint": str(folder / LAST), "best_metric": 0.1, "epoch": 2.0}
+    state = {
+        "global_step": STEPS,
+        "log_history": history,
+        "best_model_checkpoint": str(folder / LAST),
+        "best_metric": 0.1,
+        "epoch": 2.0,
+    }
     checkpoints = Checkpoints(
         folder,
         CheckpointConfig(),
@@ -38,9 +45,15 @@ def make_run(folder: Path, *, weight: float = 1.0, momentum: float = 1.0, genera
             step=STEPS,
             weights=weights,
             write_model=lambda path, tensors: save_file(dict(tensors), path / "model.safetensors"),
-            files={"optimizer.pt": {"momentum": torch.full((4,), momentum)}, "scheduler.pt": {"last_epoch": STEPS}},
+            files={
+                "optimizer.pt": {
+                    "state": {0: {"momentum_buffer": torch.full((4,), momentum)}},
+                    "param_groups": [{"lr": 0.1, "params": [0]}],
+                },
+                "scheduler.pt": {"last_epoch": STEPS},
+            },
             trainer_state=state,
-            rank_state={"cpu": torch.full((8,), generator, dtype=torch.uint8)},
+            rank_state={**rng.capture_host(), "cpu": torch.Generator().manual_seed(generator).get_state()},
             shared={},
         )
     )

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 
 from harness.errors import ConfigError
 from harness.flags import parse
-from harness.tracking.rows.history import MEASURED
+from harness.tracking.rows.events import MEASURED
 from harness.training.flags import ThroughputConfig
 from harness.training.throughput import Throughput, as_text, peak_flops, precision_of
 from tests.support.launching import DDP, launcher, run

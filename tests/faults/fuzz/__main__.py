@@ -44,7 +44,7 @@ import harness.execute  # noqa: F401 - before the first fork
 from harness.checkpoint.layout import STATE_FILE, digest_of_manifest
 from harness.files import digest_of
 from harness.train import main as train
-from tests.faults.damage import damaged, same_structure
+from tests.faults.fuzz.damage import damaged, same_structure
 from tests.support.parity import TASK, TRAINING, as_flags, history, run_trainer
 
 STEPS, OLDER, NEWER = 6, 2, 4
