@@ -25,6 +25,7 @@ from harness.distributed.flags import TopologyConfig
 from harness.distributed.fsdp2 import FSDP2, set_up_fsdp
 from harness.distributed.launch import Launch, find_launch, where
 from harness.distributed.precision import check_fp8, check_precision, check_result, set_tf32
+from harness.distributed.ranks import OWN_KEYS
 from harness.distributed.replicated import Replicated
 from harness.distributed.zero import Zero
 from harness.errors import ConfigError
@@ -84,7 +85,9 @@ def build_accelerator(config: TopologyConfig, *, activation_checkpointing: bool)
         ),
         kwargs_handlers=[
             DistributedDataParallelKwargs(**ddp),
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.ddp_timeout)),
+            InitProcessGroupKwargs(
+                backend=backend, init_method=OWN_KEYS, timeout=timedelta(seconds=config.ddp_timeout)
+            ),
         ],
     )
     if uses_fsdp:

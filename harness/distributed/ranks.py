@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +14,25 @@ from harness.errors import ConfigError, RankError
 
 Answer = TypeVar("Answer")
 
+# `init_process_group(init_method=...)`: torch's "env://", with keys of its own for each process group.
+OWN_KEYS = "harness-env://"
+
 # Time for the failing rank to print its traceback before the other ranks end and the launcher kills all.
 SECONDS_FOR_TRACEBACK = 3.0
+
+
+_stores: list[torch.distributed.Store] = []  # kept: without an agent, rank zero's has the server in it
+
+
+def _meet(url: str, **kwargs: Any) -> Iterator[tuple[torch.distributed.Store, int, int]]:
+    # A launcher's store outlives the process group. A second run of the same processes would find the addresses of the
+    # first there, if rank zero ends that one later than the others, and connect to what is closed.
+    store, rank, world_size = next(torch.distributed.rendezvous("env:" + url.partition(":")[2], **kwargs))
+    _stores.append(store)
+    yield torch.distributed.PrefixStore(f"group{len(_stores)}", store), rank, world_size
+
+
+torch.distributed.register_rendezvous_handler(OWN_KEYS.removesuffix("://"), _meet)
 
 
 def ranks_of(accelerator: Accelerator) -> tuple[int, int]:

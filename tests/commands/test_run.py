@@ -238,7 +238,7 @@ def test_determinism_is_put_back_and_precision_unwrapped(tmp_path: Path, monkeyp
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys, time
 import torch
 from torch import nn
 import harness
@@ -261,6 +261,8 @@ for name in ("first", "second"):
     flags = ["--max_steps", "4", "--report_to", "none", "--save_strategy", "no", "--output_dir", out]
     result = harness.run(flags, model=Line(), train_dataset=points)
     print("ended", name, result.state.global_step, result.model.layer.weight.item())
+    if os.environ.get("RANK") == "0":
+        time.sleep(2)  # the other rank may begin the next run long before
 """
 
 
