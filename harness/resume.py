@@ -119,7 +119,13 @@ def find_checkpoint(config: Config, output_dir: Path) -> Any:
     path = config.checkpoint.resume_from_checkpoint
     if path is None or not is_artifact(path):
         return None
-    return find_artifact(RESUME, path, config.tracking, run=identity.read(output_dir))
+    artifact = find_artifact(RESUME, path, config.tracking, run=identity.read(output_dir))
+    if TRAINER_STATE_FILE not in artifact.manifest.entries:
+        raise ConfigError(
+            f"--{RESUME}: {artifact.qualified_name} is no checkpoint that can be resumed: {TRAINER_STATE_FILE} is "
+            "missing, so it is no checkpoint or was never finished."
+        )
+    return artifact
 
 
 def bring_checkpoint(config: Config, artifact: Any, output_dir: Path, *, token: str) -> Found:
@@ -204,14 +210,8 @@ def _read_of(names: Sequence[str], step: int) -> list[str]:
 
 def _step_in(folder: Path, name: str) -> int:
     """Return the step of a checkpoint whose state has been downloaded. Raises ConfigError if it says none."""
-    state = folder / TRAINER_STATE_FILE
-    if not state.is_file():
-        raise ConfigError(
-            f"--{RESUME}: {name} is no checkpoint that can be resumed: {TRAINER_STATE_FILE} is missing, so it is no "
-            "checkpoint or was never finished."
-        )
     try:
-        content = read_json(state)
+        content = read_json(folder / TRAINER_STATE_FILE)
         step = content["global_step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--{RESUME}: {name}: {TRAINER_STATE_FILE} can't be read: {one_line(error)}.") from error

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.checkpoint.layout import why_invalid
+from harness.checkpoint.layout import OWN_DIGEST, digest_of_manifest, why_invalid
 from harness.errors import ConfigError
 from harness.tracking.artifacts.download import check_manifest
 from tests.faults.deaths import small_disk
@@ -213,7 +213,7 @@ def test_a_disk_that_is_too_small_is_said(model: Path, server: WandbServer, tmp_
         ended = harness(
             tmp_path, server, *flags, "--output_dir=disk/out", "--resume_from_checkpoint=wandb:checkpoint-text"
         )
-        left = list((tmp_path / "disk" / "out").iterdir())
+        left = list((tmp_path / "disk").iterdir())
     assert ended.code == 2
     assert "can't be written to" in ended.err
     assert "No space left" in ended.err
@@ -301,6 +301,7 @@ def test_only_what_a_resume_reads_is_taken_from_an_artifact(model: Path, server:
     # As of a model whose code was loaded from the Hub: its checkpoint has a copy, and lists it.
     code = (crafted / "evil.py").read_bytes()
     manifest["files"]["evil.py"] = {"size": len(code), "sha256": hashlib.sha256(code).hexdigest()}
+    manifest[OWN_DIGEST] = digest_of_manifest(manifest)
     (crafted / "harness_state.json").write_text(json.dumps(manifest), encoding="utf-8")
     logged(crafted, server, "foreign")
     flags = ["--config", str(model / "out" / "harness_config.yaml"), "--output_dir=out", "--report_to=none"]
