@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from harness.errors import ConfigError, RankError
 
@@ -21,18 +23,18 @@ OWN_KEYS = "harness-env://"
 SECONDS_FOR_TRACEBACK = 3.0
 
 
-_stores: list[torch.distributed.Store] = []  # kept: without an agent, rank zero's has the server in it
+_stores: list[Store] = []  # kept: without an agent, rank zero's has the server in it
 
 
-def _meet(url: str, **kwargs: Any) -> Iterator[tuple[torch.distributed.Store, int, int]]:
+def _meet(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
     # A launcher's store outlives the process group. A second run of the same processes would find the addresses of the
     # first there, if rank zero ends that one later than the others, and connect to what is closed.
-    store, rank, world_size = next(torch.distributed.rendezvous("env:" + url.partition(":")[2], **kwargs))
+    store, rank, world_size = next(rendezvous("env:" + url.partition(":")[2], **kwargs))
     _stores.append(store)
-    yield torch.distributed.PrefixStore(f"group{len(_stores)}", store), rank, world_size
+    yield PrefixStore(f"group{len(_stores)}", store), rank, world_size
 
 
-torch.distributed.register_rendezvous_handler(OWN_KEYS.removesuffix("://"), _meet)
+register_rendezvous_handler(OWN_KEYS.removesuffix("://"), _meet)  # type: ignore[no-untyped-call]
 
 
 def ranks_of(accelerator: Accelerator) -> tuple[int, int]:
