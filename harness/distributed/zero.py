@@ -84,7 +84,10 @@ class Zero:
     """The backend of DeepSpeed's ZeRO, stages 1, 2 and 3; stage 3 partitions the weights too."""
 
     def __init__(self, accelerator: Accelerator) -> None:
+        from deepspeed.utils import groups
+
         self.accelerator = accelerator
+        groups._WORLD_GROUP = None  # a copy of an earlier run's, in the same process, which is closed
         if self.is_sharded:
             wait_for_each_gather()
 

@@ -266,11 +266,17 @@ for name in ("first", "second"):
 """
 
 
-@pytest.mark.slow
-def test_a_script_of_ones_own_is_launched_twice_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("zero2", marks=pytest.mark.deepspeed),
+    ],
+)
+def test_a_script_of_ones_own_is_launched_twice_over(launch: str, tmp_path: Path) -> None:
     script = tmp_path / "own.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    ended = run([*launcher(DDP, "--num_processes=2"), str(script), str(tmp_path)])
+    ended = run([*launcher(DDP.with_stem(launch), "--num_processes=2"), str(script), str(tmp_path)])
     assert ended.code == 0, ended.err
     found = [found for found in ended.out.splitlines() if found.startswith("ended")]
     assert len(found) == 4
