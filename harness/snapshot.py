@@ -17,7 +17,7 @@ from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.fit import Asked, changes, check_arguments, check_optimizer
 from harness.checkpoint.host_copies import emptied
 from harness.checkpoint.layout import SCALER_FILE, SCHEDULER_FILE, Saved, read
-from harness.checkpoint.schema import check_ours
+from harness.checkpoint.schema import OF_A_SCHEDULE, check_ours
 from harness.checkpoint.trial import Trial
 from harness.checkpoint.writer import Content
 from harness.data.position import at_step, converted, describe_change, has_other_layout, why_other_order
@@ -291,6 +291,8 @@ class Optimizer:
             own = run.scheduler.state_dict()
             # Not the attributes of its functions: those of another --lr_scheduler_type are none of this one's.
             schedule = {**saved.files[SCHEDULER_FILE], **{name: own[name] for name in own if name == "lr_lambdas"}}
+            if missing := [name for name in OF_A_SCHEDULE if name in own and name not in schedule]:
+                raise ValueError(f"{SCHEDULER_FILE} has no {missing[0]}")
             if (fault := why_unlike(own, schedule)) is not None:
                 raise ValueError(f"{SCHEDULER_FILE} holds {fault}")
             run.backend.load_optimizer(run.model, run.optimizer, saved.path, saved.files)

@@ -117,6 +117,8 @@ NEEDED_OF_POSITION = tuple(POSITION)[:6]
 TRACKING = {"rows": COUNT, "run": MAPPING | NOTHING, "attached": MAPPING}
 LOSS = {"sums": FLAG, "means": FLAG, "by": TEXT}
 SCHEDULE = {"last_epoch": COUNT, "_step_count": COUNT, "base_lrs": NUMBERS, "_last_lr": NUMBERS}
+# What a schedule goes on from, where it has it; other values are its arguments.
+OF_A_SCHEDULE = (*SCHEDULE, "best", "num_bad_epochs", "cooldown_counter")
 SCALER = {
     "scale": Kind("a number above 0", lambda value: FINITE.holds(value) and value > 0),
     **dict.fromkeys(("growth_factor", "backoff_factor"), FINITE),

@@ -172,16 +172,24 @@ def trained_on(output_dir: Path, how: str) -> Ended:
     return run([sys.executable, SCRIPT, *as_flags({**flags, "resume_from_checkpoint": how})])
 
 
-def test_a_resume_says_it_in_one_line(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda _: [1, 2], "holds a list instead of a mapping"),
+        (lambda state: {name: each for name, each in state.items() if name != "_last_lr"}, "has no _last_lr"),
+    ],
+)
+def test_a_resume_says_it_in_one_line(change: Change, reason: str, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
-    changed(tmp_path / "run" / "checkpoint-4", "scheduler.pt", lambda _: [1, 2])
+    changed(tmp_path / "run" / "checkpoint-4", "scheduler.pt", change)
     flags = as_flags({"task": "tests.support.tasks.parity_task:build", **SAVING, "report_to": "none", "use_cpu": True})
     path = tmp_path / "run" / "checkpoint-4"
     ended = run(
         [sys.executable, SCRIPT, *flags, f"--output_dir={tmp_path / 'out'}", f"--resume_from_checkpoint={path}"]
     )
     assert ended.code == 2
-    assert ended.err.splitlines()[-1].startswith("harness train: --resume_from_checkpoint")
+    assert ended.err.splitlines()[-1].startswith("harness train: ")
+    assert f"scheduler.pt {reason}" in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err
 
 

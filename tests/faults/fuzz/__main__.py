@@ -202,7 +202,7 @@ def make_fit(checkpoint: Path) -> None:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         listed = content["files"]
         names = {name for name in listed if (checkpoint / name).is_file()}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     content["files"] = {
         name: {"size": (checkpoint / name).stat().st_size, "sha256": digest_of(checkpoint / name)} for name in names

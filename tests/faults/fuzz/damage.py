@@ -266,11 +266,12 @@ def same_structure(whole: Path, other: Path, *, torn: bool) -> bool:
     Whether the files of two checkpoints have the same names, types, shapes and dtypes, and differ in values alone.
 
     Files that are `torn` keep their checksums: what these can tell has to be told, so it is no value. A parameter
-    without a state is one that has had no gradient.
+    without a state, or with an empty one, is one that has had no gradient.
     """
     for name in {file.name for folder in (whole, other) for file in files_of(folder)}:
         a, b = _structure(whole / name, torn=False), _structure(other / name, torn=torn)
         if name.startswith("optimizer") and isinstance(b, dict) and isinstance(b.get("state"), dict):
+            b = {**b, "state": {index: values for index, values in b["state"].items() if values != {}}}
             a = {**a, "state": {index: a["state"].get(index) for index in b["state"]}}
         if a != b:
             return False
