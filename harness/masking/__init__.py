@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -121,12 +121,9 @@ def _masked_text(text: str, name: str) -> str:
             remember(text)
         return f"<{name.upper()}>"
     if text[:1] + text[-1:] in ("{}", "[]"):
-        try:
-            values = json.loads(text)
-        except ValueError:
-            values = None
-        if values is not None and (hidden := masked(values)) != values:
-            return json.dumps(hidden)
+        with suppress(ValueError, RecursionError):  # no JSON, or too many lists in lists: by its words
+            if (hidden := masked(values := json.loads(text))) != values:
+                return json.dumps(hidden)
     text = without_forms(text)
     if HINT.search(text) is None:
         return text

@@ -142,6 +142,11 @@ def test_what_the_environment_holds_is_hidden_wherever_it_stands(monkeypatch: py
     assert masked(str(Path.cwd())) == str(Path.cwd())
 
 
+@pytest.mark.parametrize("depth", [300, 900, 100_000])
+def test_lists_in_lists_are_hidden_by_their_words(depth: int) -> None:
+    assert masked("[" * depth + '{"api_key": "abcdefgh12345678"}' + "]" * depth).count("abcdefgh12345678") == 0
+
+
 def test_what_a_flag_has_called_a_secret_is_hidden_in_all_that_follows() -> None:
     parse([f'--task_args={{"password": "{CANARY}"}}', "--task=a:b", "--token=another-c4nary"])
     assert masked(f"can't log in with {CANARY} or another-c4nary") == "can't log in with <SECRET> or <SECRET>"
