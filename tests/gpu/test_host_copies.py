@@ -139,6 +139,7 @@ def test_a_resumed_optimizer_is_this_runs_and_steps_without_a_host_sync(
 ) -> None:
     saved_model, saved, saved_scaler = trained(device, was)
     torch.save(saved.state_dict(), tmp_path / "optimizer.pt")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}', encoding="utf-8")
     model, optimizer, scaler = trained(device, now)
     model.load_state_dict(saved_model.state_dict())
     accelerator: Any = SimpleNamespace(process_index=0, num_processes=1)

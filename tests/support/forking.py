@@ -214,6 +214,7 @@ def begin(argv: list[str], env: dict[str, str], cwd: str) -> None:
     import numpy as np
     import torch
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may ignore it
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
