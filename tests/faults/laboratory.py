@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -83,9 +84,7 @@ class Laboratory:
     def run(self, case: Case) -> Result:
         """Play a case to its end; what it leaves is kept if anything is wrong. Nothing goes on running."""
         expected, durations = self.reference(case.configuration)
-        place = self.folder / f"case-{case.name}"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+        place = self._new_place(case)
         result = Result(case.name, case.seed, case.index, case.configuration.label)
         verdict, began = Verdict(), time.monotonic()
         with contextlib.ExitStack() as stack:
@@ -107,6 +106,17 @@ class Laboratory:
         result.seconds = round(time.monotonic() - began, 1)
         result.verdicts, result.details = dict(verdict.counts), verdict.details
         return result
+
+    def _new_place(self, case: Case) -> Path:
+        """Make the folder of a case; the server may know its project from a sitting that was ended in the middle."""
+        known = {run.project for run in self.server.runs()} if self._serves else set()
+        name = f"case-{case.name}"
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        place = self.folder / next(each for each in names if each not in known)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        return place
 
     def _live(
         self,
