@@ -173,13 +173,13 @@ def trained_on(output_dir: Path, how: str) -> Ended:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "begins", "reason"),
     [
-        (lambda _: [1, 2], "holds a list instead of a mapping"),
-        (lambda state: {name: each for name, each in state.items() if name != "_last_lr"}, "has no _last_lr"),
+        (lambda _: [1, 2], "--resume_from_checkpoint", "holds a list instead of a mapping"),
+        (lambda state: {name: each for name, each in state.items() if name != "_last_lr"}, "", "has no _last_lr"),
     ],
 )
-def test_a_resume_says_it_in_one_line(change: Change, reason: str, trained: Path, tmp_path: Path) -> None:
+def test_a_resume_says_it_in_one_line(change: Change, begins: str, reason: str, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     changed(tmp_path / "run" / "checkpoint-4", "scheduler.pt", change)
     flags = as_flags({"task": "tests.support.tasks.parity_task:build", **SAVING, "report_to": "none", "use_cpu": True})
@@ -188,7 +188,7 @@ def test_a_resume_says_it_in_one_line(change: Change, reason: str, trained: Path
         [sys.executable, SCRIPT, *flags, f"--output_dir={tmp_path / 'out'}", f"--resume_from_checkpoint={path}"]
     )
     assert ended.code == 2
-    assert ended.err.splitlines()[-1].startswith("harness train: ")
+    assert ended.err.splitlines()[-1].startswith(f"harness train: {begins}")
     assert f"scheduler.pt {reason}" in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err
 
