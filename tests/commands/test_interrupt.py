@@ -180,11 +180,14 @@ class Terminal:
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, *words])  # noqa: S606
 
-    def wait_for(self, text: str) -> None:
-        """Read until it shows this after what was waited for before."""
-        end = time.monotonic() + 100
+    def wait_for(self, text: str, key: str = "") -> None:
+        """Read until it shows this after what was waited for before; `key` is pressed each second until it does."""
+        end, pressed_at = time.monotonic() + 100, 0.0
         while text not in self.shown:
             assert time.monotonic() < end, self.shown[-2000:]
+            if key and time.monotonic() - pressed_at > 1:
+                self.type_in(key)
+                pressed_at = time.monotonic()
             if select.select([self.end], [], [], 0.2)[0]:
                 self.shown += os.read(self.end, 1 << 16).decode(errors="replace")
         self.shown = self.shown.partition(text)[2]
@@ -208,8 +211,8 @@ def test_ctrl_c_at_a_debuggers_prompt_is_the_debuggers(tmp_path: Path) -> None:
     task = ["--task=tests.support.tasks.odd_tasks:with_breakpoint", '--task_args={"stop": true}']
     terminal = Terminal(SCRIPT, *task, "--use_cpu", "--debug", f"--output_dir={tmp_path / 'run'}")
     terminal.wait_for("(Pdb) ")
-    terminal.type_in("\x03")
-    terminal.wait_for("--KeyboardInterrupt--")
+    # Python shows the prompt a moment before it listens: a Ctrl-C in between is answered with the next key.
+    terminal.wait_for("--KeyboardInterrupt--", key="\x03")
     terminal.wait_for("(Pdb) ")
     terminal.type_in("p len(samples)\n")
     terminal.wait_for("8")

@@ -260,7 +260,8 @@ for name in ("first", "second"):
     out = f"{sys.argv[1]}/{name}"
     flags = ["--max_steps", "4", "--report_to", "none", "--save_strategy", "no", "--output_dir", out]
     result = harness.run(flags, model=Line(), train_dataset=points)
-    print("ended", name, result.state.global_step, result.model.layer.weight.item())
+    # At once: both ranks write to one pipe, and the launcher starts them with -u.
+    os.write(1, f"ended {name} {result.state.global_step} {result.model.layer.weight.item()}\\n".encode())
     if os.environ.get("RANK") == "0":
         time.sleep(2)  # the other rank may begin the next run long before
 """
