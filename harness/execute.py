@@ -47,8 +47,9 @@ from harness.tracking.lifecycle import (
     open_trackers,
     wandb_tracker,
 )
+from harness.tracking.media.due import last_evaluation
+from harness.tracking.outlook import outlook
 from harness.tracking.run.terminal import terminal_kept
-from harness.tracking.unseen import unseen
 from harness.training import rng
 from harness.training.console import logging_kept, set_up_logging
 from harness.training.debug import describe_batch, watch_training
@@ -224,7 +225,13 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
         console.start(run.plan.max_steps, state.global_step, "step")
         if adapter := describe(session.task.model):
             console.line(adapter)
-        for line in unseen(run.tracker.config, run.plan, from_step=state.global_step):
+        for line in outlook(
+            run.tracker.config,
+            run.plan,
+            from_step=state.global_step,
+            evaluated=last_evaluation(state.log_history),
+            is_offline=run.tracker.run_url is None,
+        ):
             console.line(line)
         if config.debug.is_on:
             console.line(describe_batch(run.loader.peek(), session.task.processing_class))

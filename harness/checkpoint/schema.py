@@ -114,7 +114,7 @@ POSITION = {
     "data_digest": TEXT | NOTHING,
 }
 NEEDED_OF_POSITION = tuple(POSITION)[:6]
-TRACKING = {"rows": COUNT, "run": MAPPING | NOTHING, "attached": MAPPING}
+TRACKING = {"rows": COUNT, "run": MAPPING | NOTHING, "attached": MAPPING, "shown": MAPPING}
 LOSS = {"sums": FLAG, "means": FLAG, "by": TEXT}
 SCHEDULE = {"last_epoch": COUNT, "_step_count": COUNT, "base_lrs": NUMBERS, "_last_lr": NUMBERS}
 # What a schedule goes on from, where it has it; other values are its arguments.

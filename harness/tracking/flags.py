@@ -10,6 +10,7 @@ from typing import Any
 from harness.config import arg, at_home, at_least, choice, flags_of, section
 from harness.errors import ConfigError
 from harness.masking import is_secret_name, masked
+from harness.tracking.media.due import Every
 
 DEFAULT_PROJECT = "huggingface"
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -29,6 +30,7 @@ LONGEST = {
     "wandb_registry": 128,
 }
 LONGEST_TAG = 64
+DEFAULT_TABLE_EPOCHS = 2  # those of the W&B guide
 
 
 @section("tracking", on_resume="unrelated")
@@ -99,7 +101,12 @@ class TrackingConfig:
     )
 
     wandb_eval_samples: int | None = arg(help="Log a table of so many predictions on the evaluation set.")
-    wandb_eval_samples_freq: int = arg(2, "Epochs between these tables.")
+    wandb_eval_samples_freq: int | None = arg(
+        help="Epochs between these tables; default: 2, or none with --wandb_eval_samples_steps."
+    )
+    wandb_eval_samples_steps: int | None = arg(
+        help="Steps between these tables: each is of the first evaluation at or after a multiple."
+    )
     wandb_finish_timeout: float = arg(
         120.0, "Seconds at the end to go on trying while the W&B server does not answer; then say what is missing."
     )
@@ -115,6 +122,7 @@ class TrackingConfig:
             wandb_watch_max_tensors=self.wandb_watch_max_tensors,
             wandb_eval_samples=self.wandb_eval_samples,
             wandb_eval_samples_freq=self.wandb_eval_samples_freq,
+            wandb_eval_samples_steps=self.wandb_eval_samples_steps,
         )
         at_least(0, wandb_finish_timeout=self.wandb_finish_timeout)
         if self.wandb_dir is not None:
@@ -139,6 +147,8 @@ class TrackingConfig:
         for name, kinds in (("wandb_keep_checkpoints", ("checkpoint",)), ("wandb_registry", ("end", "checkpoint"))):
             if getattr(self, name) is not None and self.wandb_log_model not in kinds:
                 raise ConfigError(f"--{name} does nothing without --wandb_log_model {' or '.join(kinds)}.")
+        if self.wandb_eval_samples_steps is not None and self.wandb_eval_samples is None:
+            raise ConfigError("--wandb_eval_samples_steps does nothing without --wandb_eval_samples: of how many?")
         for name in ("wandb_watch_max_tensors", "wandb_watch_patterns"):
             if getattr(self, name) is not None and self.wandb_watch == "false":
                 raise ConfigError(f"--{name} does nothing without --wandb_watch gradients, parameters or all.")
@@ -166,6 +176,13 @@ class TrackingConfig:
         # Not by `tracker_names`: the parser asks, and does not wait for accelerate.
         is_named = "wandb" in self.report_to or ("all" in self.report_to and find_spec("wandb") is not None)
         return is_named and not self.wandb_disabled
+
+    @property
+    def tables_every(self) -> Every:
+        """How often tables of predictions are due."""
+        steps = self.wandb_eval_samples_steps
+        epochs = DEFAULT_TABLE_EPOCHS if steps is None else None
+        return Every(epochs=self.wandb_eval_samples_freq or epochs, steps=steps)
 
     @property
     def sends(self) -> bool:

@@ -19,6 +19,7 @@ from harness.masking import masked
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Selection, Watch
+from harness.tracking.media.shown import HISTOGRAMS, PREDICTIONS, Shown
 from harness.tracking.recorded import model_config, num_parameters
 from harness.tracking.rows.journal import JOURNAL_FILE, SUMMARY_ONLY, decoded, rewrite
 from harness.tracking.rows.local import LocalRows
@@ -76,6 +77,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         )
         self._watch: Watch | None = None
         self._attached: dict[str, Any] = {}
+        self._shown = Shown()
         self._num_parameters: int | None = None
         self._architecture = ""
         self._report: list[str] = []
@@ -133,7 +135,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         max(100, logging_steps)); with --wandb_log_model the architecture is the first artifact.
         """
         unwrapped = model if accelerator is None else accelerator.unwrap_model(model, keep_torch_compile=False)
-        if self.config.uses_wandb and self.config.wandb_watch != "false":
+        is_watched = self.config.uses_wandb and self.config.wandb_watch != "false"
+        if is_watched:
             self._watch = Watch(
                 unwrapped,
                 log=self.config.wandb_watch,
@@ -144,7 +147,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 is_main=PartialState().is_main_process,
                 gradient_of=None if accelerator is None else choose_backend(accelerator).gradient_function(),
             )
-            self._live.set_up(lambda run: log_graph(run, unwrapped))
+        if self.config.sends:
+            self._live.set_up(lambda run: log_graph(run, unwrapped, with_shapes=is_watched))
         self._num_parameters, self._architecture = num_parameters(unwrapped), str(unwrapped)
         if self._live.artifacts is not None:
             configuration = model_config(unwrapped)
@@ -214,8 +218,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         if self._live.history is None or self._attempts is None or self._attempts.identity is None:
             return {}
         self._live.history.sync()
-        run = self._attempts.identity.of_checkpoint()
-        return {"rows": self._live.history.rows, "run": run, "attached": self._attached}
+        run, shown = self._attempts.identity.of_checkpoint(), self._shown.state_dict()
+        return {"rows": self._live.history.rows, "run": run, "attached": self._attached, "shown": shown}
 
     def files_of_checkpoint(self) -> dict[str, Callable[[Path], None]]:
         """Return the files that a checkpoint keeps: by name the function that writes each, in any thread."""
@@ -235,6 +239,7 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         if self._attempts is not None:
             self._attempts.load_state_dict(saved, folder, changes=changes)
             self._attached = dict(saved.get("attached", {}))
+            self._shown.load_state_dict(saved.get("shown", {}))
 
     def mark_preempting(self) -> None:
         """Tell W&B at once that the run will be preempted. `finish` then takes seconds, whatever the network does."""
@@ -260,14 +265,24 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         return self._live.where
 
     def report(self) -> list[str]:
-        """Say after the end what the server has of the run, what it lacks, and the command that delivers the rest."""
-        return self._report
+        """
+        Say after the end what the run has shown beside its numbers, what the server has and lacks, and the command.
+
+        The command delivers what it lacks.
+        """
+        if not self.config.sends:
+            return self._report
+        has_tables = self.config.wandb_eval_samples is not None
+        asked = {HISTOGRAMS: self.config.wandb_watch != "false", PREDICTIONS: has_tables}
+        shown = self._shown.describe([kind for kind, is_asked in asked.items() if is_asked])
+        return [*([shown] if shown else []), *self._report]
 
     def _send(self, summary: dict[str, Any], row: dict[str, Any], kwargs: dict[str, Any]) -> None:
         row = {name: masked(value) if isinstance(value, str) else value for name, value in row.items()}
         if self._local is not None:
             self._local.log(row)
             return
+        self._shown.add(row, has_histograms=bool(self._attached))
         row, self._attached = {**decoded(self._attached), **row}, {}
         if summary:
             self._live.set_up(lambda run: run.summary.update(summary))

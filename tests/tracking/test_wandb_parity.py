@@ -322,8 +322,7 @@ def level_histograms(pair: Pair) -> None:
 
 
 def level_graph(pair: Pair) -> None:
-    if pair.watch != "false":
-        assert pair.ours.summary.pop("graph_0")["_type"] == "graph-file"
+    assert pair.ours.summary.pop("graph_0")["_type"] == "graph-file"
 
 
 def level_adapter(pair: Pair) -> None:
@@ -486,7 +485,7 @@ def test_artifacts_are_the_trainers(pair: Pair) -> None:
 
 
 def test_files_are_the_trainers(pair: Pair) -> None:
-    if pair.watch != "false" and pair.ours.files:
+    if pair.ours.files:
         pair.ours.files.remove("media/graph/graph_0_summary")
     if pair.training.opened is None and pair.ours.files:
         pair.ours.files.remove("code/pair.py")

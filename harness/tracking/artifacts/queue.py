@@ -52,12 +52,14 @@ class UploadResult:
     """
     What became of the artifacts: committed (`name:v0`), still pending, staged for `wandb sync` by an offline run.
 
-    `command` delivers what is left; None if nothing is, or if no command can.
+    `linked` are the registered models that lead to one of them. `command` delivers what is left; None if nothing is, or
+    if no command can.
     """
 
     committed: list[str] = dataclasses.field(default_factory=list)
     pending: list[Pending] = dataclasses.field(default_factory=list)
     staged: list[str] = dataclasses.field(default_factory=list)
+    linked: list[str] = dataclasses.field(default_factory=list)
     command: str | None = None
 
     def describe(self) -> str:
@@ -66,6 +68,8 @@ class UploadResult:
         if self.committed or not (self.pending or self.staged):
             named = f": {_listed(self.committed)}" if self.committed else ""
             parts.append(f"{_count(self.committed)} confirmed by the server{named}")
+        if self.linked:
+            parts.append(f"linked in the registry: {_listed(self.linked)}")
         if self.staged:
             parts.append(f"{_count(self.staged)} staged: {_listed(self.staged)}")
         if self.pending:
@@ -111,6 +115,7 @@ class Uploads:
         self._failed: list[Pending] = []  # no command can deliver these
         self._link_commands: list[str] = []
         self._unlinked: list[Pending] = []
+        self._linked: list[str] = []
         self._lost = ""
         self._cached_api: Any = None
 
@@ -192,6 +197,7 @@ class Uploads:
             committed=list(self._committed),
             pending=[*pending, *self._failed, *self._unlinked],
             staged=[staged.name for staged in self._recorded],
+            linked=list(self._linked),
             command=" && ".join([*commands, *self._link_commands]) or None,
         )
 
@@ -299,6 +305,7 @@ class Uploads:
                 reason = one_line(error)
                 time.sleep(RETRY_SECONDS[min(number, len(RETRY_SECONDS) - 1)] if number + 1 < LINK_TRIES else 0)
             else:
+                self._linked.append(f"{registry_path(registry)} ({committed.name})")
                 return
         logger.warning("%s is not linked to %s: %s", committed.name, registry, reason)
         what = f"not linked to {registry}: {reason}"

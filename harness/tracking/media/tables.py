@@ -1,11 +1,10 @@
-"""Tables of predictions on the first samples of the evaluation sets: when they are due, and what W&B shows."""
+"""Tables of predictions on the first samples of the evaluation sets, and what W&B shows of them."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -19,25 +18,7 @@ from harness.training import rng
 logger = logging.getLogger(__name__)
 
 TABLE, MATRIX, CURVES = "sample_predictions", "confusion_matrix", "pr_curve"
-# Epochs are fractions added up: what is nearer than this is the same.
-SAME_EPOCH = 1e-6
 MODES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
-
-
-def is_due(epoch: float, previous: float | None, freq: int) -> bool:
-    """
-    Whether the evaluation at `epoch` is the first at or after a multiple of `freq` epochs.
-
-    `previous` is the epoch of the evaluation before, None at the first one. At epoch 0 nothing is due.
-    """
-    passed, passed_before = (math.floor((at + SAME_EPOCH) / freq) for at in (epoch, previous or 0.0))
-    return passed > passed_before
-
-
-def last_evaluation(log_history: Sequence[Mapping[str, Any]]) -> float | None:
-    """The epoch of the last evaluation in a Trainer's history, which a checkpoint brings back; None for none."""
-    entries = (row for row in reversed(log_history) if any(name.startswith("eval_") for name in row))
-    return next((float(row["epoch"]) for row in entries), None)
 
 
 class SampleTables:

@@ -69,10 +69,10 @@ DIFFERENCES = {
         "a model leads to its run, uploaded or not",
     ),
     "graph": Difference(
-        "the model's layers with `WANDB_WATCH`",
+        "the model's layers, the topology",
         "not there",
-        "`graph_0` in the summary",
-        "the W&B guide promises the topology",
+        "`graph_0` in the summary, whatever `WANDB_WATCH` is",
+        "the W&B guide promises it; sizes of outputs with `WANDB_WATCH` alone",
     ),
     "code": Difference(
         "the script among the run's files",

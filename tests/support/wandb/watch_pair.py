@@ -108,7 +108,7 @@ def graphs(folder: Path) -> None:
         run = wandb.init(dir=folder / f"graph-{kind}")
         layers = Layers()
         if kind == "ours":
-            log_graph(run, layers)
+            log_graph(run, layers, with_shapes=True)
         else:
             run.watch(layers, log=None, log_graph=True, idx=0)
         for batch_size in (3, 5):

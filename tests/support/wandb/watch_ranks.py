@@ -2,7 +2,7 @@
 Watch on two ranks: `torchrun --nproc_per_node 2 -m tests.support.wandb.watch_ranks FOLDER`.
 
 Rank zero writes FOLDER/found.json: for each way to wrap the model the histograms of the second optimizer step, and
-those of one process that computes the whole batch at once.
+those of one process that computes the whole batch at once; and the graph, before the first step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.distributed.ranks import settle
+from harness.tracking.media.graph import log_graph
 from harness.tracking.media.histograms import Watch
+from tests.support.wandb.graphs import GraphRun
 
 ACCUMULATION, BATCH_SIZE, NUM_STEPS = 4, 3, 2
 
@@ -59,6 +61,12 @@ def steps(model: nn.Module, window: list[torch.Tensor], *, is_main: bool, seen: 
         optimizer.zero_grad()
 
 
+def graph(model: nn.Module, folder: Path) -> Any:
+    run = GraphRun(folder)
+    log_graph(run, model)
+    return run.nodes
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -71,9 +79,10 @@ def main(folder: Path) -> None:
     fully_shard(sharded.body, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     wrapped = {"ddp": DistributedDataParallel(copy.deepcopy(model)), "fsdp": sharded}
-    found: dict[str, Any] = {"world": world, "others": []}
+    found: dict[str, Any] = {"world": world, "others": [], "graphs": {}}
     for kind, candidate in wrapped.items():
         seen: list[Any] = []
+        found["graphs"][kind] = graph(candidate, folder / str(rank))
         steps(candidate, own, is_main=rank == 0, seen=seen)
         found[kind] = seen
         given: list[Any] = [None] * world
@@ -81,6 +90,7 @@ def main(folder: Path) -> None:
         found["others"] += given[1:]
     if rank == 0:
         found["whole"], found["micro"] = [], []
+        found["graphs"]["whole"] = graph(model, folder / "whole")
         micro = copy.deepcopy(model)
         steps(model, [batches.flatten(0, 2)], is_main=True, seen=found["whole"])
         steps(micro, own[-1:], is_main=True, seen=found["micro"])

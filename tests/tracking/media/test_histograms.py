@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from harness.tracking.media.histograms import Histogram, Selection, Watch
 from tests.support.launching import needs_fsdp, run, torchrun
 from tests.support.wandb.artifact_processes import environment
 from tests.support.wandb.file import read_all
+from tests.support.wandb.graphs import GraphRun
 from tests.support.wandb.watch_pair import LOG_FREQ, NUM_STEPS, Odd, Rows, rows_of_wandb
 
 ROW_LIMIT_BYTES = 10 * 2**20 - 100 * 2**10  # of wandb-core 0.31
@@ -433,31 +433,33 @@ def test_the_graph_is_that_of_wandb_watch(pair: Path) -> None:
     assert ours == theirs
 
 
-def recorded(run: SimpleNamespace) -> dict[str, Any]:
-    return {node.name: node.output_shape for node in run.summary["graph_0"].nodes}
+@needs_fsdp
+def test_the_graph_of_a_model_that_ranks_share_is_that_of_the_model(ranks: dict[str, Any]) -> None:
+    graphs = ranks["graphs"]
+    assert [node["name"] for node in graphs["whole"]] == ["embed", "body.0", "body.1", "body.2"]
+    assert graphs["ddp"] == graphs["fsdp"] == graphs["whole"]
 
 
 def hooks(model: nn.Module) -> int:
     return sum(len(part._forward_hooks) for part in model.modules())
 
 
-def test_the_graph_is_recorded_once_and_leaves_no_hook() -> None:
-    model, run = nn.Sequential(mlp(), nn.Identity(), nn.Linear(3, 2)), SimpleNamespace(summary={})
-    log_graph(run, model)
+def test_the_graph_is_recorded_once_and_leaves_no_hook(tmp_path: Path) -> None:
+    model, run = nn.Sequential(mlp(), nn.Identity(), nn.Linear(3, 2)), GraphRun(tmp_path)
+    log_graph(run, model, with_shapes=True)
     assert (hooks(model), run.summary) == (7, {})
     model(torch.zeros(5, 8))
-    first = run.summary["graph_0"]
-    assert recorded(run)["2"] == [[5, 2]]
+    assert run.shapes["2"] == [[5, 2]]
     assert hooks(model) == 0
     model(torch.zeros(6, 8))
-    assert run.summary["graph_0"] is first
+    assert len(run.published) == 1
 
 
-def test_the_graph_has_the_layers_that_are_never_called() -> None:
-    model, run = Odd(), SimpleNamespace(summary={})
-    log_graph(run, model)
+def test_the_graph_has_the_layers_that_are_never_called(tmp_path: Path) -> None:
+    model, run = Odd(), GraphRun(tmp_path)
+    log_graph(run, model, with_shapes=True)
     model(torch.zeros(2, 3, dtype=torch.int64))
-    found = recorded(run)
+    found = run.shapes
     assert list(found)[-2:] == ["frozen", "unused"]
     assert found["unused"] is None
     assert found["body.0"] == [[2, 3, 16]]
@@ -465,19 +467,19 @@ def test_the_graph_has_the_layers_that_are_never_called() -> None:
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_compiled_model_gets_its_graph_at_once_and_no_hook(in_place: bool) -> None:
-    model, run = mlp(), SimpleNamespace(summary={})
+def test_a_compiled_model_gets_its_graph_at_once_and_no_hook(in_place: bool, tmp_path: Path) -> None:
+    model, run = mlp(), GraphRun(tmp_path)
     candidate = model if in_place else compiled_eagerly(model)
     if in_place:
         model.compile(backend="eager")
-    log_graph(run, candidate)
-    assert recorded(run) == {"0": None, "1": None, "2": None, "3": None}
+    log_graph(run, candidate, with_shapes=True)
+    assert run.shapes == {"0": None, "1": None, "2": None, "3": None}
     assert hooks(candidate) == 0
 
 
-def test_a_model_that_is_compiled_afterwards_still_compiles_whole_and_once() -> None:
-    model, run = mlp(), SimpleNamespace(summary={})
-    log_graph(run, model)
+def test_a_model_that_is_compiled_afterwards_still_compiles_whole_and_once(tmp_path: Path) -> None:
+    model, run = mlp(), GraphRun(tmp_path)
+    log_graph(run, model, with_shapes=True)
     graphs: list[Any] = []
 
     def backend(graph: Any, _: Any) -> Any:
@@ -496,11 +498,11 @@ class Unspeakable(nn.Linear):
         raise RuntimeError("no words")
 
 
-def test_a_graph_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    model, run = nn.Sequential(Unspeakable(8, 2)), SimpleNamespace(summary={})
+def test_a_graph_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, run = nn.Sequential(Unspeakable(8, 2)), GraphRun(tmp_path)
 
     def forward() -> None:
-        log_graph(run, model)
+        log_graph(run, model, with_shapes=True)
         assert model(torch.zeros(1, 8)).shape == (1, 2)
 
     (line,) = warnings_of(caplog, forward)

@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 from harness.tasks import SamplePredictions, Task, TaskConfig
 from harness.tasks.text import causal_lm, masked_lm
 from harness.tasks.text import sequence_classification as classification
-from harness.tracking.media.tables import SampleTables, is_due, last_evaluation
+from harness.tracking.media.due import Evaluated, Every, is_due, last_evaluation
+from harness.tracking.media.tables import SampleTables
 from harness.training import rng
 from tests.support.inputs import (
     SENTENCES,
@@ -165,7 +166,22 @@ class TestDue:
         history: list[dict[str, Any]] = [{"loss": 1.0, "epoch": 0.5, "step": 1}]
         assert last_evaluation(history) is None
         history.append({"eval_cola_runtime": 1.0, "epoch": 1.0, "step": 2})
-        assert last_evaluation([*history, {"loss": 0.5, "epoch": 1.5, "step": 3}]) == 1.0
+        assert last_evaluation([*history, {"loss": 0.5, "epoch": 1.5, "step": 3}]) == Evaluated(epoch=1.0, step=2)
+
+    @pytest.mark.parametrize(
+        ("often", "due"),
+        [
+            (Every(epochs=None, steps=25), [30, 50, 80, 100]),
+            (Every(epochs=None, steps=10), [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]),
+            (Every(epochs=None, steps=200), []),
+            (Every(epochs=1), [40, 80]),
+            (Every(epochs=2, steps=60), [60, 80]),
+        ],
+    )
+    def test_tables_are_due_by_steps_by_epochs_or_by_both(self, often: Every, due: list[int]) -> None:
+        evaluated = [Evaluated(epoch=step / 40, step=step) for step in [0, *range(10, 101, 10), 100]]
+        found = [now for now, last in zip(evaluated, [None, *evaluated[:-1]], strict=True) if often.is_due(now, last)]
+        assert [now.step for now in found] == due
 
 
 LENGTHS = (16, 9, 5, 12, 16, 3, 7, 10, 16, 2, 1)

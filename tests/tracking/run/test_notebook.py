@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.faulty_training import Training, environment
 from tests.support.launching import free_port
+from tests.support.wandb.notebook import run_cells
 from tests.support.wandb_server import WandbServer
 
 pytestmark = pytest.mark.slow
 
-KERNEL = """
-import sys
-from jupyter_client.manager import start_new_kernel
-
-manager, client = start_new_kernel(kernel_name="python3")
-try:
-    for cell in sys.argv[1:]:
-        reply = client.execute_interactive(cell, timeout=120, output_hook=lambda message: None)
-        assert reply["content"]["status"] == "ok", "\\n".join(reply["content"]["traceback"])
-finally:
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
-"""
 LAUNCH = """
 import accelerate
 
@@ -53,17 +39,7 @@ def test_a_training_ends_the_run_of_the_one_before_and_launched_processes_end_th
         "wandb.finish()",
     ]
     with WandbServer(tmp_path / "server") as server:
-        done = subprocess.run(
-            [sys.executable, "-c", KERNEL, *cells],
-            env=environment(tmp_path, server, WANDB_SILENT="true"),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_cells(cells, environment(tmp_path, server, WANDB_SILENT="true"), folder=tmp_path)
         runs = {run.id: run for run in server.runs()}
     assert {name: (run.state, run.exit_code) for name, run in runs.items()} == dict.fromkeys(flags, ("finished", 0))
     for name, run in runs.items():
