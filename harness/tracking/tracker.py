@@ -148,7 +148,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
                 gradient_of=None if accelerator is None else choose_backend(accelerator).gradient_function(),
             )
         if self.config.sends:
-            self._live.set_up(lambda run: log_graph(run, unwrapped, with_shapes=is_watched))
+            is_adopted = not self._live.is_own
+            self._live.set_up(lambda run: log_graph(run, unwrapped, with_shapes=is_watched, is_adopted=is_adopted))
         self._num_parameters, self._architecture = num_parameters(unwrapped), str(unwrapped)
         if self._live.artifacts is not None:
             configuration = model_config(unwrapped)

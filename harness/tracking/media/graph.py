@@ -21,15 +21,18 @@ NAME = "graph_0"  # wandb's, of the first model that is watched
 MOST_MODULES = 5_000  # a tenth of a second, half a MB
 
 
-def log_graph(run: Any, model: torch.nn.Module, *, with_shapes: bool = False) -> None:
+def log_graph(run: Any, model: torch.nn.Module, *, with_shapes: bool = False, is_adopted: bool = False) -> None:
     """
     Put the layers of the prepared model into the summary of a W&B run, as graph_0: `wandb.watch(log_graph=True)`.
 
     At once, from names and shapes of the parameters, so that no training waits for it: a model of more modules than
     MOST_MODULES is cut to its layers' names, kinds and sizes. `with_shapes`: after the first forward of the training,
     with the shapes of the outputs; at once and without them if anything is compiled, since hooks would break up what
-    the compiler sees. A run that has the graph, of an earlier attempt, keeps it. It warns where it fails, never raises.
+    the compiler sees. Each attempt sends it, since a killed one may not have got it through: the same layers make the
+    same file. A run that is adopted, with a graph of its owner's, keeps that. It warns where it fails, never raises.
     """
+    if is_adopted and NAME in run.summary.keys():  # noqa: SIM118 - wandb's summary has no `in`
+        return
     plain = unwrapped(model)
     layers: dict[torch.nn.Module, str] = {}
     for name, layer in _layers(plain):
@@ -77,12 +80,9 @@ def _store_graph(run: Any, layers: Mapping[torch.nn.Module, str], shapes: Mappin
 
     graph = Graph("torch")
     try:
-        if NAME in run.summary.keys():  # noqa: SIM118 - wandb's summary has no `in`
-            return
         modules = (module for layer in layers for module in layer.modules())
         is_whole = sum(1 for _ in islice(modules, MOST_MODULES + 1)) <= MOST_MODULES
         for number, layer in enumerate(dict.fromkeys([*shapes, *layers])):
-            # Numbers for ids: the same layers make the same file, whatever attempt writes it.
             node = Node(number, _bare(layers[layer]), output_shape=shapes.get(layer))
             (_describe if is_whole else _describe_shortly)(layer, node)
             graph.add_node(node)

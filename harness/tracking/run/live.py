@@ -37,6 +37,7 @@ class LiveRun:
     - run: wandb's own object; None before the start, after the end, and where W&B does not work.
     - history: its rows, each sent once over all attempts; None without `attempts`.
     - artifacts: None without --wandb_log_model.
+    - is_own: whether it was opened here; an adopted one is its owner's.
     - where: its address, or its folder and how to upload it; it stays when the run is over.
     """
 
@@ -58,7 +59,7 @@ class LiveRun:
         self._setup: list[Callable[[Any], Any]] = []
         self._num_reopened = 0
         self._committed: list[str] = []  # artifacts, before wandb's process has died
-        self._is_own = self._is_preempting = self._has_warned = False
+        self.is_own = self._is_preempting = self._has_warned = False
 
     def open(self) -> None:
         """Take over the run that is open, or open one. Raises ConfigError for settings that wandb refuses."""
@@ -71,8 +72,8 @@ class LiveRun:
                 wandb.finish()
             else:
                 forget_run()
-        self._is_own = wandb.run is None
-        if not self._is_own:
+        self.is_own = wandb.run is None
+        if not self.is_own:
             self.run = wandb.run
         elif self._attempts is None:
             self.run = open_run(self._config, self._init_kwargs, stop=self._stop)
@@ -104,7 +105,7 @@ class LiveRun:
 
     def close(self, exit_code: int) -> list[str]:
         """End the run if it was opened here; returns what has arrived of it and what has not. Twice changes nothing."""
-        ends = self._is_own and not (exit_code == 0 and is_notebook())
+        ends = self.is_own and not (exit_code == 0 and is_notebook())
         sent = self.deliver(lambda run: run.step)  # if wandb's process has died, another one ends the run
         # An attempt that another one follows, which delivers what is left, does not wait for slow uploads.
         limit = self._config.wandb_finish_timeout if exit_code else None
@@ -115,7 +116,7 @@ class LiveRun:
         if ends:
             self.deliver(lambda run: end_run(run, exit_code, is_preempting=self._is_preempting))
             uploads = self._close_artifacts(0.0) or uploads
-        elif self._is_own and self.run is not None:
+        elif self.is_own and self.run is not None:
             LEFT_OPEN[self.run] = os.getpid()
         run, self.run = self.run, None
         history, self.history = self.history, None
@@ -135,13 +136,13 @@ class LiveRun:
 
     def abandon(self) -> None:
         """End wandb's process without ending the run, if it was opened here."""
-        if self._is_own:
+        if self.is_own:
             abandon_run()
 
     def _begin(self) -> None:
         """Note where the run is that has just been opened, and take up its artifacts."""
         self.where = "" if self.run is None else where(self.run)
-        identity = None if self._attempts is None or not self._is_own else self._attempts.identity
+        identity = None if self._attempts is None or not self.is_own else self._attempts.identity
         suffix = None if identity is None else identity.artifacts
         self.artifacts = open_artifacts(self.run, self._config, self._output_dir, suffix=suffix)
 

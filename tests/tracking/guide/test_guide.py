@@ -134,7 +134,7 @@ def test_without_a_key_it_is_offline_in_the_default_project_and_has_the_topology
     assert found.summary["graph_0"]["_type"] == "graph-file"
     graph = json.loads((found.path.parent / "files" / found.summary["graph_0"]["path"]).read_text())
     assert [node["name"] for node in graph["nodes"]] == ["transformer", "lm_head"]
-    assert graph["nodes"][0]["parameters"][0] == ["wte.weight", [64, 32]]
+    assert graph["nodes"][0]["parameters"][0] == ["wte.weight", [256, 32]]
 
 
 # Name the project
@@ -294,7 +294,7 @@ def test_the_guides_resume_goes_on_with_the_run_on_an_empty_machine(notebook: Pl
 
 @pytest.mark.slow
 def test_the_table_of_samples_has_labels_predictions_and_the_epoch(notebook: Played) -> None:
-    assert steps_of(notebook.run, "sample_predictions") == [60, 120, 160]
+    assert steps_of(notebook.run, "sample_predictions") == [60, 120]
     table = json.loads(notebook.run.files[notebook.run.summary["sample_predictions"]["path"]].read_text())
     assert table["columns"] == ["inputs", "labels", "predictions", "epoch"]
     assert len(table["data"]) == 3
