@@ -84,19 +84,22 @@ def test_tweets_of_several_users_stand_beside_each_other_in_wandb(
         file.write_text("text\n" + "".join(f"{start} on the {end}\n" for end in ("mat", "hill") * 64), encoding="utf-8")
         (tmp_path / user).mkdir()
         given = {"model_name_or_path": model, "train_file": file, "block_size": 32, "learning_rate": 1e-2}
-        few = {"num_train_epochs": 8, "warmup_steps": 0, "logging_steps": 8, "per_device_train_batch_size": 8}
-        wandb = {"report_to": "wandb", "run_name": user, "generate_samples": 4, "generate_max_new_tokens": 16}
+        few: dict[str, Any] = {"max_steps": 120, "warmup_steps": 0, "per_device_train_batch_size": 8}
+        few |= {"eval_strategy": "steps", "eval_steps": 60, "save_strategy": "steps", "save_steps": 60}
+        wandb = {"report_to": "wandb", "run_name": user, "generate_samples": 8, "generate_max_new_tokens": 16}
         state = train("gpt2_short_texts", tmp_path / user, **given, **few, **wandb)
         (run,) = read_all(tmp_path / user / "run")
         assert (run.display_name, run.group) == (user, "tweets")
         tables = [row["sampled_texts"] for row in rows(tmp_path / user / "run") if "sampled_texts" in row]
-        assert len(tables) == len([row for row in state["log_history"] if "eval_loss" in row]) == 8
-        assert all(table["columns"] == ["step", "prompt", "text"] and len(table["data"]) == 4 for table in tables)
-        drawn[user] = [text for _, _, text in tables[-1]["data"]]
-    # A tweet begins at the beginning, of itself, and ends where the tweets do.
-    for user, start in USERS.items():
-        assert sum(text.startswith(start[:7]) for text in drawn[user]) >= 3
-        assert not any("<|end|>" in text for text in drawn[user])
+        assert len(tables) == len([row for row in state["log_history"] if "eval_loss" in row]) == 2
+        assert all(table["columns"] == ["step", "prompt", "text"] and len(table["data"]) == 8 for table in tables)
+        drawn[user] = " ".join(text for table in tables for _, _, text in table["data"])
+    # Each in its own words, and cut where a tweet ends.
+    assert "old cat" in drawn["ada"]
+    assert "dog" not in drawn["ada"]
+    assert "red dog" in drawn["bob"]
+    assert "cat" not in drawn["bob"]
+    assert "<|end|>" not in "".join(drawn.values())
 
 
 def test_early_stopping_ends_the_training_before_its_last_step(tmp_path: Path) -> None:

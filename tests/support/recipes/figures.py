@@ -9,15 +9,15 @@ from tests.support.recipes.stand_ins import STAND_INS, run_recipe
 
 # What makes so small a model learn so few rows in seconds.
 QUICK: dict[str, Any] = {
-    "max_steps": 100,
-    "learning_rate": 1e-2,
+    "max_steps": 160,
+    "learning_rate": 3e-3,
     "warmup_steps": 0,
     "per_device_train_batch_size": 16,
-    "logging_steps": 50,
+    "logging_steps": 80,
     "eval_strategy": "steps",
-    "eval_steps": 50,
+    "eval_steps": 80,
     "save_strategy": "steps",
-    "save_steps": 50,
+    "save_steps": 80,
     "eval_on_start": True,
 }
 # The texts are shorter than a block of the recipe; random crops of images of 16 pixels show little.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -70,14 +71,16 @@ STAND_INS: dict[str, tuple[str, Callable[[], Dataset], str]] = {
 
 
 def save_model(model_type: str, folder: Path) -> Path:
-    """A tiny model with its tokenizer or image processor, as from_pretrained has them from the Hub."""
+    """A tiny model with its tokenizer or image processor, as from_pretrained has them from the Hub; always the same."""
+    shape: dict[str, Any] = dict(TINY[model_type])
     if model_type == "vit":
         save_image_processor(folder)
-        AutoModel.from_config(AutoConfig.for_model(model_type, **TINY[model_type])).save_pretrained(folder)
-        return folder
-    (save_gpt_tokenizer if model_type == "gpt2" else save_bert_tokenizer)(folder)
-    size = len(AutoTokenizer.from_pretrained(folder))
-    AutoModel.from_config(AutoConfig.for_model(model_type, vocab_size=size, **TINY[model_type])).save_pretrained(folder)
+    else:
+        (save_gpt_tokenizer if model_type == "gpt2" else save_bert_tokenizer)(folder)
+        shape["vocab_size"] = len(AutoTokenizer.from_pretrained(folder))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModel.from_config(AutoConfig.for_model(model_type, **shape)).save_pretrained(folder)
     return folder
 
 
