@@ -159,11 +159,8 @@ def _check_data(config: Config, task: Task, num_processes: int) -> None:
         raise ConfigError(f"{flag} needs validation data: give --validation_file, or a data set that has some.")
     if config.run.do_predict and task.test_dataset is None:
         raise ConfigError("--do_predict needs test data: give --test_file, or a data set with a test split.")
-    if config.run.trains and prompts_of(config.task) and task.complete is None:
-        raise ConfigError(
-            f"--generate_steps={config.task.generate_steps}: --task={config.task.task} has no `complete` that writes a "
-            "text for a prompt; use causal-lm or seq2seq, give the task one, or leave the flag out."
-        )
+    if config.run.trains:
+        _check_texts(config, task)
     count = config.tracking.wandb_eval_samples
     if count is not None and config.tracking.uses_wandb and config.run.trains:
         if config.plan.eval_strategy == "no":
@@ -173,6 +170,23 @@ def _check_data(config: Config, task: Task, num_processes: int) -> None:
                 f"--wandb_eval_samples={count}: --task={config.task.task} has no predict_samples that shows what the "
                 "model makes of samples; give it one, or leave the flag out."
             )
+
+
+def _check_texts(config: Config, task: Task) -> None:
+    prompts_of(config.task)  # raises for a file that can't be read
+    steps, samples = config.task.generate_steps, config.task.generate_samples
+    if steps is not None and task.complete is None:
+        raise ConfigError(
+            f"--generate_steps={steps}: --task={config.task.task} has no `complete` that writes a text for a prompt; "
+            "use causal-lm or seq2seq, give the task one, or leave the flag out."
+        )
+    if samples is not None and task.draw is None:
+        raise ConfigError(
+            f"--generate_samples={samples}: --task={config.task.task} has no `draw` that draws texts; use causal-lm, "
+            "give the task one, or leave the flag out."
+        )
+    if samples is not None and config.plan.eval_strategy == "no":
+        raise ConfigError(f"--generate_samples={samples} needs evaluations: give --eval_strategy epoch or steps.")
 
 
 def _check_labels(config: Config, task: Task) -> None:
@@ -362,9 +376,12 @@ def _sample_tables(session: Session, tracker: WandbTracker) -> SampleTables | No
 
 
 def _texts(session: Session, tracker: WandbTracker) -> Texts | None:
-    complete, prompts = session.task.complete, prompts_of(session.config.task)
+    config, task = session.config.task, session.task
+    prompts = prompts_of(config) if config.generate_steps is not None else []
+    draw = task.draw if config.generate_samples is not None else None
     takes_part = session.accelerator.is_main_process or session.backend.is_sharded
-    if complete is None or not (prompts and takes_part):
+    if not ((prompts or draw) and takes_part):
         return None
     device, say = session.accelerator.device, session.console.line
-    return Texts(complete, prompts, device=device, say=say, tracker=tracker)
+    seed = session.config.topology.seed
+    return Texts(task.complete, prompts, draw, seed=seed, device=device, say=say, tracker=tracker)

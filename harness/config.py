@@ -338,6 +338,11 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def variable(name: str) -> str:
+    """Return what an environment variable holds; an empty text if it is not set."""
+    return os.environ.get(name, "")
+
+
 def is_dumb_terminal() -> bool:
     """Whether the terminal can't go back to the beginning of a line."""
     return os.environ.get("TERM") == "dumb"

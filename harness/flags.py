@@ -33,7 +33,7 @@ from harness.model.flags import BY_METRIC, AdapterConfig, OptimConfig
 from harness.tasks import OWN
 from harness.tasks.files import data_files
 from harness.tasks.flags import PARTS as TASK_PARTS
-from harness.tasks.flags import SHIPPED, TaskConfig
+from harness.tasks.flags import SHIPPED, TaskConfig, under
 from harness.tracking import TrackingConfig
 from harness.tracking.flags import from_environment
 from harness.training.flags import (
@@ -378,6 +378,7 @@ def read(argv: Sequence[str], *, own_task: bool = False) -> Reading:
         source, origin = QUICKSTART, f"recipe {QUICKSTART}: nothing says what to train"
     if source is not None:
         from_file, of_file = read_yaml(source, FLAGS, refused=NOT_TAKEN)
+        from_file = under(given, from_file)
     variables, of_variables = from_environment()
     is_debugging = DebugConfig.meant(str(given.get("debug", from_file.get("debug", "")))) == "on"
     layers: list[tuple[Mapping[str, Any], Mapping[str, str]]] = [

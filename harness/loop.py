@@ -123,9 +123,9 @@ def follow(
         run.console.report(emit(run, state, values, {}), step=state.global_step, rate=None)
     with run.throughput.paused() if due.evaluate or due.save or due.generate else nullcontext():
         is_best = evaluate(run, state) if due.evaluate else False
-        if due.generate and run.texts is not None:
+        if run.texts is not None and (due.generate or due.evaluate):
             run.watchdog.at(EVALUATION, state.global_step)
-            run.texts.show(run.bare_model, step=state.global_step)
+            run.texts.show(run.bare_model, step=state.global_step, completes=due.generate, draws=due.evaluate)
         state.is_ended = ends_epoch and is_over(run, state)  # a save from here on records it
         if (is_best if run.plan.config.save_strategy == "best" else due.save) and run.nonfinite.may_save(state):
             save(run, state)

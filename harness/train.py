@@ -31,6 +31,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,6 +43,7 @@ from harness.flags import Config, help_text, help_topic, read
 from harness.masking import tracebacks_masked
 from harness.slurm import slurm_job
 from harness.tasks import is_whole, own_builder
+from harness.tasks.hub import hub_or_cache
 
 if TYPE_CHECKING:
     from harness.results import Result
@@ -127,7 +129,8 @@ def run(config: Sequence[str] | Config, **own: Any) -> Result:
         raise ConfigError(
             "--print_config is for a command line; in Python there is harness.flags.parse(argv).as_yaml()."
         )
-    with environment_kept():
+    from_hub = nullcontext() if is_whole(own) else hub_or_cache(config.task, config.run.config)
+    with environment_kept(), from_hub:
         _load(config)
         end_preparation()
         from harness.execute import run_command

@@ -325,7 +325,7 @@ ROWS: dict[str, tuple[Row | list[str], tuple[str, ...]]] = {
     ),
     "data that is not cached": (
         lambda i: [*without(i.text, "train_file"), "--dataset_name=org/none"],
-        ("--dataset_name=org/none: no such folder here", r"load_dataset\('org/none'\)"),
+        ("--dataset_name=org/none: no such folder here", "hf download org/none --repo-type dataset"),
     ),
     "adapter of a model that is nowhere": (
         lambda i: model(adapter(i))(i),

@@ -57,6 +57,7 @@ OF_OTHERS |= {"main_process_port", "deepspeed_multinode_launcher", "nproc_per_no
 OF_OTHERS |= {"registry", "alias", "max_shard_size", "until", "once", "interval", "nodes", "gpus", "time", "dry", "no"}
 OF_OTHERS |= {"launch", "partition", "account", "array", "sbatch", "qos", "me", "requeue", "signal", "cpus", "dist"}
 OF_OTHERS |= {"kills", "folder", "trainer", "case", "cases", "device", "json", "seconds"}
+OF_OTHERS |= {"repo", "exclude"}  # of `hf download`
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 TRAINING = re.compile(r"(?:^|\s)(?:harness train|harness-train|harness/train\.py|-m harness train|slurm/\w+\.sbatch)\s")
 OTHER = re.compile(r"^harness (\w+) (.*)$")

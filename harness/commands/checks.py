@@ -17,6 +17,7 @@ from harness.errors import ConfigError, UnreachableError
 from harness.flags import Config
 from harness.tasks.files import data_files
 from harness.tasks.flags import TaskConfig
+from harness.tasks.hub import Wanted
 from harness.tasks.pretrained import with_overrides
 from harness.tasks.text.glue import HUB_NAME
 from harness.tracking import TrackingConfig
@@ -117,18 +118,11 @@ def _check_dataset(name: str, task: TaskConfig) -> None:
         return
     if task.streaming:
         raise ConfigError(f"--streaming of {name} needs the network, and the nodes have none: leave it out.")
-    import datasets
-    from datasets.naming import camelcase_to_snakecase
-
-    cache = Path(task.cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
-    variant = task.dataset_config_name or (task.task_name if name == HUB_NAME else None)
-    *namespace, short = name.split("/")
-    folder = cache / "___".join([*namespace, camelcase_to_snakecase(short)])  # the name that datasets uses
-    if not any(folder.glob(f"{variant or '*'}*/*/*/dataset_info.json")):
-        options = f"{name!r}, {variant!r}" if variant else f"{name!r}"
+    wanted = Wanted("dataset_name", name, is_dataset=True)
+    if not wanted.is_cached(task):
         raise ConfigError(
-            f"--dataset_name={name} is not in {cache}, and the nodes have no internet: run here first "
-            f'`HF_HUB_OFFLINE=0 python -c "import datasets; datasets.load_dataset({options})"`.'
+            f"--dataset_name={name} is not in the cache, and the nodes have no internet: run `HF_HUB_OFFLINE=0 "
+            f"{wanted.download(task)}` here first, or give a folder."
         )
 
 

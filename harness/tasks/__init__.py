@@ -22,6 +22,7 @@ __all__ = [
     "BuildOptimizer",
     "Builder",
     "Complete",
+    "Draw",
     "Generate",
     "LossFunction",
     "Metrics",
@@ -130,6 +131,7 @@ BuildOptimizer = Callable[["torch.nn.Module"], "Sequence[Mapping[str, Any]] | to
 AfterEvaluation = Callable[[View, Mapping[str, float]], "Values | None"]
 PredictSamples = Callable[["torch.nn.Module", Sequence[Any]], SamplePredictions]
 Complete = Callable[["torch.nn.Module", Sequence[str]], Sequence[str]]
+Draw = Callable[["torch.nn.Module"], Sequence[tuple[str, str]]]
 Generate = Callable[["torch.nn.Module", Mapping[str, Any]], "torch.Tensor"]
 LossFunction = Callable[[Any, "torch.Tensor | None", "torch.Tensor | None"], "torch.Tensor"]
 
@@ -161,6 +163,8 @@ class Task:
     - complete(model, prompts) -> a text for each: what --generate_steps shows. The model is the unwrapped one in eval
       mode, without gradients. Runs on rank zero only, or on all if the model is sharded. It may draw random numbers and
       switch the model's modes: both are put back.
+    - draw(model) -> pairs of a prompt, which may be empty, and a text: what --generate_samples shows after an
+      evaluation. As `complete`; the random generators are seeded from --seed and the step, on all ranks alike.
     - after_step(view) -> values by name, or None: called on all ranks after each optimizer step, before what is due at
       it. Rank zero's values are recorded, once over all attempts of a run, in the row of the step's report or in one of
       their own: as NAME in the history, as train/NAME in the trackers. Numbers, also of numpy, and tensors of one
@@ -192,6 +196,7 @@ class Task:
     describe_predictions: Callable[[npt.NDArray[Any]], list[str]] | None = None
     predict_samples: PredictSamples | None = None
     complete: Complete | None = None
+    draw: Draw | None = None
     after_step: AfterStep | None = None
     logged_outputs: tuple[str, ...] = ()
     build_optimizer: BuildOptimizer | None = None

@@ -13,7 +13,8 @@ from harness.tasks import Builder, Task, TaskConfig, resolve
 # What is called of a task, where it is given.
 FUNCTIONS = (
     *("compute_loss_func", "check", "metrics", "generate", "sample"),
-    *("describe_predictions", "predict_samples", "complete", "after_step", "after_evaluation", "build_optimizer"),
+    *("describe_predictions", "predict_samples", "complete", "draw"),
+    *("after_step", "after_evaluation", "build_optimizer"),
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from harness.config import Json, arg, at_least, choice, flags_of, section, together
 from harness.errors import ConfigError
@@ -24,6 +26,10 @@ SHIPPED = {
     "sequence-classification": "harness.tasks.text.sequence_classification:build",
     "token-classification": "harness.tasks.text.token_classification:build",
 }
+
+# Each names the training data; and what is said of a data set that is given by its name.
+TRAINING_DATA = ("dataset_name", "train_file", "train_dir")
+OF_DATA_SETS = ("dataset_config_name", "train_split_name", "validation_split_name", "test_split_name")
 
 
 @section("model")
@@ -149,7 +155,7 @@ class TaskConfig(
         together([*of_parts, self._check_owners, self._check_sources])
 
     def _check_sources(self) -> None:
-        named = [name for name in ("dataset_name", "train_file", "train_dir") if getattr(self, name)]
+        named = [name for name in TRAINING_DATA if getattr(self, name)]
         if len(named) > 1:
             raise ConfigError(f"--{named[0]} and --{named[1]} both name the training data; give one of them.")
         if self.validation_file and self.validation_dir:
@@ -170,6 +176,19 @@ class TaskConfig(
                 raise ConfigError(
                     f"--{name}={getattr(self, name)} does nothing without --predict_with_generate; give both."
                 )
+
+
+def under(given: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Return what a recipe gives under flags that are given beside it.
+
+    Where these name other training data, that of the recipe is left out, with what says which part of it is taken.
+    """
+    named = [name for name in TRAINING_DATA if given.get(name)]
+    left_out = {name for name in TRAINING_DATA if named and name not in named}
+    if named and "dataset_name" not in named:
+        left_out |= set(OF_DATA_SETS)
+    return {name: value for name, value in recipe.items() if name not in left_out}
 
 
 PARTS = TaskConfig.__bases__

@@ -168,17 +168,22 @@ def _batches(samples: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def continuations(
-    model: torch.nn.Module, prompts: Sequence[list[int]], num_tokens: int, tokenizer: Any
+    model: torch.nn.Module, prompts: Sequence[list[int]], num_tokens: int, tokenizer: Any, **drawn: float
 ) -> list[list[int]]:
-    """Return up to `num_tokens` tokens for each prompt; padding follows the end of a text."""
+    """
+    Return up to `num_tokens` tokens for each prompt; padding follows the end of a text.
+
+    With temperature and the like in `drawn` they are drawn and not the likeliest. Then there are always so many, the
+    end of a text among them: ranks that write together, each with its part of the weights, make the same forwards.
+    """
     if num_tokens == 0:
         return [[] for _ in prompts]
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     inputs = _padded([torch.tensor(prompt) for prompt in prompts], padding or 0, "left", model)
     # Not passed as an argument: the model's own settings of sampling would be merged into it, or warned about.
     settings: Any = model.generation_config
-    greedy = GenerationConfig(max_new_tokens=num_tokens, eos_token_id=settings.eos_token_id, pad_token_id=padding)
-    model.generation_config = greedy
+    how = {"do_sample": True, "top_k": 0, **drawn} if drawn else {"eos_token_id": settings.eos_token_id}
+    model.generation_config = GenerationConfig(max_new_tokens=num_tokens, pad_token_id=padding, **how)
     try:
         output = model.generate(**inputs, use_cache=True)  # type: ignore[operator]
     finally:

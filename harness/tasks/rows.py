@@ -20,6 +20,7 @@ from harness.tasks import delimited, image_rows, json_rows
 from harness.tasks.arrow_cache import cache_folder
 from harness.tasks.files import DataFile, data_files, is_delimited, source_of
 from harness.tasks.flags import TaskConfig
+from harness.tasks.hub import Wanted, snapshot_of
 from harness.tasks.splits import SPLITS, Split, Splits, user_data
 
 logger = logging.getLogger(__name__)
@@ -105,22 +106,29 @@ def _load_named(config: TaskConfig, source: str) -> Any:
             "files by --train_file."
         )
     try:
-        with user_data(source):
-            return datasets.load_dataset(
-                config.dataset_name,
-                config.dataset_config_name,
-                cache_dir=config.cache_dir,
-                token=config.token,
-                streaming=config.streaming,
-            )
+        return _load_dataset(str(config.dataset_name), config, source)
     except ConfigError as error:
         if not any(each in str(error) for each in ("Couldn't reach", "offline mode", "Couldn't find cache for")):
             raise
-        named = ", ".join(repr(each) for each in (config.dataset_name, config.dataset_config_name) if each)
+        # `datasets` alone would not look for what `hf download` has brought.
+        if (downloaded := snapshot_of(str(config.dataset_name), config, is_dataset=True)) is not None:
+            return _load_dataset(str(downloaded), config, source)
+        fetch = Wanted("dataset_name", str(config.dataset_name), is_dataset=True).download(config)
         raise ConfigError(
             f"{source}: no such folder here, not in the cache, and the Hub can't be reached; check the name, or run "
-            f'`python -c "import datasets; datasets.load_dataset({named})"` where there is a network first.'
+            f"`{fetch}` where there is a network first."
         ) from error
+
+
+def _load_dataset(name: str, config: TaskConfig, source: str) -> Any:
+    with user_data(source):
+        return datasets.load_dataset(
+            name,
+            config.dataset_config_name,
+            cache_dir=config.cache_dir,
+            token=config.token,
+            streaming=config.streaming,
+        )
 
 
 def _load_files(flag: str, given: Sequence[str], config: TaskConfig, keep_linebreaks: bool) -> Any:

@@ -86,14 +86,23 @@ def kept() -> Iterator[None]:
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Seed the generators of `capture_host` from numbers of 0 or more for the block; then restore them."""
+def seeded(*numbers: int, device: torch.device | None = None) -> Iterator[None]:
+    """
+    Seed the generators of `capture_host` from numbers of 0 or more for the block; then restore them.
+
+    That of a `device` too, if one is given.
+    """
     before = capture_host()
     python, numpy, cpu = np.random.SeedSequence(numbers).generate_state(3, np.uint64).tolist()
     random.seed(python)
     np.random.seed(numpy % 2**32)
     torch.default_generator.manual_seed(cpu)  # torch.manual_seed would also seed the devices' generators
+    own = {} if device is None else capture_own(device)
+    for kind in own:
+        torch.get_device_module(kind).manual_seed(cpu)
     try:
         yield
     finally:
         restore_host(before)
+        for kind, state in own.items():
+            torch.get_device_module(kind).set_rng_state(state)

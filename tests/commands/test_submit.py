@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "data not cached": (
         [*CPU, "--no-internet", "--model_type", "gpt2", "--tokenizer_name", "here", "--dataset_name", "no/data"],
-        "datasets.load_dataset('no/data')",
+        "run `HF_HUB_OFFLINE=0 hf download no/data --repo-type dataset` here first",
     ),
     "online without internet": (
         [*CPU, "--no-internet", "--wandb_mode", "online"],
@@ -155,7 +155,8 @@ def test_what_is_in_the_caches_is_found_there(tmp_path: Path, capsys: pytest.Cap
     assert f"run `hf download Some/Model --cache-dir {tmp_path}/cache` here first" in capsys.readouterr().err
     (model / "snapshots" / "0123" / "model.safetensors").touch()
     assert main(asked) == 2
-    assert "datasets.load_dataset('Some/MyData', 'english')" in capsys.readouterr().err
+    fetch = f"hf download Some/MyData --repo-type dataset --cache-dir {tmp_path}/cache"
+    assert fetch in capsys.readouterr().err
     (data / "dataset_info.json").touch()
     assert main(asked) == 0
     assert "53.6 M parameters" in capsys.readouterr().out

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from harness.checkpoint.find import list_checkpoints
 from harness.config import RECIPES_DIR
 from harness.flags import QUICKSTART, parse
 from harness.tasks import resolve
 from harness.train import main
-from tests.support.images import SHAPES, draw, needs_image_processor, save_image_processor
-from tests.support.inputs import SENTENCES, save_bert_tokenizer, save_gpt_tokenizer
+from tests.support.images import needs_image_processor
+from tests.support.recipes.stand_ins import STAND_INS, run_recipe
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
-TINY = {
-    "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
-    "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
-    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
-    "vit": {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "image_size": 16,
-        "patch_size": 4,
-    },
-}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -83,69 +68,6 @@ def test_the_quickstart_trains_evaluates_saves_and_samples(tmp_path: Path, capsy
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [3]
-
-
-# The recipes of the Hub: what stands in for their model and data, and the metric that decides.
-TEXTS = SENTENCES * 4
-PARITY = [index % 2 for index in range(len(TEXTS))]
-TAGS = ("O", "B-PER", "I-PER", "B-LOC")
-
-
-def labelled(names: list[str], **columns: list[str]) -> Dataset:
-    features = {name: Value("string") for name in columns} | {"label": ClassLabel(names=names)}
-    return Dataset.from_dict({**columns, "label": PARITY}, features=Features(features))
-
-
-def words() -> Dataset:
-    features = Features(
-        {"id": Value("string"), "tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=TAGS))}
-    )
-    rows = {"id": [str(index) for index in range(len(TEXTS))], "tokens": [text.split() for text in TEXTS]}
-    return Dataset.from_dict({**rows, "ner_tags": [[0, 1, 2, 0, 0, 0, 3]] * len(TEXTS)}, features=features)
-
-
-def leaves() -> Dataset:
-    features = Features({"image_file_path": Value("string"), "image": Image(), "labels": ClassLabel(names=SHAPES)})
-    numbers = [index % 3 for index in range(len(TEXTS))]
-    images = [draw(SHAPES[number], index) for index, number in enumerate(numbers)]
-    return Dataset.from_dict({"image_file_path": TEXTS, "image": images, "labels": numbers}, features=features)
-
-
-PAIRS = {"sentence1": TEXTS, "sentence2": TEXTS[::-1]}
-STAND_INS: dict[str, tuple[str, Callable[[], Dataset], str]] = {
-    "beans_vit": ("vit", leaves, "eval_accuracy"),
-    "cola": ("bert", lambda: labelled(["unacceptable", "acceptable"], sentence=TEXTS), "eval_matthews_correlation"),
-    "conll_ner": ("bert", words, "eval_f1"),
-    "early_stopping": ("bert", lambda: labelled(["not_equivalent", "equivalent"], **PAIRS), "eval_loss"),
-    "gpt2_short_texts": ("gpt2", lambda: labelled(["negative", "positive"], text=TEXTS), "eval_loss"),
-    "imdb_distilbert": ("distilbert", lambda: labelled(["neg", "pos"], text=TEXTS), "eval_accuracy"),
-    "imdb_lora": ("distilbert", lambda: labelled(["neg", "pos"], text=TEXTS), "eval_accuracy"),
-    "rte": ("bert", lambda: labelled(["entailment", "not_entailment"], **PAIRS), "eval_accuracy"),
-}
-
-
-def save_model(model_type: str, folder: Path) -> Path:
-    """A tiny model with its tokenizer or image processor, as from_pretrained has them from the Hub."""
-    if model_type == "vit":
-        save_image_processor(folder)
-        AutoModel.from_config(AutoConfig.for_model(model_type, **TINY[model_type])).save_pretrained(folder)
-        return folder
-    (save_gpt_tokenizer if model_type == "gpt2" else save_bert_tokenizer)(folder)
-    size = len(AutoTokenizer.from_pretrained(folder))
-    AutoModel.from_config(AutoConfig.for_model(model_type, vocab_size=size, **TINY[model_type])).save_pretrained(folder)
-    return folder
-
-
-def run_recipe(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
-    """The state that a run of the recipe ends with, on 32 rows that have the Hub's columns and splits."""
-    model_type, rows, _ = STAND_INS[name]
-    held = parse(["--config", name]).task.validation_split_name or "validation"
-    DatasetDict({"train": rows(), held: rows().select(range(8))}).save_to_disk(folder / "data")
-    flags = {"model_name_or_path": save_model(model_type, folder / "model"), "dataset_name": folder / "data", **changed}
-    argv = ["--config", name, *(f"--{flag}={value}" for flag, value in flags.items())]
-    assert main([*argv, f"--output_dir={folder / 'run'}", "--report_to=none", "--use_cpu"]) == 0
-    state: dict[str, Any] = json.loads((folder / "run" / "trainer_state.json").read_text(encoding="utf-8"))
-    return state
 
 
 def test_each_recipe_of_the_hub_has_a_stand_in() -> None:

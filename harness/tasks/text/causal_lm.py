@@ -18,7 +18,7 @@ from harness.tasks.pretrained import check_length, load_config, load_model, load
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import TokenAccuracy
 from harness.tasks.splits import Split, grouped, texts_of
-from harness.tasks.text.prompts import continuing
+from harness.tasks.text.prompts import continuing, drawing
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def build(config: TaskConfig) -> Task:
     blocks = splits.map(lambda split: _blocks(split, config, columns, tokenizer, size)).cut(config)
     model = load_model(config, AutoModelForCausalLM, model_config, tokenizer)
     shown = blocks.rows("validation" if "validation" in blocks else "train")
+    writes = hasattr(model, "generate")
     return Task(
         model=model,
         train_dataset=blocks.rows("train"),
@@ -52,8 +53,9 @@ def build(config: TaskConfig) -> Task:
         check=lambda model: check_causal(model, next(iter(shown))["input_ids"]),
         metrics=lambda: TokenAccuracy(shift=1),
         sample=lambda model: _continued(model, tokenizer, next(iter(shown))["input_ids"]),
-        predict_samples=partial(continued, tokenizer=tokenizer) if hasattr(model, "generate") else None,
-        complete=continuing(config, tokenizer, model) if hasattr(model, "generate") else None,
+        predict_samples=partial(continued, tokenizer=tokenizer) if writes else None,
+        complete=continuing(config, tokenizer, model) if writes else None,
+        draw=drawing(config, tokenizer, model, shown) if writes else None,
     )
 
 
@@ -65,11 +67,12 @@ def _block_size(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
 
 
 def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer: Any, size: int) -> Split:
-    delimiter = config.text_column_delimiter
+    delimiter, end = config.text_column_delimiter, _end_of_texts(config, tokenizer)
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        texts = [f"{text.removesuffix(end)}{end}" for text in texts_of(batch, columns, delimiter)]
         # No warning for texts that are longer than the model takes: they are cut into blocks afterwards.
-        return dict(tokenizer(texts_of(batch, columns, delimiter), verbose=False))
+        return dict(tokenizer(texts, verbose=False))
 
     def cut_to_blocks(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         blocks = grouped(batch, size)
@@ -78,6 +81,19 @@ def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer:
     blocks = split.transform(tokenised, config).transform(cut_to_blocks, config, keep_columns=True)
     blocks.require_samples(f"fewer tokens than one block of {size}; lower --block_size or give more text.")
     return blocks
+
+
+def _end_of_texts(config: TaskConfig, tokenizer: Any) -> str:
+    """Return what --append_eos puts behind each text, if the tokenizer does not do so. Raises ConfigError."""
+    if not config.append_eos:
+        return ""
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            f"--append_eos: the tokenizer {tokenizer.name_or_path} has no token that ends texts; leave it out, or give "
+            "it one and save it."
+        )
+    ends_so = tokenizer("a", verbose=False)["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return "" if ends_so else str(tokenizer.eos_token)
 
 
 def check_causal(model: Any, block: Sequence[int]) -> None:

@@ -37,6 +37,7 @@ class LanguageModelFlags:
     keep_linebreaks: bool = arg(True, "causal-lm: keep the line breaks of txt files.")
     mlm_probability: float = arg(0.15, "masked-lm: share of the tokens to mask.")
     line_by_line: bool = arg(False, "masked-lm: each line is a sample of its own.")
+    append_eos: bool = arg(False, "causal-lm: end each text with the tokenizer's token that ends texts.")
 
     def __post_init__(self) -> None:
         at_least(2, block_size=self.block_size)  # in a block of one token there is no next one
@@ -47,7 +48,7 @@ class LanguageModelFlags:
 @section("generation", on_resume="free")
 @dataclass(frozen=True, kw_only=True)
 class GenerationFlags:
-    """What a model writes while it is trained; see --generate_steps."""
+    """What a model writes while it is trained; see --generate_steps and --generate_samples."""
 
     generate_steps: int | None = arg(
         help="causal-lm, seq2seq: every N steps show what the model writes for the prompts, here and in W&B."
@@ -55,9 +56,32 @@ class GenerationFlags:
     generate_prompts: list[str] | None = arg(help="The prompts: texts to continue, or to read (seq2seq).")
     generate_prompts_file: str | None = arg(help="A txt file in their place, with a prompt in each line.")
     generate_max_new_tokens: int = arg(64, "Most tokens to write for a prompt.")
+    generate_samples: int | None = arg(
+        help="causal-lm: after each evaluation show N texts that are drawn from the model, here and in W&B; "
+        "N for each prompt, if there are prompts."
+    )
+    generate_prompt_tokens: int = arg(
+        0, "Of --generate_samples: begin with so many tokens of the evaluation data's first samples; 0: with none."
+    )
+    generate_temperature: float = arg(1.0, "Of --generate_samples: below 1 likely tokens are drawn more often.")
+    generate_top_p: float = arg(1.0, "Of --generate_samples: draw from the likeliest tokens of so much probability.")
 
     def __post_init__(self) -> None:
-        at_least(1, generate_steps=self.generate_steps, generate_max_new_tokens=self.generate_max_new_tokens)
+        at_least(
+            1,
+            generate_steps=self.generate_steps,
+            generate_max_new_tokens=self.generate_max_new_tokens,
+            generate_samples=self.generate_samples,
+        )
+        at_least(0, generate_prompt_tokens=self.generate_prompt_tokens)
+        at_least(0.01, generate_temperature=self.generate_temperature)
+        if not 0 < self.generate_top_p <= 1:
+            raise ConfigError(f"--generate_top_p={self.generate_top_p}: use a share above 0, at most 1.")
+        self._check_prompts()
+        if self.generate_samples is None:
+            self._check_unread()
+
+    def _check_prompts(self) -> None:
         given = [name for name in ("generate_prompts", "generate_prompts_file") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError("--generate_prompts and --generate_prompts_file both give the prompts; give one of them.")
@@ -66,8 +90,16 @@ class GenerationFlags:
                 f"--generate_steps={self.generate_steps} needs prompts: give --generate_prompts or "
                 "--generate_prompts_file."
             )
-        if self.generate_steps is None and given:
-            raise ConfigError(f"--{given[0]} does nothing without --generate_steps; give both.")
+        if self.generate_steps is None and self.generate_samples is None and given:
+            raise ConfigError(f"--{given[0]} does nothing without --generate_steps or --generate_samples; give both.")
+        if self.generate_prompt_tokens and given:
+            raise ConfigError(f"--generate_prompt_tokens and --{given[0]} both give the prompts; give one of them.")
+
+    def _check_unread(self) -> None:
+        """Refuse what only --generate_samples reads, where it is not given."""
+        for name, default in (("prompt_tokens", 0), ("temperature", 1.0), ("top_p", 1.0)):
+            if (value := getattr(self, f"generate_{name}")) != default:
+                raise ConfigError(f"--generate_{name}={value} does nothing without --generate_samples; give both.")
 
 
 @section("token-classification")
@@ -110,10 +142,10 @@ class Seq2SeqFlags:
 
 
 def prompts_of(config: GenerationFlags) -> list[str]:
-    """Return the prompts of --generate_steps, [] without it. Raises ConfigError."""
-    if config.generate_steps is None:
-        return []
+    """Return the prompts of --generate_steps and --generate_samples, [] if none are given. Raises ConfigError."""
     path = config.generate_prompts_file
+    if path is None and config.generate_prompts is None:
+        return []
     if path is None:
         flag, prompts = "generate_prompts", list(config.generate_prompts or ())
     else:

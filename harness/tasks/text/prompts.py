@@ -1,15 +1,20 @@
-"""The prompts of --generate_steps, and what a model writes for them: always the likeliest token, nothing is drawn."""
+"""
+What a model writes while it is trained.
+
+For the prompts of --generate_steps always the likeliest token; for --generate_samples tokens are drawn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from harness.errors import ConfigError
-from harness.tasks import Complete
+from harness.tasks import Complete, Draw
 from harness.tasks.flags import TaskConfig
 from harness.tasks.predictions import BATCH_SIZE, continuations
 from harness.tasks.pretrained import longest_sequence
@@ -41,6 +46,67 @@ def continuing(config: TaskConfig, tokenizer: Any, model: Any) -> Complete:
         return texts
 
     return complete
+
+
+def drawing(config: TaskConfig, tokenizer: Any, model: Any, samples: Iterable[Mapping[str, Any]]) -> Draw:
+    """
+    Return the function that draws the texts of --generate_samples.
+
+    They continue the prompts, else the first tokens of the `samples`, else the token that begins a text. Raises
+    ConfigError if that leaves no room for a token, or there is no such token.
+    """
+    limit, most, count = (
+        longest_sequence(tokenizer, model.config),
+        config.generate_max_new_tokens,
+        config.generate_samples,
+    )
+    size = config.generate_prompt_tokens
+    prompts = [_ids(prompt, tokenizer) for prompt in prompts_of(config)]
+    if size >= limit:
+        raise ConfigError(
+            f"--generate_prompt_tokens={size}: the model takes up to {limit} tokens with those that it writes; use "
+            "fewer."
+        )
+    if count is not None and not (prompts or size):
+        prompts = [[_first_token(tokenizer, model)]]
+    numbers = {"temperature": config.generate_temperature, "top_p": config.generate_top_p}
+
+    def draw(model: torch.nn.Module) -> list[tuple[str, str]]:
+        beginnings = [list(row["input_ids"])[:size] for row in islice(iter(samples), count)] if size else prompts
+        repeated = [ids for ids in beginnings for _ in range(1 if size else count or 1)]
+        ends = _ends(tokenizer, model)
+        texts: list[tuple[str, str]] = []
+        for batch in _batches(repeated):
+            room = limit - max(len(ids) for ids in batch)
+            new = [_up_to(ends, ids) for ids in continuations(model, batch, min(most, room), tokenizer, **numbers)]
+            shown = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (batch, new))
+            texts += zip(*shown, strict=True)
+        return texts
+
+    return draw
+
+
+def _first_token(tokenizer: Any, model: Any) -> int:
+    """Return the token that begins a text, or that ends the one before. Raises ConfigError if there is none."""
+    for owner in (tokenizer, model.config):
+        for name in ("bos_token_id", "eos_token_id"):
+            found = getattr(owner, name, None)
+            if isinstance(found, int):
+                return found
+    raise ConfigError(
+        f"--generate_samples: the tokenizer {tokenizer.name_or_path} has no token that begins or ends a text; give "
+        "--generate_prompts or --generate_prompt_tokens."
+    )
+
+
+def _ends(tokenizer: Any, model: Any) -> set[int]:
+    """Return the tokens that end a text."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])} - {None}
+
+
+def _up_to(ends: set[int], ids: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def answering(config: TaskConfig, tokenizer: Any, *, most_tokens: int) -> Complete:
