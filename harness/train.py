@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from harness.agent import sweep_run
 from harness.config import is_first_rank
 from harness.distributed.flags import environment_kept, hide_accelerators
 from harness.distributed.launch import TypedCommand, typed_command
@@ -75,11 +76,13 @@ def _command(argv: Sequence[str]) -> int:
     if (topic := help_topic(argv)) is not None:
         show(f"{help_text(topic)}\n")
         return 0
-    reading = read(argv)
+    reading = read(argv, sweep=sweep_run())
     config = reading.config if "print_config" in reading.values else reading.checked()
     if config.run.print_config:
         show(reading.as_yaml(everything=config.run.print_config == "all"))
         return 0
+    for note in reading.notes:
+        _say(0, note)
     typed = typed_command(argv)  # now: the launcher may have ended before
     try:
         run(config)
@@ -95,7 +98,8 @@ def _command(argv: Sequence[str]) -> int:
 
 def _to_go_on(stopped: StoppedError, typed: TypedCommand) -> StoppedError:
     """The same error, with the command that goes on: what was typed, and the flags that it needs."""
-    is_typed = stopped.flags and slurm_job() is None  # a job's launcher is its script's
+    # A job's launcher is its script's; the words of an agent are not typed, and it goes on by itself.
+    is_typed = stopped.flags and slurm_job() is None and sweep_run() is None
     return StoppedError(
         stopped.reason,
         exit_code=stopped.exit_code,
@@ -122,7 +126,8 @@ def run(config: Sequence[str] | Config, **own: Any) -> Result:
         raise ConfigError(f"harness.run takes a list of words, not the text {config!r}: give {config.split()}.")
     builder = own_builder(own) if own else None
     if not isinstance(config, Config):
-        config = read([str(word) for word in config], own_task=is_whole(own)).checked()
+        words = [str(word) for word in config]
+        config = read(words, own_task=is_whole(own), sweep=sweep_run(is_strict=False)).checked()
     if config.run.print_config:
         raise ConfigError(
             "--print_config is for a command line; in Python there is harness.flags.parse(argv).as_yaml()."
