@@ -67,24 +67,40 @@ class SweepRun:
         return values if names is None else {name: values[name] for name in names if name in values}
 
     def typed(self, argv: Sequence[str]) -> list[str]:
-        """Return the words of a command line that the agent has not put there."""
-        words, pairs = self._words()
-        kept: list[str] = []
-        skips = False
-        for word, following in zip(argv, [*argv[1:], None], strict=True):
-            is_pair = (word, following) in pairs
-            if not skips and not is_pair and word not in words and not word.startswith("--_"):
-                kept.append(word)
-            skips = is_pair and not skips
-        return kept
+        """
+        Return the words of a command line that the agent has not put there.
 
-    def _words(self) -> tuple[set[str], set[tuple[str, str | None]]]:
-        """Return what ${args}, ${args_no_hyphens}, ${args_json} and their like become; pairs: ${args_no_equals}."""
+        Its words follow each other as in its file. By themselves they may be typed: a run that is resumed gets all
+        flags that it had.
+        """
+        words = list(argv)
+        for form in self._forms():
+            for at in range(len(words) - len(form) + 1) if form else ():
+                if words[at : at + len(form)] == form:
+                    del words[at : at + len(form)]
+                    break
+        return [word for word in words if not word.startswith("--_") and not self._is_all(word)]
+
+    def _forms(self) -> list[list[str]]:
+        """Return what ${args}, ${args_no_hyphens}, ${args_json_file} and their like become."""
         values = [f"{name}={value}" for name, value in self.given.items()]
-        switches = {f"--{name}" for name, value in self.given.items() if value is True}
-        whole = {json.dumps(dict(self.given)), str(Path(self.file).with_suffix(".json"))} if self.given else set()
-        words = {f"{prefix}{value}" for value in values for prefix in ("--", "", "+", "++")} | switches | whole
-        return words, {(f"--{name}", str(value)) for name, value in self.given.items()}
+        pairs = [word for name, value in self.given.items() for word in (f"--{name}", f"{value}")]
+        switches = [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in self.given.items()
+            if value is not False
+        ]
+        file = [str(Path(self.file).with_suffix(".json"))] if self.given else []
+        return [*([f"{prefix}{value}" for value in values] for prefix in ("--", "", "+", "++")), pairs, switches, file]
+
+    def _is_all(self, word: str) -> bool:
+        """Whether it is what ${args_json} becomes."""
+        if not word.startswith("{"):
+            return False
+        try:
+            return bool(json.loads(word) == self.given)
+        except ValueError:
+            return False
 
     def beside(
         self, typed: dict[str, Any], variables: Mapping[str, Any], known: Mapping[str, Flag], refused: Mapping[str, str]

@@ -33,7 +33,9 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def write(values: dict[str, Any]) -> Path:
         file = tmp_path / "config-r.yaml"
-        file.write_text(yaml.safe_dump({"wandb_version": 1, **{k: {"value": v} for k, v in values.items()}}))
+        file.write_text(
+            yaml.safe_dump({"wandb_version": 1, **{k: {"value": v} for k, v in values.items()}}, sort_keys=False)
+        )
         names = {"SWEEP_ID": "s", "RUN_ID": "r", "PROJECT": "p", "SWEEP_PARAM_PATH": str(file)}
         for name, value in names.items():
             monkeypatch.setenv(f"WANDB_{name}", value)
@@ -79,9 +81,12 @@ def test_without_the_arguments_on_the_command_line_they_hold_too(given: Any) -> 
 
 def test_a_run_that_is_resumed_takes_the_parameters_of_its_sweep_alone(given: Any) -> None:
     file = given(OF_A_RUN)
-    config = reading(*as_command("args", OF_A_RUN, file)).checked()
+    config = reading("--max_steps=9", "--seed=7", *as_command("args", OF_A_RUN, file), "--bf16=False").checked()
     assert {name: config.flat()[name] for name in PARAMETERS} == PARAMETERS
-    assert (config.flat()["seed"], config.flat()["dtype"]) == (42, None)
+    assert (config.flat()["max_steps"], config.flat()["dtype"]) == (9, None)
+    assert config.flat()["seed"] == 7, "it is typed, and what the agent has put there looks the same"
+    assert reading("--seed=3").checked().flat()["seed"] == 3
+    assert reading(*as_command("args", OF_A_RUN, file)).checked().flat()["seed"] == 42
 
 
 def test_where_the_file_is_not_the_command_line_has_the_parameters(given: Any) -> None:

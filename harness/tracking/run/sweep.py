@@ -30,13 +30,13 @@ def unlocked(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     Return the part of a configuration that W&B takes: what the agent gave is locked, all of it where a run is resumed.
 
-    wandb would warn of each value. Those that differ are named here.
+    wandb would warn of each value. Those that differ are named here; of the sweep's own parameters it is said before.
     """
     sweep = sweep_run()
-    given = {} if sweep is None else sweep.given
-    differ = sorted(
-        name for name, value in values.items() if name in given and name != RECORD and plain(value) != given[name]
-    )
+    if sweep is None:
+        return dict(values)
+    given, told = sweep.given, {RECORD, *sweep.parameters}
+    differ = sorted(name for name in values.keys() & given.keys() - told if plain(values[name]) != given[name])
     if differ:
         named = ", ".join(differ[:MOST_NAMED]) + (" and others" if len(differ) > MOST_NAMED else "")
         logger.warning(

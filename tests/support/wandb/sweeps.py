@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.support.faulty_training import SCRIPT, WAIT_SECONDS, Training, environment
+from tests.support.faulty_training import SCRIPT, Training, environment
 from tests.support.wandb_server import RunRecord, WandbServer
 
 # The command `wandb`, with an agent that asks the server twice a second instead of each five.
@@ -27,6 +27,7 @@ from wandb.cli.cli import cli
 wandb_agent.Agent.POLL_INTERVAL = 0.5
 cli(prog_name="wandb")
 """
+WAIT_SECONDS = 400.0  # for some starts of a launcher, beside other work
 PYTHON = ("${env}", "${interpreter}")
 
 
@@ -138,9 +139,7 @@ class Sweep:
 def flags(folder: Path, *, pace: float, **arguments: Any) -> list[str]:
     """The tiny training's, `pace` seconds a step, without a folder."""
     given = {"task_args": {"times": str(folder / "times"), "seconds": pace}, **arguments}
-    words = Training.flags_for(folder, **given)
-    at = words.index("--output_dir")
-    return [*words[:at], *words[at + 2 :]]
+    return [word for word in Training.flags_for(folder, **given) if not word.startswith("--output_dir")]
 
 
 def script(*words: str) -> list[str]:

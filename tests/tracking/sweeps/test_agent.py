@@ -13,7 +13,7 @@ from tests.support.launching import DDP, free_port
 from tests.support.wandb.sweeps import Sweep, end, flags, script, steps_of
 from tests.support.wandb_server import WandbServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PARAMETERS = {
     "learning_rate": {"values": [1e-3, 2e-3]},
