@@ -127,7 +127,10 @@ def run(config: Sequence[str] | Config, **own: Any) -> Result:
     builder = own_builder(own) if own else None
     if not isinstance(config, Config):
         words = [str(word) for word in config]
-        config = read(words, own_task=is_whole(own), sweep=sweep_run(is_strict=False)).checked()
+        reading = read(words, own_task=is_whole(own), sweep=sweep_run(is_strict=False))
+        config = reading.checked()
+        for note in reading.notes:
+            _say(0, note)
     if config.run.print_config:
         raise ConfigError(
             "--print_config is for a command line; in Python there is harness.flags.parse(argv).as_yaml()."
