@@ -325,14 +325,14 @@ def _checkpoints(session: Session) -> Checkpoints:
 
 
 def _stop(session: Session, tracker: WandbTracker, checkpoints: Checkpoints) -> Stop:
+    under_agent: dict[str, Any] = {"is_orphan": is_orphan, "was_stopped": tracker.was_stopped}
     return Stop(
         session.accelerator,
         requested=lambda: tracker.stop_requested,
         time_limit=_time_limit(session, checkpoints),
         is_shut_out=lambda: checkpoints.is_shut_out,
-        is_orphan=is_orphan,
-        was_stopped=None if sweep_run() is None else tracker.was_stopped,
         saves=session.config.plan.save_strategy != "no",
+        **({} if sweep_run() is None else under_agent),
     )
 
 

@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from harness.agent import sweep_run
+from harness.checkpoint.find import in_sweep
+from harness.checkpoint.flags import CheckpointConfig
 from harness.errors import ConfigError
 from harness.flags import Reading, read
+from tests.support.launching import ROOT
 
 PARAMETERS = {"learning_rate": 1e-5, "bf16": False, "logging_first_step": True, "wandb_tags": ["a", "b"]}
 NESTED = {"lr_scheduler_kwargs": {"num_cycles": 2}}
@@ -153,3 +156,31 @@ def test_a_file_that_says_nothing_is_passed_over(content: str, given: Any) -> No
     assert (found.given, found.parameters) == ({}, {})
     assert found.output_dir == Path("runs/sweep-s/r")
     assert json.dumps(found.typed(["--seed", "1"])) == '["--seed", "1"]'
+
+
+def test_a_run_of_a_sweep_has_a_folder_of_its_own_and_goes_on_there(given: Any) -> None:
+    given({})
+    sweep = sweep_run()
+    assert sweep is not None
+    own = in_sweep(CheckpointConfig(), sweep)
+    assert (own.output_dir, own.resume_from_checkpoint) == ("runs/sweep-s/r", "auto")
+    assert in_sweep(CheckpointConfig(resume_from_checkpoint="false"), sweep).resume_from_checkpoint == "false"
+    assert in_sweep(CheckpointConfig(resume_from_checkpoint="true"), sweep).output_dir == "runs/sweep-s/r"
+    chosen = CheckpointConfig(output_dir="mine")
+    assert in_sweep(chosen, sweep) == chosen
+
+
+def test_the_sweep_of_the_page_is_one(given: Any) -> None:
+    page = (ROOT / "harness" / "agent" / "README.md").read_text(encoding="utf-8")
+    sweep = yaml.safe_load(page.partition("```yaml")[2].partition("```")[0])
+
+    def first(entry: dict[str, Any]) -> Any:
+        if "parameters" in entry:
+            return {name: first(each) for name, each in entry["parameters"].items()}
+        return entry.get("value", entry.get("min", [*entry.get("values", []), None][0]))
+
+    values = first(sweep)
+    given(values)
+    config = reading(*[word for word in sweep["command"][3:] if word != "${args}"]).checked()
+    for name, value in values.items():
+        assert config.flat()[name] == value
