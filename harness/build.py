@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from harness.agent import sweep_run
+from harness.agent.processes import is_orphan
 from harness.checkpoint.arguments import recorded
 from harness.checkpoint.fit import Asked
 from harness.checkpoint.writer import Checkpoints
@@ -337,12 +339,14 @@ def _checkpoints(session: Session) -> Checkpoints:
 
 
 def _stop(session: Session, tracker: WandbTracker, checkpoints: Checkpoints) -> Stop:
+    under_agent: dict[str, Any] = {"is_orphan": is_orphan, "was_stopped": tracker.was_stopped}
     return Stop(
         session.accelerator,
         requested=lambda: tracker.stop_requested,
         time_limit=_time_limit(session, checkpoints),
         is_shut_out=lambda: checkpoints.is_shut_out,
         saves=session.config.plan.save_strategy != "no",
+        **({} if sweep_run() is None else under_agent),
     )
 
 

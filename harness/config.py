@@ -240,7 +240,7 @@ def read_argv(
         if token.startswith("--"):
             name = _name_of(token, flags)
             given[name] += 1
-            fault = _why_unknown(name, f"--{name}", flags, refused)
+            fault = why_unknown(name, f"--{name}", flags, refused)
             problems += [fault] if fault and given[name] == 1 else []
             takes = fault is None and given[name] == 1
         if takes:
@@ -293,7 +293,7 @@ def read_yaml(
         return {}, [f"--config={source} is not valid YAML: {_without_source(error)}"]
     if not isinstance(values, dict):
         return {}, [f"--config={source} holds no mapping; write one `flag: value` a line."]
-    faults = {str(key): _why_unknown(str(key), f"{path.name}: {key}", flags, refused) for key in values}
+    faults = {str(key): why_unknown(str(key), f"{path.name}: {key}", flags, refused) for key in values}
     good = {name: value for name, value in values.items() if faults[str(name)] is None}
     return good, [fault for fault in faults.values() if fault is not None]
 
@@ -323,7 +323,8 @@ def _name_of(token: str, flags: Mapping[str, Flag]) -> str:
     return positive if name not in flags and positive in flags else name
 
 
-def _why_unknown(name: str, shown: str, flags: Mapping[str, Flag], refused: Mapping[str, str]) -> str | None:
+def why_unknown(name: str, shown: str, flags: Mapping[str, Flag], refused: Mapping[str, str]) -> str | None:
+    """Say why a name is no flag; `shown` is how it was written. None if it is one."""
     if name in flags:
         return None
     if name in refused:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from harness.agent import sweep_run
 from harness.build import Planned, assemble, build_run, plan_run
-from harness.checkpoint.find import check_output_dir, in_job, list_checkpoints, remove_leftovers
+from harness.checkpoint.find import check_output_dir, in_job, in_sweep, list_checkpoints, remove_leftovers
 from harness.checkpoint.fit import check_fit
 from harness.checkpoint.layout import manifest_of
 from harness.checkpoint.lock import Lock
@@ -80,7 +81,9 @@ def run_command(config: Config, builder: Builder | None = None) -> Result:
     """
     check_names(config)
     expand_folders()
-    job = slurm_job()
+    job, sweep = slurm_job(), sweep_run()
+    if sweep is not None and config.run.trains:
+        config = replace(config, checkpoint=in_sweep(config.checkpoint, sweep))
     if job is not None and config.run.trains:
         config = replace(config, checkpoint=in_job(config.checkpoint, job))
     if config.topology.full_determinism and not config.topology.use_cpu:

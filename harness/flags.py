@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from harness.agent import Layer, SweepRun
 from harness.checkpoint.flags import CheckpointConfig
 from harness.config import (
     Flag,
@@ -305,7 +306,7 @@ GROUPS = _described_groups()
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """
-    What a command line comes to: the values that something gave, what gave each, and what could not be read.
+    What a command line comes to: the values that something gave, what gave each, what could not be read, and notes.
 
     The values are still as they were written.
     """
@@ -313,6 +314,7 @@ class Reading:
     values: Mapping[str, Any]
     origins: Mapping[str, str]
     problems: Sequence[str]
+    notes: Sequence[str] = ()
 
     @cached_property
     def config(self) -> Config:
@@ -361,15 +363,18 @@ def _dump(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def read(argv: Sequence[str], *, own_task: bool = False) -> Reading:
+def read(argv: Sequence[str], *, own_task: bool = False, sweep: SweepRun | None = None) -> Reading:
     """
     Read a command line and what lies under it.
 
-    Flags go over WANDB_* variables, over `--config` or, where nothing says what to train, over quickstart; with
-    `own_task` the caller has model and data. With a bare
-    --debug whatever no flag gives takes the values of DEBUG_DEFAULTS.
+    Flags go over a sweep's parameters, over WANDB_* variables, over `--config` or, where nothing says what to train,
+    over quickstart; with `own_task` the caller has model and data. With a bare --debug whatever no flag gives takes the
+    values of DEBUG_DEFAULTS.
     """
-    given, problems = read_argv(argv, FLAGS, NOT_TAKEN)
+    typed, problems = read_argv(argv if sweep is None else sweep.typed(argv), FLAGS, NOT_TAKEN)
+    variables, of_variables = from_environment()
+    of_sweep = Layer() if sweep is None else sweep.beside(typed, variables, FLAGS, NOT_TAKEN)
+    given = {**of_sweep.values, **typed}
     from_file: dict[str, Any] = {}
     of_file: list[str] = []
     source = given.get("config")
@@ -379,14 +384,14 @@ def read(argv: Sequence[str], *, own_task: bool = False) -> Reading:
     if source is not None:
         from_file, of_file = read_yaml(source, FLAGS, refused=NOT_TAKEN)
         from_file = under(given, from_file)
-    variables, of_variables = from_environment()
     is_debugging = DebugConfig.meant(str(given.get("debug", from_file.get("debug", "")))) == "on"
     layers: list[tuple[Mapping[str, Any], Mapping[str, str]]] = [
         ({"task": OWN} if own_task else {}, {"task": "argument"}),
         (from_file, dict.fromkeys(from_file, origin)),
         (DEBUG_DEFAULTS if is_debugging else {}, dict.fromkeys(DEBUG_DEFAULTS, "--debug")),
         (variables, {name: f"variable {FLAGS[name].env}" for name in variables}),
-        (given, dict.fromkeys(given, "command line")),
+        (of_sweep.values, dict.fromkeys(of_sweep.values, "sweep")),
+        (typed, dict.fromkeys(typed, "command line")),
     ]
     values = {name: value for layer, _ in layers for name, value in layer.items()}
     origins = {name: of_layer[name] for layer, of_layer in layers for name in layer}
@@ -399,7 +404,8 @@ def read(argv: Sequence[str], *, own_task: bool = False) -> Reading:
     return Reading(
         values={name: value for name, value in values.items() if value is not None},
         origins=origins,
-        problems=[*problems, *of_file, *of_variables, *hidden],
+        problems=[*problems, *of_sweep.problems, *of_file, *of_variables, *hidden],
+        notes=of_sweep.notes,
     )
 
 

@@ -35,6 +35,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from harness.agent import sweep_run
 from harness.config import is_first_rank
 from harness.distributed.flags import environment_kept, hide_accelerators
 from harness.distributed.launch import TypedCommand, typed_command
@@ -77,11 +78,13 @@ def _command(argv: Sequence[str]) -> int:
     if (topic := help_topic(argv)) is not None:
         show(f"{help_text(topic)}\n")
         return 0
-    reading = read(argv)
+    reading = read(argv, sweep=sweep_run())
     config = reading.config if "print_config" in reading.values else reading.checked()
     if config.run.print_config:
         show(reading.as_yaml(everything=config.run.print_config == "all"))
         return 0
+    for note in reading.notes:
+        _say(0, note)
     typed = typed_command(argv)  # now: the launcher may have ended before
     try:
         run(config)
@@ -97,7 +100,8 @@ def _command(argv: Sequence[str]) -> int:
 
 def _to_go_on(stopped: StoppedError, typed: TypedCommand) -> StoppedError:
     """The same error, with the command that goes on: what was typed, and the flags that it needs."""
-    is_typed = stopped.flags and slurm_job() is None  # a job's launcher is its script's
+    # A job's launcher is its script's; the words of an agent are not typed, and it goes on by itself.
+    is_typed = stopped.flags and slurm_job() is None and sweep_run() is None
     return StoppedError(
         stopped.reason,
         exit_code=stopped.exit_code,
@@ -124,7 +128,11 @@ def run(config: Sequence[str] | Config, **own: Any) -> Result:
         raise ConfigError(f"harness.run takes a list of words, not the text {config!r}: give {config.split()}.")
     builder = own_builder(own) if own else None
     if not isinstance(config, Config):
-        config = read([str(word) for word in config], own_task=is_whole(own)).checked()
+        words = [str(word) for word in config]
+        reading = read(words, own_task=is_whole(own), sweep=sweep_run(is_strict=False))
+        config = reading.checked()
+        for note in reading.notes:
+            _say(0, note)
     if config.run.print_config:
         raise ConfigError(
             "--print_config is for a command line; in Python there is harness.flags.parse(argv).as_yaml()."

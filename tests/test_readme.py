@@ -56,6 +56,7 @@ OF_OTHERS = {"config_file", "num_processes", "cpu", "num_machines", "machine_ran
 OF_OTHERS |= {"main_process_port", "deepspeed_multinode_launcher", "nproc_per_node", "help", "version", "flag"}
 OF_OTHERS |= {"registry", "alias", "max_shard_size", "until", "once", "interval", "nodes", "gpus", "time", "dry", "no"}
 OF_OTHERS |= {"launch", "partition", "account", "array", "sbatch", "qos", "me", "requeue", "signal", "cpus", "dist"}
+OF_OTHERS |= {"forward", "open", "_wandb"}
 OF_OTHERS |= {"kills", "folder", "trainer", "case", "cases", "device", "json", "seconds"}
 OF_OTHERS |= {"repo", "exclude"}  # of `hf download`
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from harness.agent import SweepRun
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.layout import step_of, why_invalid
 from harness.errors import ConfigError
@@ -72,6 +73,16 @@ def remove_checkpoint(checkpoint: Path) -> None:
     leftover = checkpoint.with_name(f"checkpoint-{step_of(checkpoint)}.{uuid.uuid4().hex[:8]}.partial")
     checkpoint.rename(leftover)
     shutil.rmtree(leftover)
+
+
+def in_sweep(config: CheckpointConfig, sweep: SweepRun) -> CheckpointConfig:
+    """Return what holds for a run of a W&B sweep: a folder of its own, and its newest checkpoint if there is one."""
+    if config.output_dir is not None:
+        return config
+    resume = config.resume_from_checkpoint
+    return replace(
+        config, output_dir=str(sweep.output_dir), resume_from_checkpoint="auto" if resume is None else resume
+    )
 
 
 def in_job(config: CheckpointConfig, job: SlurmJob) -> CheckpointConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.agent import sweep_run
 from harness.config import arg, section
 from harness.errors import ConfigError
 from harness.slurm import SlurmJob, slurm_job
@@ -15,7 +16,9 @@ class CheckpointConfig:
     """Where a run is kept, and what it keeps."""
 
     output_dir: str | None = arg(
-        help="Folder of the run; default: a fresh one under runs/, in a SLURM job runs/job-ID.", common=True
+        help="Folder of the run; default: a fresh one under runs/, in a SLURM job runs/job-ID, under a W&B sweep agent "
+        "runs/sweep-ID/RUN.",
+        common=True,
     )
     save_total_limit: int | None = arg(
         help="Keep so many checkpoints: the newest, and the best one.", on_resume="free", common=True
@@ -25,7 +28,7 @@ class CheckpointConfig:
     resume_from_checkpoint: str | None = arg(
         help="A checkpoint's folder, or wandb:ENTITY/PROJECT/NAME:ALIAS (wandb: alone: the run's newest); true: the "
         "newest in --output_dir; auto: the newest, or a fresh start; false: no resume. Default: false, and auto for a "
-        "requeued SLURM job.",
+        "requeued SLURM job and under a W&B sweep agent.",
         bare="true",
         common=True,
     )
@@ -41,7 +44,8 @@ class CheckpointConfig:
         resume = self.resume_from_checkpoint
         if resume is not None and resume.lower() in ("true", "auto", "false"):
             object.__setattr__(self, "resume_from_checkpoint", resume.lower())
-        needs_folder = self.resume_from_checkpoint in ("true", "auto") and not _has_a_folder(slurm_job())
+        has_folder = sweep_run() is not None or _has_a_folder(slurm_job())
+        needs_folder = self.resume_from_checkpoint in ("true", "auto") and not has_folder
         if needs_folder and self.output_dir is None:
             raise ConfigError(
                 f"--resume_from_checkpoint={resume} looks in --output_dir, which is not given; "

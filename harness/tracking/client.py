@@ -25,6 +25,7 @@ from harness.tracking.damage import load_json
 API_TIMEOUT_SECONDS = 30
 PROBE_TIMEOUT_SECONDS = 4
 COUNT_TIMEOUT_SECONDS = 10
+STOP_TIMEOUT_SECONDS = 5  # an agent kills 30 s after its signal
 MANIFEST_TIMEOUT_SECONDS = 60
 FILES_OF_A_PAGE = 1000
 
@@ -32,6 +33,15 @@ ROWS_OF_RUN = """
 query RunRows($entity: String, $project: String, $run: String!) {
   model(name: $project, entityName: $entity) {
     bucket(name: $run, missingOk: true) { historyLineCount historyTail summaryMetrics state }
+  }
+}"""
+CANCELLED = ("CANCELED", "CANCELLED")
+# A sweep that is cancelled has its runs ended by their agents.
+STOP_OF_RUN = """
+query RunOfSweepStopped($entity: String, $project: String, $run: String!, $sweep: String!) {
+  project(name: $project, entityName: $entity) {
+    run(name: $run) { stopped shouldStop }
+    sweep(sweepName: $sweep) { state }
   }
 }"""
 MANIFEST_OF_ARTIFACT = """
@@ -187,7 +197,9 @@ def execute(api: Any, query: str, variables: Mapping[str, Any]) -> dict[str, Any
     return answer
 
 
-def ask_once(settings: Any, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+def ask_once(
+    settings: Any, query: str, variables: Mapping[str, Any], *, seconds: float = COUNT_TIMEOUT_SECONDS
+) -> dict[str, Any]:
     """
     The answer to a question asked without wandb's process and its retries, with the settings of a run.
 
@@ -198,13 +210,29 @@ def ask_once(settings: Any, query: str, variables: Mapping[str, Any]) -> dict[st
     answer = transfer.ask(
         "POST",
         f"{settings.base_url}/graphql",
-        seconds=COUNT_TIMEOUT_SECONDS,
+        seconds=seconds,
         json={"query": query, "variables": dict(variables)},
         auth=("api", str(key)),
     )
     answer.check()
     data: dict[str, Any] = load_json(answer.body)["data"]
     return data
+
+
+def is_stopped(settings: Any) -> bool:
+    """Whether somebody, or the search, has stopped the run of a sweep, or cancelled the sweep; False: W&B is silent."""
+    variables = {
+        "entity": settings.entity,
+        "project": settings.project,
+        "run": settings.run_id,
+        "sweep": settings.sweep_id,
+    }
+    try:
+        found = ask_once(settings, STOP_OF_RUN, variables, seconds=STOP_TIMEOUT_SECONDS)["project"]
+        run, sweep = found["run"], found["sweep"] or {}
+        return bool(run["stopped"] or run["shouldStop"] or str(sweep.get("state")).upper() in CANCELLED)
+    except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 # Runs and files

@@ -18,6 +18,7 @@ from harness.tracking.recorded import launch_config, store_configuration
 from harness.tracking.rows.local import LocalRows
 from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.open import check_credentials
+from harness.tracking.run.sweep import record
 from harness.tracking.tracker import WandbTracker
 
 
@@ -74,7 +75,7 @@ def open_trackers(
         store_configuration(accelerator.trackers, configuration)
         job = slurm_job()
         of_job = {} if job is None else job.facts()
-        facts = {"harness": {"launch": launch_config(), "software": software()}, **of_job}
+        facts = {"harness": {"launch": launch_config(), "software": software(), **record()}, **of_job}
         store_configuration([tracker for tracker in accelerator.trackers if tracker.name == "wandb"], facts)
 
     tell_all(accelerator, start)

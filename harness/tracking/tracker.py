@@ -26,6 +26,7 @@ from harness.tracking.rows.local import LocalRows
 from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.close import summary_numbers
 from harness.tracking.run.live import LiveRun
+from harness.tracking.run.sweep import unlocked
 
 
 class WandbTracker(GeneralTracker):  # type: ignore[misc]
@@ -103,6 +104,10 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
         """Whether somebody has pressed Stop in the W&B app. Of use on the main rank only."""
         return self._stop.is_set()
 
+    def was_stopped(self) -> bool:
+        """Whether W&B wants the run of a sweep stopped, as it answers now, within seconds. On the main rank only."""
+        return self.stop_requested or self._live.is_stopped()
+
     @property
     def badge(self) -> str | None:
         """A line of Markdown for the model card, which leads to the run; None offline. The Trainer's."""
@@ -125,7 +130,8 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Add `values` to the run's configuration, secrets masked."""
-        self._live.set_up(lambda run: run.config.update(masked(values), allow_val_change=True))
+        taken = unlocked(masked(values))
+        self._live.set_up(lambda run: run.config.update(taken, allow_val_change=True))
 
     def watch(self, model: torch.nn.Module, accelerator: Accelerator | None = None, *, log_freq: int = 100) -> None:
         """

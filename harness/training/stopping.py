@@ -43,8 +43,9 @@ class StopReason(IntEnum):
     REQUESTED = 1
     TIME_LIMIT = 2
     PREEMPTED = 3
-    INTERRUPTED = 4
-    SHUT_OUT = 5
+    ORPHANED = 4
+    INTERRUPTED = 5
+    SHUT_OUT = 6
 
 
 class TimeLimit:
@@ -84,6 +85,9 @@ class Stop:
     - requested: whether a stop was requested from outside (Stop in the W&B app); read on each rank.
     - time_limit: the job's, on rank zero; None on other ranks and without a limit.
     - is_shut_out: whether another process has taken over the folder; asked once a second.
+    - is_orphan: whether the sweep agent that started this process, or a launcher in between, has died; as often.
+    - was_stopped: under a sweep agent, whether it is W&B that wants a stop. Asked on rank zero when a signal has come:
+      the agent ends a run that was stopped in the app by the same signal by which a scheduler preempts it.
     - saves: whether a stop leaves a checkpoint.
     - is_at_once: whether a second Ctrl-C has come: then nothing is waited for.
 
@@ -98,9 +102,12 @@ class Stop:
         requested: Callable[[], bool],
         time_limit: TimeLimit | None = None,
         is_shut_out: Callable[[], bool] = lambda: False,
+        is_orphan: Callable[[], bool] = lambda: False,
+        was_stopped: Callable[[], bool] | None = None,
         saves: bool = True,
     ) -> None:
         self.requested, self.time_limit, self.is_shut_out = requested, time_limit, is_shut_out
+        self.is_orphan, self.was_stopped = is_orphan, was_stopped
         self.saves, self.is_at_once = saves, False
         self._looked_at = 0.0
         self._noted = StopReason.NONE
@@ -176,11 +183,20 @@ class Stop:
     def agreed(self) -> StopReason:
         """Collective: return why to stop, or NONE; the same on all ranks."""
         answer, began = self._agreed(), self._interrupted_at
+        if answer in (StopReason.PREEMPTED, StopReason.ORPHANED) and self.was_stopped is not None:
+            answer = self._explained(answer, self.was_stopped)
         tells = answer == StopReason.INTERRUPTED and self.saves and self._speaks
         if tells and began is not None and passes_on("SIGINT"):
             left = max(0.0, began + shutdown_seconds() - time.monotonic())
             logger.warning("The training is saved now; the launcher kills all processes in %.0f s.", left)
         return answer
+
+    def _explained(self, reason: StopReason, was_stopped: Callable[[], bool]) -> StopReason:
+        """Collective: return the reason, or REQUESTED if that is what W&B says."""
+        flag = torch.tensor([StopReason.REQUESTED if self._speaks and was_stopped() else reason])
+        if not self._is_alone:
+            torch.distributed.broadcast(flag, src=0, group=self._group)
+        return StopReason(int(flag.item()))
 
     def _agreed(self) -> StopReason:
         reason = self._reason()
@@ -198,6 +214,8 @@ class Stop:
             self._looked_at = time.monotonic()
             if self.is_shut_out():
                 return StopReason.SHUT_OUT
+            if self.is_orphan():
+                self._noted = max(self._noted, StopReason.ORPHANED)
         if self._noted != StopReason.NONE:
             return self._noted
         if self.time_limit is not None and self.time_limit.is_near(steps_ahead=0 if self._is_alone else 1):
@@ -246,6 +264,9 @@ def stopped(reason: StopReason, *, at: str, saved_in: Path | None) -> StoppedErr
         return StoppedError(
             f"Interrupted at {at}: {done}", flags=flags, exit_code=INTERRUPTED_EXIT_CODE, was_preempted=False
         )
-    why = "The job's time limit is near: stopped" if reason == StopReason.TIME_LIMIT else "Preempted"
+    why = {
+        StopReason.TIME_LIMIT: "The job's time limit is near: stopped",
+        StopReason.ORPHANED: "The sweep agent, or the launcher under it, has ended: stopped",
+    }.get(reason, "Preempted")
     exit_code = 1 if saved_in is None else PREEMPTED_EXIT_CODE
     return StoppedError(f"{why} at {at}: {done}", flags=flags, exit_code=exit_code, was_preempted=True)

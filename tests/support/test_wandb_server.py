@@ -158,6 +158,40 @@ for name in sys.argv[2:]:
 run.finish()
 """
 
+# What `wandb sweep` and `wandb agent` ask. Its runs are opened as ours are without an agent.
+SWEPT = """
+from wandb.apis.public import sweeps
+config = {"method": "grid", "program": "train.py", "parameters": {"a": {"values": [1, 2]}, "b": {"value": "x"}}}
+found, _ = sweeps._upsert_sweep(wandb.Api(), config, project="p", entity="tester")
+api = wandb.Api()  # this one has the project that the first was told
+agent = sweeps._register_agent(api, "here", sweep_id=found["name"])["id"]
+
+def beat(*runs):
+    answer = sweeps._agent_heartbeat(api, agent, {}, {run: True for run in runs})
+    return [(each["type"], each.get("run_id"), {k: v["value"] for k, v in each.get("args", {}).items()})
+            for each in answer]
+
+def state():
+    return sweeps._get_sweep_state(api, found["name"])
+
+told = {"before": state()}
+(kind, one, args), = beat()
+told["first"] = [kind, args, beat(one)]
+run = start(id=one, config=args)
+run.mark_preempting()
+run.finish(exit_code=85)
+(kind, again, args), = beat()
+told["again"] = [kind, again == one, "_wandb" in args, args["a"]]
+start(id=one, resume="allow").finish()
+(kind, two, args), = beat()
+told["second"] = [kind, args]
+sweeps._set_sweep_state(api, found["name"], "CANCELED")
+told["cancelled"] = [beat(two), beat(), state()]
+told["runs"] = [[each["name"] == one, each["state"]] for each in
+                sweeps._sweep_with_runs(api, found["name"], "{}")["runs"]]
+print(json.dumps(told))
+"""
+
 # It asks every 15 s whether to stop, and hears of that with what it sends, every 15 s too.
 STOPPED = """
 run = wandb.init(project="p", id="stopped")
@@ -351,6 +385,17 @@ def test_a_stop_request_reaches_the_script(server: WandbServer, tmp_path: Path) 
     finally:
         assert "STOPPED" in finish(script)
     assert server.run("stopped").state == "killed"
+
+
+def test_an_agent_is_given_runs_resumes_and_stops(server: WandbServer, tmp_path: Path) -> None:
+    told = json.loads(run(SWEPT, folder=tmp_path / "run", server=server).splitlines()[-1])
+    assert told["before"] == "PENDING"
+    assert told["first"] == ["run", {"a": 1, "b": "x"}, []]
+    assert told["again"] == ["resume", True, True, 1]
+    assert told["second"] == ["run", {"a": 2, "b": "x"}]
+    assert told["cancelled"] == [[["stop", server.runs()[1].id, {}]], [["exit", None, {}]], "CANCELED"]
+    assert told["runs"] == [[True, "finished"], [False, "pending"]]
+    assert server.unknown() == []
 
 
 def test_faults_strike_the_front_page_too(server: WandbServer) -> None:

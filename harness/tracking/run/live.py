@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from harness.tracking.artifacts.log import Artifacts, open_artifacts
 from harness.tracking.artifacts.queue import UploadResult
-from harness.tracking.client import failures, forget_run, one_line, separate_randomness
+from harness.tracking.client import failures, forget_run, is_stopped, one_line, separate_randomness
 from harness.tracking.flags import TrackingConfig
 from harness.tracking.rows.history import History
 from harness.tracking.run.attempts import Attempts
@@ -97,6 +97,10 @@ class LiveRun:
     def deliver(self, action: Callable[[Any], Any]) -> Any:
         """Do something with the run, if there is one. The first failure of wandb's is a warning."""
         return None if self.run is None else self._try(lambda: action(self.run), again=action)
+
+    def is_stopped(self) -> bool:
+        """Whether W&B says that this run of a sweep is to stop."""
+        return self.run is not None and not self.run.offline and is_stopped(self.run.settings)
 
     def mark_preempting(self) -> None:
         """Tell W&B at once that the run will be preempted. `close` then takes seconds, whatever the network does."""

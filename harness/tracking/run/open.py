@@ -22,6 +22,7 @@ from harness.tracking.flags import TrackingConfig, check_environment
 from harness.tracking.folders import expand_folders
 from harness.tracking.run.identity import home_of
 from harness.tracking.run.refusals import why_refused
+from harness.tracking.run.sweep import of_sweep
 from harness.tracking.run.terminal import speak_through_log
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def open_run(
 
     expand_folders()
     check_environment()
-    kwargs = dict(init_kwargs)
+    kwargs = of_sweep(dict(init_kwargs))
     kwargs["settings"] = _settings(config, kwargs.get("settings"), stop)
     mode = kwargs.pop("mode", None) or config.wandb_mode
     if kwargs.get("dir") and mode != "disabled":

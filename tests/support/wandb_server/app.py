@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import resolve_artifacts, resolve_collections, resolve_runs
+from . import resolve_artifacts, resolve_collections, resolve_runs, sweeps
 from .artifacts import Artifacts
 from .database import Database, Refused
 from .faults import Fault, Faults
@@ -29,7 +29,11 @@ from .transfers import by_digest, download, upload
 
 SCHEMA = make_executable_schema(
     load_schema_from_path(str(Path(__file__).with_name("schema"))),
-    *(binding for module in (resolve_runs, resolve_collections, resolve_artifacts) for binding in module.BINDINGS),
+    *(
+        binding
+        for module in (resolve_runs, resolve_collections, resolve_artifacts, sweeps)
+        for binding in module.BINDINGS
+    ),
     convert_names_case=snake_case,
 )
 

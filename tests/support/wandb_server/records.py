@@ -36,6 +36,7 @@ class RunRecord:
     files: dict[str, Path]
     output: list[str]
     alerts: list[dict[str, Any]]
+    sweep: str | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def _run(database: Database, runs: Runs, row: Row) -> RunRecord:
         files={file["name"]: runs.file_path(row, file["name"]) for file in runs.files(row)},
         output=[_text(line) for line in runs.lines(row, OUTPUT)],
         alerts=database.all("SELECT title, text, severity FROM alerts WHERE run_id = ?", row["id"]),
+        sweep=row["sweep_name"],
     )
 
 
