@@ -19,7 +19,7 @@ from harness.model.weights import load_weights
 from harness.session import Run
 from harness.snapshot import save
 from harness.tracking import rewrite
-from harness.tracking.media.due import Evaluated, last_evaluation
+from harness.tracking.media.due import last_evaluation
 from harness.training.plan import Due
 from harness.training.state import TrainState
 from harness.training.stopping import StopReason, stopped
@@ -186,8 +186,7 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
         emit(run, state, of_set, outcome.extras)
         run.console.evaluation(of_set, step=state.global_step)
         metrics |= of_set
-    now = Evaluated(epoch=state.epoch, step=state.global_step)
-    if run.tables is not None and run.tracker.config.tables_every.is_due(now, previous):
+    if run.tables is not None and run.tracker.config.tables_every.is_due(state.epoch, state.global_step, previous):
         run.tracker.log_media(run.tables.make(run.bare_model, epoch=state.epoch), step=state.global_step)
     run.model.train()
     if at_start:  # before the first step; the Trainer does not count it as a best either

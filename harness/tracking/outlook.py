@@ -102,7 +102,7 @@ def _due(config: TrackingConfig, plan: Plan, from_step: int, before: Evaluated |
     if config.wandb_eval_samples is None:
         return found
     for now in islice(_evaluations(plan, from_step), MOST_EVALUATIONS):
-        if every.is_due(now, before):
+        if every.is_due(now.epoch, now.step, before):
             found.append(now)
         before = now
     return found

@@ -36,10 +36,11 @@ class Every:
     epochs: int | None
     steps: int | None = None
 
-    def is_due(self, now: Evaluated, before: Evaluated | None) -> bool:
+    def is_due(self, epoch: float, step: int, before: Evaluated | None) -> bool:
         """Whether an evaluation has tables, given the one before it, which is None at the first one."""
-        by_epochs = self.epochs is not None and is_due(now.epoch, before and before.epoch, self.epochs)
-        return by_epochs or (self.steps is not None and is_due(now.step, before and before.step, self.steps))
+        last_epoch, last_step = (None, None) if before is None else (before.epoch, before.step)
+        by_epochs = self.epochs is not None and is_due(epoch, last_epoch, self.epochs)
+        return by_epochs or (self.steps is not None and is_due(step, last_step, self.steps))
 
     def __str__(self) -> str:
         parts = (_counted(self.epochs, "epoch"), _counted(self.steps, "step"))

@@ -179,8 +179,8 @@ class TestDue:
         ],
     )
     def test_tables_are_due_by_steps_by_epochs_or_by_both(self, often: Every, due: list[int]) -> None:
-        evaluated = [Evaluated(epoch=step / 40, step=step) for step in [0, *range(10, 101, 10), 100]]
-        found = [now for now, last in zip(evaluated, [None, *evaluated[:-1]], strict=True) if often.is_due(now, last)]
+        made = [Evaluated(epoch=step / 40, step=step) for step in [0, *range(10, 101, 10), 100]]
+        found = [n for n, last in zip(made, [None, *made[:-1]], strict=True) if often.is_due(n.epoch, n.step, last)]
         assert [now.step for now in found] == due
 
 
