@@ -26,6 +26,8 @@ from harness.tasks.splits import SPLITS, Split, Splits, user_data
 logger = logging.getLogger(__name__)
 
 VALIDATION_NAMES = ("validation", "dev", "validation_matched")
+# What `datasets` says of a data set that it has not, where the Hub does not answer.
+UNREACHED = ("Couldn't reach", "offline mode", "Couldn't find cache for", "LocalEntryNotFoundError")
 TEST_NAMES = ("test", "test_matched")
 
 
@@ -108,7 +110,7 @@ def _load_named(config: TaskConfig, source: str) -> Any:
     try:
         return _load_dataset(str(config.dataset_name), config, source)
     except ConfigError as error:
-        if not any(each in str(error) for each in ("Couldn't reach", "offline mode", "Couldn't find cache for")):
+        if not any(each in str(error) for each in UNREACHED):
             raise
         # `datasets` alone would not look for what `hf download` has brought.
         if (downloaded := snapshot_of(str(config.dataset_name), config, is_dataset=True)) is not None:

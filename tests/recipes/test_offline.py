@@ -11,8 +11,11 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from datasets import Dataset
+from huggingface_hub import constants
 
 from harness.flags import parse
 from harness.tasks import hub
@@ -137,6 +140,20 @@ def test_what_was_downloaded_is_all_that_a_recipe_needs(home: Path) -> None:
     assert "eval_matthews_correlation" in ended.stdout
     told = "The Hub can't be reached: model and data are taken from its cache."
     assert ended.stderr.splitlines().count(told) == 1
+
+
+def test_the_libraries_are_offline_for_one_training_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's next training may have a network again."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    with hub.hub_or_cache(parse(["--config=cola"]).task, "cola"):
+        assert huggingface_hub.is_offline_mode()
+        assert datasets.config.HF_HUB_OFFLINE
+    assert not huggingface_hub.is_offline_mode()
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("left", ["model.safetensors", "cola"])

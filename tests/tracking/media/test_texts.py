@@ -214,13 +214,15 @@ def launched(config: Path, folder: Path, flags: list[str], *more: str) -> Ended:
 
 
 def same_as_on_one(config: Path, folder: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    launched(config, folder / "without", flags)
-    ended = launched(config, folder / "with", flags, *WRITES)
+    """The likeliest texts, and those that are drawn after each evaluation: all ranks have to draw the same."""
+    evaluates = ["--eval_strategy=steps", "--eval_steps=6"]
+    launched(config, folder / "without", flags, *evaluates)
+    ended = launched(config, folder / "with", flags, *evaluates, *WRITES, "--generate_samples=2")
     assert_equal_runs(folder / "without", folder / "with")
     capsys.readouterr()
-    trains(folder / "alone", flags, *WRITES)
+    trains(folder / "alone", flags, *evaluates, *WRITES, "--generate_samples=2")
     assert shown(ended.out) == shown(capsys.readouterr().out)
-    assert len(shown(ended.out)) == 2 * len(PROMPTS)
+    assert len(shown(ended.out)) == 2 * len(PROMPTS) + 2 * 2 * len(PROMPTS)
 
 
 @pytest.mark.slow
