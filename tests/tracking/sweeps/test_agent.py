@@ -69,36 +69,41 @@ def test_a_grid_has_a_folder_and_each_row_once_a_run_and_a_stop_in_the_app_saves
     assert server.unknown() == []
 
 
-def test_two_processes_go_on_as_the_same_run_when_preempted_and_when_the_agent_is_killed(
-    server: WandbServer, tmp_path: Path
-) -> None:
-    """Each row is in W&B once, and no two trainings of the run exist."""
+def test_two_processes_are_stopped_preempted_and_outlive_their_agent(server: WandbServer, tmp_path: Path) -> None:
+    """They go on as the same run, whose rows are in W&B once; what was stopped in the app stays so."""
     folder = tmp_path / "pair"
     launch = [
         *("${env}", "${interpreter}", "-m", "accelerate.commands.launch", f"--config_file={DDP}"),
         *(f"--main_process_port={free_port()}", "-m", "harness", "train", "${args}"),
     ]
     command = [*launch, *flags(folder, pace=0.15, learning_rate=None, per_device_train_batch_size=4)]
-    with Sweep(folder, server, {"learning_rate": {"values": [1e-3]}}, command) as sweep:
+    with Sweep(folder, server, {"learning_rate": {"values": [1e-3, 2e-3]}}, command) as sweep:
         agent = sweep.agent("--forward-signals")
-        run_id = sweep.reach(0, 6)
+        server.request_stop(sweep.reach(0, 6), "pair")
+        run_id = sweep.reach(1, 6)
         end(agent)  # as a scheduler does
         assert sweep.ended(agent) == 0
-        assert (sweep.runs[0].state, sweep.runs[0].preempting) == ("preempted", True)
-        assert (sweep.output_dir(run_id) / "preempted").is_file()
+        assert [(run.state, run.preempting) for run in sweep.runs] == [("finished", False), ("preempted", True)]
+        assert [path.parent.name for path in folder.rglob("preempted")] == [run_id]
 
         agent = sweep.agent()
-        sweep.reach(0, 16)
+        sweep.reach(1, 16)
         end(agent, signal.SIGKILL)
         agent.wait()
         sweep.wait(lambda: not sweep.processes(run_id), "the orphans have ended")
-        assert sweep.runs[0].state == "preempted"
+        assert sweep.runs[1].state == "preempted"
         assert "The sweep agent, or the launcher under it, has ended: stopped at step" in sweep.said
 
         assert sweep.ended(sweep.agent()) == 0
-    (run,) = sweep.runs
-    assert (run.state, run.exit_code) == ("finished", 0)
-    assert steps_of(run) == [*range(1, 31)]
+    first, second = sweep.runs
+    assert [(run.state, run.exit_code) for run in (first, second)] == [("finished", 0)] * 2
+    last = max(steps_of(first))
+    assert steps_of(first) == [*range(1, last + 1)]
+    assert 6 <= last < 30
+    assert f"Stopped from the W&B app at step {last} of 30: saved" in sweep.said
+    assert steps_of(second) == [*range(1, 31)]
+    assert second.config["learning_rate"] == 2e-3
     assert sweep.said.count("Agent received command: resume") == 2
+    assert sweep.said.count("Agent received command: run") == 2
     assert "was locked" not in sweep.said
     assert server.unknown() == []
