@@ -125,6 +125,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock, builder: Builde
     stop_if_finished(accelerator, record)
     for reason in found.passed_over:
         logger.warning("Passed over %s.", reason)
+    if (sweep := sweep_run()) is not None and sweep.is_given_again and config.run.trains and not found.is_there:
+        logger.warning("W&B gives the run %s out again, but there is no checkpoint in %s.", sweep.run_id, output_dir)
     # Absolute: a wandb-core that an earlier run of this process has started may have another working directory.
     chosen = trackers(config.tracking, dir=str(output_dir.absolute()), resumes=config.checkpoint.resumes)
     session = assemble(config, backend, output_dir, is_resumed=found.is_there, builder=builder)

@@ -59,6 +59,11 @@ class SweepRun:
         return Path("runs") / f"sweep-{self.sweep_id}" / self.run_id
 
     @property
+    def is_given_again(self) -> bool:
+        """Whether it has been started before: W&B then gives all of its configuration, wandb's own part with it."""
+        return "_wandb" in self.given
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """The sweep's own parameters among what is given, under the names that flags have."""
         values = {name.replace("-", "_"): value for name, value in self.given.items() if name[:1] != "_"}

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 COMMANDS = ("wandb", "wb")
 WORDS_BEFORE = 4  # Python, its options, and -m
 
@@ -21,6 +19,8 @@ def between_agent_and_us() -> tuple[int, ...]:
     There are none where no `wandb agent` is among its ancestors: it is a function's, on another machine, or dead. It is
     found once: who looks after its death finds the system's first process.
     """
+    import psutil
+
     found: list[int] = []
     try:
         for parent in psutil.Process().parents():
@@ -52,6 +52,8 @@ def is_orphan() -> bool:
 
 
 def _has_lost(pid: int, parent: int) -> bool:
+    import psutil
+
     try:
         return (os.getppid() if pid == os.getpid() else psutil.Process(pid).ppid()) != parent
     except psutil.NoSuchProcess:

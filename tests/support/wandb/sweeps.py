@@ -136,7 +136,7 @@ class Sweep:
         return [each for each in found if each.pid not in [agent.pid for agent in self.agents]]
 
 
-def flags(folder: Path, *, pace: float, **arguments: Any) -> list[str]:
+def flags(folder: Path, *, pace: float = 0.0, **arguments: Any) -> list[str]:
     """The tiny training's, `pace` seconds a step, without a folder."""
     given = {"task_args": {"times": str(folder / "times"), "seconds": pace}, **arguments}
     return [word for word in Training.flags_for(folder, **given) if not word.startswith("--output_dir")]

@@ -136,7 +136,9 @@ def _new_run(context: Context, row: Row) -> Row:
 
 
 def _started(context: Context, row: Row, begun: Row, kind: str, args: Row) -> Row:
-    changes = {"state": "pending"} if kind == "resume" else {"state": "pending", "config": json.dumps(args)}
+    # A run that is resumed is told by its id, not by its name: that it begins again is known from here.
+    again: Row = {"exit_code": None, "preempting": 0, "stop_requested": 0}
+    changes = {"state": "pending"} | (again if kind == "resume" else {"config": json.dumps(args)})
     context.database.update("runs", begun["id"], **changes)
     program = yaml.safe_load(row["config"]).get("program", "")
     return {"type": kind, "run_id": begun["name"], "program": program, "args": args}

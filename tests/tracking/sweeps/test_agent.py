@@ -31,28 +31,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:
         yield running
 
 
-def test_a_grid_has_a_folder_and_each_row_once_a_run_and_a_stop_in_the_app_saves(
-    server: WandbServer, tmp_path: Path
-) -> None:
+def test_each_run_of_a_grid_has_its_parameters_a_folder_and_each_row_once(server: WandbServer, tmp_path: Path) -> None:
     """And what the command line overrules, or W&B, is said."""
     typed = ["--wandb_project", "another", "--weight_decay", "0.2"]
     folder = tmp_path / "grid"
-    with Sweep(folder, server, PARAMETERS, script(*flags(folder, pace=0.15, learning_rate=None), *typed)) as sweep:
-        agent = sweep.agent()
-        stopped = sweep.reach(1, 12)
-        server.request_stop(stopped, "grid")
-        assert sweep.ended(agent) == 0
-    first, second = sweep.runs
-    assert (first.state, first.exit_code, steps_of(first)) == ("finished", 0, [*range(1, 31)])
-    assert (second.state, second.exit_code, second.preempting) == ("finished", 0, False)
-    assert second.id == stopped
-    last = max(steps_of(second))
-    assert steps_of(second) == [*range(1, last + 1)]
-    assert 12 <= last < 30
-    assert f"Stopped from the W&B app at step {last} of 30: saved" in sweep.said
-    assert (sweep.output_dir(stopped) / f"checkpoint-{last}" / "harness_state.json").is_file()
-    assert not [*folder.rglob("preempted")]
-    for run, rate in ((first, 1e-3), (second, 2e-3)):
+    with Sweep(folder, server, PARAMETERS, script(*flags(folder, learning_rate=None), *typed)) as sweep:
+        assert sweep.ended(sweep.agent()) == 0
+    assert len(sweep.runs) == 2
+    for run, rate in zip(sweep.runs, (1e-3, 2e-3), strict=True):
+        assert (run.state, run.exit_code, run.project) == ("finished", 0, "grid")
+        assert steps_of(run) == [*range(1, 31)]
         values = yaml.safe_load((sweep.output_dir(run.id) / "harness_config.yaml").read_text(encoding="utf-8"))
         assert values["learning_rate"] == run.config["learning_rate"] == rate
         assert values["lr_scheduler_kwargs"] == run.config["lr_scheduler_kwargs"] == {"num_cycles": 2}
@@ -61,7 +49,6 @@ def test_a_grid_has_a_folder_and_each_row_once_a_run_and_a_stop_in_the_app_saves
         assert (values["weight_decay"], run.config["weight_decay"]) == (0.2, 0.1)
         assert run.config["output_dir"] == str(Path("runs") / f"sweep-{sweep.id}" / run.id)
         assert run.config["harness"]["sweep_parameters"] == sorted(PARAMETERS)
-        assert run.project == "grid"
     assert sweep.said.count("--weight_decay=0.2 overrules sweep") == 2
     assert sweep.said.count("--wandb_project=another is passed over") == 2
     assert "was locked" not in sweep.said
@@ -69,36 +56,47 @@ def test_a_grid_has_a_folder_and_each_row_once_a_run_and_a_stop_in_the_app_saves
     assert server.unknown() == []
 
 
-def test_two_processes_go_on_as_the_same_run_when_preempted_and_when_the_agent_is_killed(
+def test_two_processes_are_preempted_outlive_their_agent_and_are_stopped_in_the_app(
     server: WandbServer, tmp_path: Path
 ) -> None:
-    """Each row is in W&B once, and no two trainings of the run exist."""
+    """They go on as the same run, whose rows are in W&B once."""
     folder = tmp_path / "pair"
     launch = [
         *("${env}", "${interpreter}", "-m", "accelerate.commands.launch", f"--config_file={DDP}"),
         *(f"--main_process_port={free_port()}", "-m", "harness", "train", "${args}"),
     ]
-    command = [*launch, *flags(folder, pace=0.15, learning_rate=None, per_device_train_batch_size=4)]
+    # So long that nothing ends by itself.
+    length = {"max_steps": 2000, "num_train_epochs": None, "save_total_limit": 2, "per_device_train_batch_size": 4}
+    command = [*launch, *flags(folder, pace=0.1, learning_rate=None, **length)]
     with Sweep(folder, server, {"learning_rate": {"values": [1e-3]}}, command) as sweep:
         agent = sweep.agent("--forward-signals")
-        run_id = sweep.reach(0, 6)
+        run_id = sweep.reach(0, 3)
         end(agent)  # as a scheduler does
         assert sweep.ended(agent) == 0
         assert (sweep.runs[0].state, sweep.runs[0].preempting) == ("preempted", True)
         assert (sweep.output_dir(run_id) / "preempted").is_file()
 
         agent = sweep.agent()
-        sweep.reach(0, 16)
+        sweep.reach(0, max(sweep.steps(run_id)) + 3)
         end(agent, signal.SIGKILL)
         agent.wait()
         sweep.wait(lambda: not sweep.processes(run_id), "the orphans have ended")
         assert sweep.runs[0].state == "preempted"
         assert "The sweep agent, or the launcher under it, has ended: stopped at step" in sweep.said
 
-        assert sweep.ended(sweep.agent()) == 0
+        agent = sweep.agent()
+        sweep.reach(0, max(sweep.steps(run_id)) + 3)
+        server.request_stop(run_id, "pair")
+        assert sweep.ended(agent) == 0
     (run,) = sweep.runs
-    assert (run.state, run.exit_code) == ("finished", 0)
-    assert steps_of(run) == [*range(1, 31)]
+    assert (run.state, run.exit_code, run.preempting) == ("finished", 0, False)
+    last = max(steps_of(run))
+    assert steps_of(run) == [*range(1, last + 1)]
+    assert last >= 9
+    assert f"Stopped from the W&B app at step {last} of 2000: saved" in sweep.said
+    assert (sweep.output_dir(run_id) / f"checkpoint-{last}" / "harness_state.json").is_file()
+    assert not (sweep.output_dir(run_id) / "preempted").exists()
     assert sweep.said.count("Agent received command: resume") == 2
     assert "was locked" not in sweep.said
+    assert "goes on showing" not in sweep.said
     assert server.unknown() == []
