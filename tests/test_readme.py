@@ -22,8 +22,9 @@ import harness
 from harness import loop
 from harness.__main__ import COMMANDS
 from harness.__main__ import main as harness_command
-from harness.config import release
+from harness.config import recipe_names, release
 from harness.flags import FLAGS, NOT_TAKEN, OWNED_BY_LAUNCH_CONFIG, parse
+from harness.sweep.spec import sweep_files
 from harness.train import main
 from tests.support.inputs import (
     label_flags,

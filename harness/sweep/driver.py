@@ -22,8 +22,8 @@ def run_workers(sweep: Sweep, argv: Sequence[str], *, workers: int, noted: Noted
     """
     Let so many workers work on the study until it is over, or a stop is noted; returns whether one was told to stop.
 
-    The study is there. One worker is this process; `argv` is the command line for more. One that dies is told, and not started again: the
-    others go on with its trial.
+    The study is there. One worker is this process; `argv` is the command line for more. One that dies is told, and not
+    started again: the others go on with its trial.
     """
     if workers == 1:
         return not Worker(sweep, noted).run()
