@@ -11,11 +11,14 @@ import pytest
 from harness.__main__ import main as harness
 from harness.files import digest_of
 from harness.train import main
+from tests.support.launching import free_port
 from tests.support.parity import reset
 from tests.support.wandb_server import WandbServer
 from tests.sweep.sweeping import (
+    FORKED,
     Sweeping,
     attempts_of,
+    environment_of,
     kill_training,
     paced,
     run_of,
@@ -40,7 +43,7 @@ def test_a_grid_is_trained_once_and_its_best_is_the_plain_run_of_its_flags(
     assert "4 complete" in sweep.out
     best = study_of(tmp_path).best()
     assert best is not None
-    assert best.params["learning_rate"] == 1e-2
+    assert best.value == min(trial.value or 0.0 for trial in study_of(tmp_path).trials())
     # As the plain run is: `--config` has all that decides.
     reset()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -61,8 +64,9 @@ def test_a_grid_is_trained_once_and_its_best_is_the_plain_run_of_its_flags(
 def test_deaths_of_trial_worker_and_driver_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     write(tmp_path, method="grid", parameters={"learning_rate": {"values": [1e-4, 1e-3, 1e-2]}})
     flags = {"learning_rate": None, **paced(tmp_path, 0.3)}
-    sweep = Sweeping(tmp_path, "--workers=2", flags=flags)
+    sweep = Sweeping(tmp_path, "--workers=2", flags=flags, CUDA_VISIBLE_DEVICES="4,5,6,7")
     sweep.wait_for(lambda: all(6 in steps_of(run_of(tmp_path, number)) for number in (0, 1)), "both trials")
+    assert {environment_of(tmp_path, number)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)} == {"4,5", "6,7"}
     kill_training(tmp_path, 0)
     sweep.wait_for(lambda: len(attempts_of(tmp_path, 0)) == 2, "trial 0 again")
     os.kill(sweep.workers()[1], signal.SIGKILL)
@@ -79,7 +83,7 @@ def test_deaths_of_trial_worker_and_driver_lose_nothing_and_repeat_nothing(tmp_p
 def test_a_trial_is_pruned_at_the_step_of_an_evaluation_and_a_stop_saves(tmp_path: Path) -> None:
     """Its W&B run has ended as planned, and says that it was pruned; SIGTERM to the driver saves the trial."""
     early = {"type": "median", "startup_trials": 1}
-    rates = [1e-2, 1e-9, 1e-3, 1e-2 / 3]
+    rates = [1e-4, 10.0, 1e-3, 1e-5]
     write(tmp_path, method="grid", parameters={"learning_rate": {"values": rates}}, early_terminate=early)
     with WandbServer(tmp_path / "server") as server:
         flags = {"learning_rate": None, "report_to": "wandb", **paced(tmp_path, 0.1)}
@@ -89,7 +93,7 @@ def test_a_trial_is_pruned_at_the_step_of_an_evaluation_and_a_stop_saves(tmp_pat
         sweep.ended(85)
         assert "Stopped: the trials are saved; go on with: harness sweep" in sweep.err
         Sweeping(tmp_path, server=server, flags=flags).ended()
-        runs = {run.display_name: run for run in server.runs()}
+        runs = {run.name: run for run in server.runs()}
     assert set(runs) == {"s-0", "s-1", "s-2", "s-3"}
     assert {run.group for run in runs.values()} == {"s"}
     assert {(run.state, run.exit_code) for run in runs.values()} == {("finished", 0)}
@@ -106,6 +110,16 @@ def test_a_trial_is_pruned_at_the_step_of_an_evaluation_and_a_stop_saves(tmp_pat
     assert runs["s-1"].summary["sweep/pruned_at_step"] == 4
     reason = study_of(tmp_path).trial(1).user_attrs["reason"]
     assert reason.startswith("at step 4, eval/loss ")
+
+
+def test_a_trial_of_two_processes_is_pruned_at_the_same_step(tmp_path: Path) -> None:
+    early = {"type": "median", "startup_trials": 1}
+    write(tmp_path, method="grid", parameters={"learning_rate": {"values": [1e-4, 10.0]}}, early_terminate=early)
+    launcher = f"{FORKED} -m torch.distributed.run --nproc_per_node=2 --master_port={free_port()}"
+    flags = {"learning_rate": None, "per_device_train_batch_size": 4, "ddp_find_unused_parameters": False}
+    Sweeping(tmp_path, flags=flags, launcher=launcher).ended()
+    assert states_of(tmp_path) == ["COMPLETE", "PRUNED"]
+    assert [steps_of(run_of(tmp_path, number)) for number in range(2)] == [ALL, [1, 2, 3, 4]]
 
 
 def test_a_trial_that_fails_says_why_and_when_all_do_the_sweep_ends(tmp_path: Path) -> None:
