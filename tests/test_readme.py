@@ -22,8 +22,9 @@ import harness
 from harness import loop
 from harness.__main__ import COMMANDS
 from harness.__main__ import main as harness_command
-from harness.config import release
+from harness.config import recipe_names, release
 from harness.flags import FLAGS, NOT_TAKEN, OWNED_BY_LAUNCH_CONFIG, parse
+from harness.sweep.spec import sweep_files
 from harness.train import main
 from tests.support.inputs import (
     label_flags,
@@ -59,6 +60,7 @@ OF_OTHERS |= {"launch", "partition", "account", "array", "sbatch", "qos", "me", 
 OF_OTHERS |= {"forward", "open", "_wandb"}
 OF_OTHERS |= {"kills", "folder", "trainer", "case", "cases", "device", "json", "seconds"}
 OF_OTHERS |= {"repo", "exclude"}  # of `hf download`
+OF_OTHERS |= {"best_config", "count", "launcher", "show", "storage", "study", "workers"}  # of `harness sweep`
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 TRAINING = re.compile(r"(?:^|\s)(?:harness train|harness-train|harness/train\.py|-m harness train|slurm/\w+\.sbatch)\s")
 OTHER = re.compile(r"^harness (\w+) (.*)$")
@@ -192,9 +194,9 @@ def test_the_map_names_each_folder_and_file() -> None:
 
 
 def test_the_shipped_files_are_listed() -> None:
-    recipes = sorted(path.stem for path in (ROOT / "harness" / "recipes").glob("*.yaml"))
     for name in ("README.md", "README.ko.md", "harness/tasks/README.md"):
-        assert not [recipe for recipe in recipes if f"`{recipe}`" not in TEXTS[name]]
+        assert not [recipe for recipe in recipe_names() if f"`{recipe}`" not in TEXTS[name]]
+    assert not [name for name in sweep_files() if f"`{name}`" not in TEXTS["harness/sweep/README.md"]]
     configs = sorted(path.name for path in (ROOT / "launch_configs").glob("*.yaml"))
     assert sorted(set(re.findall(r"\((\w+\.yaml)\)", TEXTS["launch_configs/README.md"]))) == configs
 
@@ -220,11 +222,15 @@ def test_the_functions_of_the_loop_are_those_named() -> None:
 def test_each_command_of_ours_parses(command: str) -> None:
     if command in ASKED:
         return
+    if (workers := re.search(r"slurm/array\.sbatch (?!-)(.*)$", command)) is not None:
+        command = f"harness sweep {workers[1]}"
     if TRAINING.search(command + " "):
         parse(arguments_of(command))
     elif (other := OTHER.match(command)) is not None:
         parser = import_module(f"harness.commands.{other[1]}").parser()
-        _, rest = parser.parse_known_args(shlex.split(other[2]))
+        words, _, flags = other[2].partition(" -- ")
+        _, rest = parser.parse_known_args(shlex.split(words))
+        parse(shlex.split(flags))
         if other[1] == "submit":
             parse(rest)
         else:

@@ -11,14 +11,14 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from harness.checkpoint.find import list_checkpoints
-from harness.config import RECIPES_DIR
+from harness.config import RECIPES_DIR, recipe_names
 from harness.flags import QUICKSTART, parse
 from harness.tasks import resolve
 from harness.train import main
 from tests.support.images import needs_image_processor
 from tests.support.recipes.stand_ins import STAND_INS, run_recipe
 
-RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+RECIPES = recipe_names()
 
 
 @pytest.mark.parametrize("name", RECIPES)
