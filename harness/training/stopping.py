@@ -40,11 +40,12 @@ class StopReason(IntEnum):
     """Why to stop. The greatest value wins where ranks have different ones."""
 
     NONE = 0
-    REQUESTED = 1
-    TIME_LIMIT = 2
-    PREEMPTED = 3
-    INTERRUPTED = 4
-    SHUT_OUT = 5
+    AT_STEP = 1
+    REQUESTED = 2
+    TIME_LIMIT = 3
+    PREEMPTED = 4
+    INTERRUPTED = 5
+    SHUT_OUT = 6
 
 
 class TimeLimit:
@@ -85,6 +86,7 @@ class Stop:
     - time_limit: the job's, on rank zero; None on other ranks and without a limit.
     - is_shut_out: whether another process has taken over the folder; asked once a second.
     - saves: whether a stop leaves a checkpoint.
+    - at_step: the step at which to stop in any case; None: none.
     - is_at_once: whether a second Ctrl-C has come: then nothing is waited for.
 
     With several ranks the answer travels on a separate gloo group while the next step runs, so that no step waits for
@@ -99,8 +101,10 @@ class Stop:
         time_limit: TimeLimit | None = None,
         is_shut_out: Callable[[], bool] = lambda: False,
         saves: bool = True,
+        at_step: int | None = None,
     ) -> None:
         self.requested, self.time_limit, self.is_shut_out = requested, time_limit, is_shut_out
+        self.at_step = at_step
         self.saves, self.is_at_once = saves, False
         self._looked_at = 0.0
         self._noted = StopReason.NONE
@@ -173,9 +177,14 @@ class Stop:
             )
         logger.warning("Ctrl-C: %s. Ctrl-C again ends it at once.%s", self.promise, limit)
 
-    def agreed(self) -> StopReason:
-        """Collective: return why to stop, or NONE; the same on all ranks."""
+    def is_at(self, step: int) -> bool:
+        """Whether the training is not to go beyond a step; each rank knows it by itself."""
+        return self.at_step is not None and step >= self.at_step
+
+    def agreed(self, step: int = 0) -> StopReason:
+        """Collective: return why to stop after a step, or NONE; the same on all ranks."""
         answer, began = self._agreed(), self._interrupted_at
+        answer = max(answer, StopReason.AT_STEP) if self.is_at(step) else answer
         tells = answer == StopReason.INTERRUPTED and self.saves and self._speaks
         if tells and began is not None and passes_on("SIGINT"):
             left = max(0.0, began + shutdown_seconds() - time.monotonic())
@@ -235,12 +244,23 @@ def resume_flags(output_dir: Path) -> tuple[str, ...]:
     return ("--resume_from_checkpoint", "true", "--output_dir", str(output_dir))
 
 
-def stopped(reason: StopReason, *, at: str, saved_in: Path | None) -> StoppedError:
-    """Return the error that ends a training `at` a step, whose checkpoint is in a folder, or is not saved."""
+def stopped(reason: StopReason, *, at: str, saved_in: Path | None, last_step: int) -> StoppedError:
+    """
+    Return the error that ends a training `at` a step, whose checkpoint is in a folder, or is not saved.
+
+    `last_step` is where a training goes on to that was to stop at a step.
+    """
     flags = () if saved_in is None else resume_flags(saved_in)
     if reason == StopReason.REQUESTED:
         done = "nothing was saved" if saved_in is None else "saved"
         return StoppedError(f"Stopped from the W&B app at {at}: {done}", flags=flags, exit_code=0, was_preempted=False)
+    if reason == StopReason.AT_STEP:
+        return StoppedError(
+            f"Stopped at {at}, as --stop_at_step says: saved",
+            flags=(*flags, "--stop_at_step", str(last_step)),
+            exit_code=0,
+            was_preempted=False,
+        )
     done = "nothing is saved with --save_strategy no" if saved_in is None else "saved"
     if reason == StopReason.INTERRUPTED:
         return StoppedError(
