@@ -1,5 +1,5 @@
 """
-The command `harness train | sync | export | submit | link`; `python -m harness ...` is the same.
+The command `harness train | sweep | sync | export | submit | link`; `python -m harness ...` is the same.
 
 A command's module is imported when it is called, so `harness --help` loads no library. Exit codes: 0 done, 1 failed or
 something is left to do, 2 bad input, 130 interrupted; for a training also 85, preempted after a save.
@@ -49,6 +49,7 @@ COMMANDS = {
         help="Check a training and put it into SLURM's queue.", interrupted="Interrupted; nothing was submitted."
     ),
     "link": Command(help="Link an artifact that W&B has to a registry."),
+    "sweep": Command(help="Train with many values of some flags and find the best: a grid, at random, or by TPE."),
     "completion": Command(help='Print the completion of a shell: eval "$(harness completion bash)".'),
 }
 

@@ -44,7 +44,7 @@ from harness.training.loss import Loss, prepare_model
 from harness.training.metrics import Clock, NonFinite, Window, Work
 from harness.training.plan import Plan, resolve_plan
 from harness.training.state import TrainState
-from harness.training.stopping import Stop, TimeLimit
+from harness.training.stopping import Pruning, Stop, TimeLimit
 from harness.training.throughput import Throughput
 from harness.training.watchdog import Watchdog
 
@@ -264,6 +264,7 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
     pad_token_id = getattr(task.processing_class, "pad_token_id", None)
     work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id)
     checkpoints = _checkpoints(session)
+    stop = _stop(session, tracker, checkpoints)
     return Run(
         accelerator=accelerator,
         backend=backend,
@@ -290,7 +291,8 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
         tracker=tracker,
         tables=_sample_tables(session, tracker),
         texts=_texts(session, tracker),
-        stop=_stop(session, tracker, checkpoints),
+        stop=stop,
+        pruning=Pruning(config.stopping.pruning_file, accelerator, is_stopping=lambda: stop.is_noted),
         watchdog=Watchdog(config.watchdog, ranks=ranks_of(accelerator), timeout_seconds=config.topology.ddp_timeout),
         modeling=config.modeling,
         optim=config.optim,

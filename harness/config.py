@@ -292,14 +292,22 @@ def read_yaml(
             return {}, [f"--config={source}: no such file, and no shipped recipe of that name; recipes: {known}."]
         path = RECIPES_DIR / f"{source}.yaml"
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return {}, [f"--config={source} is not valid YAML: {_without_source(error)}"]
+        values = load_yaml(path)
+    except ValueError as error:
+        return {}, [f"--config={source} is not valid YAML: {error}"]
     if not isinstance(values, dict):
         return {}, [f"--config={source} holds no mapping; write one `flag: value` a line."]
     faults = {str(key): _why_unknown(str(key), f"{path.name}: {key}", flags, refused) for key in values}
     good = {name: value for name, value in values.items() if faults[str(name)] is None}
     return good, [fault for fault in faults.values() if fault is not None]
+
+
+def load_yaml(path: Path) -> Any:
+    """What a YAML file holds; a key that is given twice is an error. Raises ValueError that says what is wrong."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(_without_source(error)) from None
 
 
 def _without_source(error: Exception) -> str:

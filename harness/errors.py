@@ -132,16 +132,24 @@ class StoppedError(HarnessError):
     The training stopped before its planned end; the message is one line that says why, and how to go on.
 
     `flags` are those with which it goes on, none if it can't; the whole `command` is known where one was typed.
+    `pruned_at` is the step at which a sweep has ended the trial, which does not go on.
     """
 
     def __init__(
-        self, reason: str, *, exit_code: int, was_preempted: bool, flags: Sequence[str] = (), command: str = ""
+        self,
+        reason: str,
+        *,
+        exit_code: int,
+        was_preempted: bool,
+        flags: Sequence[str] = (),
+        command: str = "",
+        pruned_at: int | None = None,
     ) -> None:
         # Without a full stop after it, which would be copied with the command.
         goes_on = f"; go on with: {command}" if command else f"; go on with {shlex.join(flags)}" if flags else "."
         super().__init__(f"{reason}{goes_on}")
         self.reason, self.flags = reason, tuple(flags)
-        self.exit_code, self.was_preempted = exit_code, was_preempted
+        self.exit_code, self.was_preempted, self.pruned_at = exit_code, was_preempted, pruned_at
 
 
 class TrackingError(HarnessError):

@@ -32,7 +32,7 @@ from harness.model.weights import check_weights, load_weights, own_weights, raw_
 from harness.results import Result, conclude, save_final
 from harness.resume import Beginning
 from harness.session import Run, Session
-from harness.signals import INTERRUPTED_EXIT_CODE
+from harness.signals import INTERRUPTED_EXIT_CODE, PREEMPTED_FILE
 from harness.slurm import FAILED, FINISHED, PREEMPTED, STOPPED, JobRecord, slurm_job
 from harness.snapshot import rehearse, restore
 from harness.tasks import Builder
@@ -54,7 +54,7 @@ from harness.training import rng
 from harness.training.console import logging_kept, set_up_logging
 from harness.training.debug import describe_batch, watch_training
 from harness.training.state import TrainState
-from harness.training.stopping import COMPLETES, PREEMPTED_FILE, StopReason, resume_flags, stopped
+from harness.training.stopping import COMPLETES, StopReason, resume_flags, stopped
 
 logger = logging.getLogger("harness")
 
@@ -165,6 +165,8 @@ def carry_out(
         exit_code, how = 0, FINISHED
     except StoppedError as stopped:
         exit_code, how = stopped.exit_code, PREEMPTED if stopped.was_preempted else STOPPED
+        if stopped.pruned_at is not None:
+            tracker.summarize({"sweep/pruned_at_step": stopped.pruned_at})
         if accelerator.is_main_process and stopped.was_preempted:
             (output_dir / PREEMPTED_FILE).touch()
         raise

@@ -193,15 +193,16 @@ def evaluate(run: Run, state: TrainState, *, at_start: bool = False) -> bool:
         return False
     if run.best.metric is not None and run.optim.lr_scheduler_type in BY_METRIC:
         run.scheduler.step(metrics[run.best.metric])
-    return run.best.update(metrics, state)
+    is_best = run.best.update(metrics, state)
+    run.pruning.heed(state)
+    return is_best
 
 
 def heed_stop(run: Run, state: TrainState) -> None:
     """
     Collective: if the ranks have agreed to stop, save and raise StoppedError.
 
-    Raises CheckpointError instead if another process has taken over the folder and the W&B run: then nothing is
-    written.
+    Raises CheckpointError instead if another process has taken over folder and W&B run: then nothing is written.
     """
     if is_over(run, state):  # the training ends here anyway
         return
@@ -231,8 +232,7 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
     # As the Trainer: what rank zero has not reported; the mean over the ranks would be another number.
     state.total_loss += run.window.undrained()
     steps = state.global_step - run.clock.first_step
-    samples = run.plan.num_samples * steps / max(run.plan.max_steps, 1)
-    metrics = run.clock.rates(num_samples=samples, num_steps=steps)
+    metrics = run.clock.rates(num_samples=run.plan.num_samples * steps / max(run.plan.max_steps, 1), num_steps=steps)
     run.work.settle(state)
     metrics["total_flos"] = state.total_flos
     metrics["train_loss"] = state.total_loss / max(state.global_step - state.loss_from_step, 0.001)

@@ -31,7 +31,7 @@ from harness.training.loss import Loss
 from harness.training.metrics import Clock, NonFinite, Window, Work
 from harness.training.plan import Plan
 from harness.training.state import TrainState
-from harness.training.stopping import Stop
+from harness.training.stopping import Pruning, Stop
 from harness.training.throughput import Throughput
 from harness.training.watchdog import Watchdog
 
@@ -119,6 +119,7 @@ class Run:
     tables: SampleTables | None
     texts: Texts | None
     stop: Stop
+    pruning: Pruning
     watchdog: Watchdog
     modeling: ModelingConfig
     optim: OptimConfig

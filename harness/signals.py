@@ -12,12 +12,15 @@ import os
 import select
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send; with SLURM's --signal the user chooses
 INTERRUPTED_EXIT_CODE = 130  # what a shell says of a command that Ctrl-C has ended
+PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
+PREEMPTED_FILE = "preempted"  # the same in the folder of a run, as launchers turn each code into 1
 SECONDS_TO_TAKE_OUTPUT = 10.0  # how long a stream may be full that does not wait by itself
 
 
@@ -56,6 +59,56 @@ def end_preparation() -> None:
     """From here on Ctrl-C is Python's own KeyboardInterrupt: there is something to close."""
     if signal.getsignal(signal.SIGINT) in (_leave, _leave_silently):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Noted:
+    """Which signal has asked a command to end, 0 for none yet, and whether Ctrl-C has come after that."""
+
+    def __init__(self) -> None:
+        self.signum, self.is_at_once = 0, False
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether a person has asked, by Ctrl-C."""
+        return self.signum == signal.SIGINT
+
+    def note(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 - Python's signature
+        """Take a signal down."""
+        self.is_at_once = self.is_at_once or (signum == signal.SIGINT and self.signum != 0)
+        self.signum = self.signum or signum
+
+
+@contextmanager
+def noting() -> Iterator[Noted]:
+    """Note, during the block, the signals that ask a command to end, which then ends what it has started."""
+    noted, before = Noted(), {}
+    for each in (*SIGNALS, signal.SIGHUP, signal.SIGINT):
+        # What a shell ignores for a job in the background stays ignored; what a job script ignores is meant for us.
+        if each in SIGNALS or signal.getsignal(each) != signal.SIG_IGN:
+            before[each] = signal.signal(each, noted.note)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield noted
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def interrupt(pid: int) -> None:
+    """Send a process what Ctrl-C sends."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGINT)
+
+
+def end_process(pid: int, *, at_once: bool = False) -> None:
+    """Ask a process to end, with its group if it leads one; or end it at once. One that is gone is left."""
+    number = signal.SIGKILL if at_once else signal.SIGTERM
+    with suppress(ProcessLookupError, PermissionError):
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:
+            os.kill(pid, number)
 
 
 def outlive_stops() -> None:

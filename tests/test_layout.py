@@ -38,6 +38,7 @@ LAYERS = (
     ("build",),
     ("execute",),
     ("train",),
+    ("sweep",),
     ("commands",),
     ("__init__", "__main__"),
 )  # fmt: skip
@@ -74,6 +75,7 @@ DEPENDENCIES = {
     "huggingface_hub",
     "liger_kernel",
     "numpy",
+    "optuna",
     "peft",
     "psutil",
     "safetensors",
@@ -202,7 +204,7 @@ def test_the_environment_is_read_in_few_places(path: Path) -> None:
         and node.value.id == "os"
         and node.attr in ("environ", "getenv", "putenv")
     ]
-    assert not reads or name_of(path) in ("distributed", "slurm", "config", "tracking", "commands", "masking"), (
+    assert not reads or name_of(path) in ("distributed", "slurm", "config", "tracking", "sweep", "commands", "masking"), (
         f"lines {reads}"
     )
 

@@ -228,6 +228,12 @@ def is_held(output_dir: Path, heartbeats: Heartbeats) -> bool | None:
     return not (heartbeats.stands_still(path, seen) if gone is None else gone)
 
 
+def holder_of(output_dir: Path) -> Holder | None:
+    """Return who holds the lock of a folder, also if that process has ended; None if nobody has locked it."""
+    seen = _read(output_dir / LOCK_FILE)
+    return None if seen is None else seen.holder
+
+
 def _is_gone(holder: Holder, job: SlurmJob | None) -> bool | None:
     """Whether the holder has ended, or is to be fenced: an earlier attempt of the job. None: it can't be seen."""
     if job is not None and job.id == holder.job and job.restart_count > holder.restart_count:

@@ -1,5 +1,5 @@
 """
-The commands besides the training: `harness sync | export | submit | link | completion`.
+The commands besides the training: `harness sync | export | submit | link | sweep | completion`.
 
 A module here has `parser()`, which imports nothing slow, and `run(argv)`, which returns the exit code and raises
 HarnessError for `harness/__main__.py` to print.

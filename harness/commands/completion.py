@@ -11,7 +11,7 @@ from harness.commands import Parser
 from harness.train import show
 
 SHELLS = ("bash", "zsh", "tcsh")
-COMMANDS = ("sync", "export", "submit", "link", "completion")
+COMMANDS = ("sync", "export", "submit", "link", "sweep", "completion")
 # Names of what is a path, or may be one.
 PATH = re.compile(r".*(file|dir|path|config|checkpoint|out)")
 

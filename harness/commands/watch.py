@@ -15,13 +15,13 @@ from harness.checkpoint.lock import WATCH_SECONDS, Heartbeats, is_held
 from harness.checkpoint.processes import is_running
 from harness.errors import BusyError, ConfigError, DeliveryError, RowsError, SyncError, UnreachableError
 from harness.masking import masked
+from harness.signals import PREEMPTED_EXIT_CODE, PREEMPTED_FILE
 from harness.tracking.artifacts.staging import RECORD_FILE, STAGING_FOLDER
 from harness.tracking.client import one_line, open_api, server_answers
 from harness.tracking.rows.wandb_file import read_log
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import IDENTITY_FILE, RUN_FOLDER, Identity, home_of
 from harness.tracking.sync import OfflineRun, OnlineRuns, Outcome
-from harness.training.stopping import PREEMPTED_EXIT_CODE, PREEMPTED_FILE
 
 LOCK = "wandb_sync.lock"
 # Files that mark a folder with runs, and how deep it may be: the given folder, runs/NAME, sweeps/runs/NAME.

@@ -174,6 +174,10 @@ class WandbTracker(GeneralTracker):  # type: ignore[misc]
             row["train/global_step"] = step
         self._send(summary, row, kwargs)
 
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Put values into the run's summary, under the names they have, without a row."""
+        self._live.set_up(lambda run: run.summary.update(dict(values)))
+
     def log_media(self, values: Mapping[str, Any], *, step: int) -> None:
         """Send tables, charts or values of the user's own in a row, under the names they have."""
         if values:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from harness.config import Json, arg, at_least, choice, section
 from harness.errors import ConfigError
+from harness.files import write_whole
 
 INTERVALS = ("no", "steps", "epoch")
 
@@ -268,6 +271,9 @@ class StoppingConfig:
     stop_at_step: int | None = arg(
         help="Save after this step and stop with exit code 0; a resume goes on. The schedule stays that of --max_steps."
     )
+    pruning_file: str | None = arg(
+        help="Given by harness sweep: after each evaluation wait until this file says whether to go on."
+    )
 
     def __post_init__(self) -> None:
         at_least(1, stop_at_step=self.stop_at_step)
@@ -276,6 +282,33 @@ class StoppingConfig:
             time_limit_margin_seconds=self.time_limit_margin_seconds,
             stop_on_nonfinite=self.stop_on_nonfinite,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Word:
+    """What --pruning_file says of a trial: that it goes on up to step `through`, and ends at `prune_at`, if it does."""
+
+    through: int = -1
+    prune_at: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Word:
+        """Return the word in a file; that of a file which is not there decides nothing."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(through=int(found["through"]), prune_at=found["prune_at"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    def write(self, path: Path) -> None:
+        """Put the word into a file. Raises OSError."""
+        write_whole(path, json.dumps({"through": self.through, "prune_at": self.prune_at}) + "\n")
+
+    def on(self, step: int) -> bool | None:
+        """Whether the trial ends at a step that has been evaluated; None while that is not decided."""
+        if self.prune_at is not None and step >= self.prune_at:
+            return True
+        return False if step <= self.through else None
 
 
 @section("console", on_resume="unrelated")

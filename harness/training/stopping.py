@@ -19,16 +19,16 @@ import torch
 from accelerate import Accelerator
 
 from harness.distributed.launch import passes_on, shutdown_seconds
-from harness.distributed.ranks import gloo_group
+from harness.distributed.ranks import gloo_group, tell_all
 from harness.errors import StoppedError
-from harness.signals import INTERRUPTED_EXIT_CODE, SIGNALS
-from harness.training.flags import StoppingConfig
+from harness.signals import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, SIGNALS
+from harness.training.flags import StoppingConfig, Word
+from harness.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-PREEMPTED_EXIT_CODE = 85  # "saved, run me again"
-PREEMPTED_FILE = "preempted"
 SECONDS_BETWEEN_LOOKS = 1.0  # how often to read the lock, a file that may be on a network
+SECONDS_BETWEEN_WORDS = 0.02  # a small file, which is waited for
 # What a person is told at the first Ctrl-C.
 SAVES = "the step, evaluation or save under way is finished, then the training is saved and ends"
 SAVES_NOTHING = "the step or evaluation under way is finished, then the training ends; --save_strategy no saves nothing"
@@ -144,6 +144,11 @@ class Stop:
             )
             yield
 
+    @property
+    def is_noted(self) -> bool:
+        """Whether a signal, or another process, asks this rank to stop."""
+        return self._noted != StopReason.NONE or self.is_shut_out()
+
     def _end_listening(self) -> None:
         self._process = None
 
@@ -228,6 +233,33 @@ class Stop:
         self._flag.fill_(self._noted)
         torch.distributed.all_reduce(self._flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return int(self._flag.item()) == StopReason.INTERRUPTED
+
+
+class Pruning:
+    """
+    Waits after each evaluation for the word of the worker that follows this trial; without a file it does nothing.
+
+    - is_stopping: whether a stop has been noted; then nobody is waited for, and the next attempt asks again.
+    """
+
+    def __init__(self, file: str | None, accelerator: Accelerator, *, is_stopping: Callable[[], bool]) -> None:
+        self._file = None if file is None else Path(file).expanduser()
+        self._accelerator, self._is_stopping = accelerator, is_stopping
+
+    def heed(self, state: TrainState) -> None:
+        """Collective: raise StoppedError, without a save, if the trial ends here; it never does at its last step."""
+        if self._file is None or state.should_stop or state.global_step >= state.max_steps:
+            return
+        if tell_all(self._accelerator, lambda: self._word(state.global_step)):
+            reason = f"Pruned at step {state.global_step} of {state.max_steps}: the sweep ends this trial here"
+            raise StoppedError(reason, exit_code=0, was_preempted=False, pruned_at=state.global_step)
+
+    def _word(self, step: int) -> bool:
+        while self._file is not None and not self._is_stopping():
+            if (ends := Word.read(self._file).on(step)) is not None:
+                return ends
+            time.sleep(SECONDS_BETWEEN_WORDS)
+        return False
 
 
 def _is_at_prompt(frame: FrameType | None) -> bool:
