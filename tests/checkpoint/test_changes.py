@@ -15,7 +15,14 @@ from harness.train import main
 from tests.support.parity import TRAINING, as_flags, assert_equal_weights, history, reset
 
 TASK = {"task": "tests.support.tasks.parity_task:build", "report_to": "none"}
-SAVING = {**TRAINING, "max_steps": 8, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 2, "optim": "adamw_torch"}
+SAVING = {
+    **TRAINING,
+    "max_steps": 8,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "warmup_steps": 2,
+    "optim": "adamw_torch",
+}
 CHANGED = {"learning_rate": 7e-4, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_epsilon": 1e-6, "max_grad_norm": 0.5}
 
 
@@ -63,7 +70,9 @@ def test_what_is_named_holds_from_the_checkpoint_on(trained: Path, tmp_path: Pat
         assert_equal_weights(out, trained)
 
 
-def test_what_is_not_named_is_refused_as_ever(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_named_is_refused_as_ever(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert changed_from(trained / "checkpoint-4", tmp_path / "out", seed=7, allow_changed_data_order=True) == 2
     shown = capsys.readouterr().err
     assert "(seed 42 -> 7)" in shown
@@ -80,9 +89,7 @@ def test_what_can_not_change_is_refused_with_what_can(tmp_path: Path, capsys: py
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rate_that_goes_by_evaluations_can_not_change(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rate_that_goes_by_evaluations_can_not_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}
     assert train(tmp_path / "run", **plateau, stop_at_step=2) == 0
     changed = {"learning_rate": 1e-4, "change_on_resume": ["learning_rate"], "resume_from_checkpoint": "true"}

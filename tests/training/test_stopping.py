@@ -144,9 +144,7 @@ def test_a_stop_at_a_step_saves_there_and_the_run_goes_on_as_if_nothing_had_been
     assert_equal_runs(uninterrupted, folder)
 
 
-def test_a_stop_at_a_step_is_refused_where_nothing_is_saved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stop_at_a_step_is_refused_where_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parity = "tests.support.tasks.parity_task:build"
     assert main(flags(tmp_path / "run", parity, stop_at_step=4, save_strategy="no")) == 2
     assert "--stop_at_step saves, and --save_strategy=no saves nothing" in capsys.readouterr().err

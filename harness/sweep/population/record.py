@@ -68,7 +68,7 @@ def best_of(rules: Rules, objectives: Objectives) -> int | None:
 
 
 def write_record(folder: Path, record: Mapping[str, Any], *, suffix: str) -> None:
-    """Write the record, whole or not at all; processes that may write at once need a different suffix. Raises OSError."""
+    """Write the record, whole or not at all; who may write at the same time needs another suffix. Raises OSError."""
     write_whole(folder / RECORD_FILE, json.dumps(record, indent=2) + "\n", durable=True, suffix=f"{suffix}.partial")
 
 

@@ -1,9 +1,10 @@
 """
-The schedule of a population: who goes on from whose checkpoint, and with which values. Nothing here reads a clock or a
-disk: a decision follows from seed, generation and objective values alone, so a restart takes the same one.
+The schedule of a population: who goes on from whose checkpoint, and with which values.
 
-Population based training as in arXiv 1711.09846: after each generation the members of the lowest quantile go on from
-the checkpoint of a member of the highest (exploit), with values that are changed a little or drawn anew (explore).
+Nothing here reads a clock or a disk: a decision follows from seed, generation and objective values alone, so a restart
+takes the same one. Population based training as in arXiv 1711.09846: after each generation the members of the lowest
+quantile go on from the checkpoint of a member of the highest (exploit), with values that are changed a little or drawn
+anew (explore).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Range:
         """Return the value of the range that is nearest."""
         if self.q is None:
             return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
-        multiple = min(max(round(value / self.q), math.ceil(self.low / self.q)), math.floor(self.high / self.q)) * self.q
+        multiple = (
+            min(max(round(value / self.q), math.ceil(self.low / self.q)), math.floor(self.high / self.q)) * self.q
+        )
         return int(multiple) if self.q == int(self.q) else float(f"{multiple:.{DIGITS}g}")
 
 
@@ -55,7 +58,7 @@ class Choices:
         """Draw one, by the probabilities where there are some."""
         return random_.choices(self.values, weights=self.probabilities or None)[0]
 
-    def perturbed(self, value: Value, factors: Sequence[float], random_: random.Random) -> Value:
+    def perturbed(self, value: Value, factors: Sequence[float], random_: random.Random) -> Value:  # noqa: ARG002 - Range's
         """Return a neighbour of the value in the list, or at an end of the list the value itself."""
         at = self.values.index(value) + random_.choice((-1, 1))
         return self.values[min(max(at, 0), len(self.values) - 1)]
@@ -207,4 +210,4 @@ def explored(rules: Rules, values: Mapping[str, Value], random_: random.Random) 
 
 def _random(rules: Rules, generation: int, member: int) -> random.Random:
     # A text is hashed by SHA-512: the same numbers on every machine and in every version of Python.
-    return random.Random(f"{rules.seed} {generation} {member}")  # noqa: S311 - no secret
+    return random.Random(f"{rules.seed} {generation} {member}")

@@ -19,12 +19,12 @@ from harness.sweep.worker import parent_watch
 BEST = "best"
 
 
-def work(sweep: Sweep, noted: Noted) -> None:
+def work_on_members(sweep: Sweep, noted: Noted) -> None:
     """Be one of several workers, until the population has ended, a stop is noted, or the driver has died."""
     Members(Population(sweep, rules_of_sweep(sweep)), noted, is_alone=parent_watch()).run()
 
 
-def search(sweep: Sweep, argv: Sequence[str], *, workers: int, noted: Noted) -> bool:
+def search_members(sweep: Sweep, argv: Sequence[str], *, workers: int, noted: Noted) -> bool:
     """Train a population to its end; False if a stop was noted before. Raises HarnessError."""
     check_optuna()
     rules = rules_of_sweep(sweep)

@@ -66,7 +66,9 @@ def rules_of(
     all members would come to every end of a generation with an evaluation and a checkpoint.
     """
     population = check_population(given)
-    together([*_checks_of_parameters(parameters, config), *_checks_of_flags(config, population["perturbation_interval"])])
+    together(
+        [*_checks_of_parameters(parameters, config), *_checks_of_flags(config, population["perturbation_interval"])]
+    )
     changing = {parameter.name: space_of(parameter) for parameter in parameters if not is_constant(parameter)}
     return Rules(
         size=population["size"],
@@ -100,8 +102,8 @@ def _checks_of_parameters(parameters: Sequence[Parameter], config: Config) -> li
     for parameter in changing:
         if parameter.name not in MUTABLE:
             problems.append(
-                f"parameters.{parameter.name}: members go on from each other's checkpoints, and --{parameter.name} can't "
-                f"change in the middle of a training. These can: {', '.join(MUTABLE)}; of any other give one `value`."
+                f"parameters.{parameter.name}: members go on from each other's checkpoints, and this flag can't change "
+                f"in the middle of a training. These can: {', '.join(MUTABLE)}; of any other give one `value`."
             )
     if any(parameter.name == "learning_rate" for parameter in changing) and (
         config.optim.lr_scheduler_type in BY_METRIC
@@ -119,18 +121,20 @@ def _checks_of_flags(config: Config, interval: int) -> list[Callable[[], None]]:
         problems.append("A population is divided by steps: give --max_steps.")
     elif interval >= plan.max_steps:
         problems.append(
-            f"population.perturbation_interval: {interval}, and --max_steps={plan.max_steps}: nothing would be exchanged; "
-            "use a smaller interval."
+            f"population.perturbation_interval: {interval}, and --max_steps={plan.max_steps}: nothing would be "
+            "exchanged; use a smaller interval."
         )
     steps = plan.logging_steps if plan.eval_steps is None else plan.eval_steps
-    eval_steps = math.ceil(plan.max_steps * steps) if steps < 1 else int(steps)
+    eval_steps = max(math.ceil(plan.max_steps * steps), 1) if steps < 1 else int(steps)
     if plan.eval_strategy != "steps" or interval % eval_steps or plan.eval_delay > interval:
         problems.append(
             f"population.perturbation_interval: {interval}; each exchange needs an evaluation at its step: give "
             f"--eval_strategy steps and an --eval_steps that {interval} is a multiple of."
         )
     if plan.save_strategy in ("no", "best"):
-        problems.append(f"--save_strategy={plan.save_strategy}: a population exchanges checkpoints; give steps or epoch.")
+        problems.append(
+            f"--save_strategy={plan.save_strategy}: a population exchanges checkpoints; give steps or epoch."
+        )
     problems += [
         f"--{name} does not go with method: population: {why}; leave it out."
         for name, why in NOT_IN_A_POPULATION.items()

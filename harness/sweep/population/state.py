@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from harness.config import together
+from harness.errors import ConfigError
 from harness.flags import read
 from harness.sweep.checks import as_flags
 from harness.sweep.launch import Place
@@ -16,15 +19,28 @@ from harness.sweep.population.settings import rules_of
 from harness.sweep.study import Study, Sweep
 from harness.sweep.worker import own_flags
 
+# Keys of a sweep file that have no meaning here.
+NOT_IN_A_POPULATION = {
+    "early_terminate": "a population replaces its worst members, and ends none",
+    "run_cap": "population.size says how many members there are",
+    "metric.target": "all members train to the end",
+}
 EXCHANGE = "exchange"  # folder of the checkpoints that a generation ended with, as long as a member may need one
 
 
 def rules_of_sweep(sweep: Sweep) -> Rules:
     """Return the rules of a sweep of this method. Raises one ConfigError for all that is wrong."""
+    together(partial(_refuse_key, sweep, key) for key in NOT_IN_A_POPULATION)
     first = as_flags({name: each.edges()[0] for name, each in sweep.spec.parameters.items()})
     config = read([*sweep.flags, *first]).config
     parameters, is_minimized = [*sweep.spec.parameters.values()], sweep.spec.metric.goal == "minimize"
     return rules_of(sweep.spec.population, parameters, config, is_minimized=is_minimized, seed=sweep.seed)
+
+
+def _refuse_key(sweep: Sweep, key: str) -> None:
+    value = sweep.spec.metric.target if key == "metric.target" else getattr(sweep.spec, key)
+    if value is not None:
+        raise ConfigError(f"{key}: {NOT_IN_A_POPULATION[key]}; leave it out.")
 
 
 def with_segments(sweep: Sweep, rules: Rules) -> Sweep:

@@ -1,4 +1,4 @@
-"""A worker of a population: takes up segments whose generation has begun, trains each, and tells the study its value."""
+"""A worker of a population: takes up segments of the generation that has begun, trains them, and reports the values."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from harness.tracking import lineage
 
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_BETWEEN_CLAIMS = 1.0
+SECONDS_WHILE_IN_USE = 10.0
 
 
 class Members:
@@ -40,9 +41,7 @@ class Members:
     - is_alone: whether what has started this worker, if anything, has died.
     """
 
-    def __init__(
-        self, population: Population, noted: Noted, *, is_alone: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, population: Population, noted: Noted, *, is_alone: Callable[[], bool] = lambda: False) -> None:
         self.population, self.study = population, population.study
         self.noted, self._is_alone = noted, is_alone
 
@@ -98,6 +97,10 @@ class Members:
                 return True
             if self.is_stopping and end.how not in (launch.COMPLETE, launch.STOPPED, launch.FAILED):
                 return False
+        if end.how == launch.IN_USE:
+            self._tell(segment, f"waits ({end.reason})")
+            self._pause(SECONDS_WHILE_IN_USE)
+            return True
         if not self._has_ended(segment, place):
             raise HarnessError(self._why_not(segment, place, end))
         self._conclude(claim.number, segment, place)
@@ -118,7 +121,9 @@ class Members:
         lineage.write(place.run, self._facts(segment), source=source, step=segment.from_step)
 
     def _is_adopted(self, segment: Segment, run: Path, note: dict[str, Any]) -> bool:
-        steps = [manifest_of(path).get("step", 0) for path in run.glob("checkpoint-*") if launch.WHOLE.fullmatch(path.name)]
+        steps = [
+            manifest_of(path).get("step", 0) for path in run.glob("checkpoint-*") if launch.WHOLE.fullmatch(path.name)
+        ]
         if max(steps, default=0) > segment.from_step:
             return True
         return manifest_of(run / f"checkpoint-{segment.from_step}").get("adopted") == note
@@ -126,9 +131,7 @@ class Members:
     def _facts(self, segment: Segment) -> dict[str, Any]:
         objectives = self.population.objectives()
         decided = self.population.generations(objectives)[: segment.generation + 1]
-        trained = [
-            {"member": each.member, **described(each, objectives)} for each in ancestry(decided, segment.member)
-        ]
+        trained = [{"member": each.member, **described(each, objectives)} for each in ancestry(decided, segment.member)]
         return {
             "population": {
                 "study": self.population.sweep.name,
@@ -175,7 +178,9 @@ class Members:
         value = rows.now().get(segment.to_step)
         if value is None:
             there = ", ".join(sorted(name for name in rows.names if name.startswith("eval/"))) or "no evaluation"
-            raise HarnessError(f"metric.name: {self.population.metric} is in no row of step {segment.to_step}; there is: {there}.")
+            raise HarnessError(
+                f"metric.name: {self.population.metric} is in no row of step {segment.to_step}; there is: {there}."
+            )
         self.study.note(number, STEP, segment.to_step)
         worst = math.inf if self.population.rules.is_minimized else -math.inf
         self.study.complete(number, worst if math.isnan(value) else value)

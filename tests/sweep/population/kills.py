@@ -155,7 +155,12 @@ class Laboratory:
         script.write_text(self.shown("--replay", str(member)), encoding="utf-8")
         with (self.folder / f"replay-{member}.log").open("wb") as log:
             subprocess.run(
-                ["sh", str(script), str(folder)], cwd=self.folder, env=self.environment(), stdout=log, stderr=log, check=True
+                ["sh", str(script), str(folder)],
+                cwd=self.folder,
+                env=self.environment(),
+                stdout=log,
+                stderr=log,
+                check=True,
             )
         return folder
 

@@ -46,7 +46,9 @@ def test_generations_end_at_the_interval_and_the_last_with_the_training() -> Non
     assert rules(num_steps=5).ends == (5,)
 
 
-@pytest.mark.parametrize(("size", "fraction", "count"), [(8, 0.25, 2), (12, 0.2, 3), (3, 0.5, 1), (2, 0.5, 1), (4, 0, 0)])
+@pytest.mark.parametrize(
+    ("size", "fraction", "count"), [(8, 0.25, 2), (12, 0.2, 3), (3, 0.5, 1), (2, 0.5, 1), (4, 0, 0)]
+)
 def test_at_most_half_of_a_population_is_replaced(size: int, fraction: float, count: int) -> None:
     assert rules(size=size, quantile_fraction=fraction).num_in_quantile == count
 
