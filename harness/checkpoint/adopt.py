@@ -51,7 +51,8 @@ def adopt(source: Path, own: Path, output_dir: Path, *, arguments: Mapping[str, 
     theirs, ours = manifest_of(source), manifest_of(own)
     step = ours.get("step")
     if step is None or theirs.get("step") != step:
-        raise CheckpointError(f"{source} and {own} are of the steps {theirs.get('step')} and {step}, which must be equal.")
+        steps = f"{theirs.get('step')} and {step}"
+        raise CheckpointError(f"{source} and {own} are of the steps {steps}, which must be equal.")
     final = output_dir / f"checkpoint-{step}"
     partial = output_dir / f"checkpoint-{step}.{secrets.token_hex(4)}.partial"
     _link_all(source, partial, without=(STATE_FILE, OF_THE_RUN))

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, written last: sizes and digests of the other files, and our own state. Reads no torch."""
+"""The manifest of a checkpoint, written last: sizes and digests of the other files, and our own state. No torch here."""
 
 from __future__ import annotations
 

@@ -308,8 +308,8 @@ def flags_kept(optimizer: Any, scheduler: Any, names: Sequence[str]) -> Iterator
     keys += ["initial_lr"] if "lr" in keys else []
     if "lr" in keys and not hasattr(scheduler, "lr_lambdas"):
         raise ConfigError(
-            f"--change_on_resume learning_rate: the rates of {type(scheduler).__name__} do not follow from the step; use "
-            "another --lr_scheduler_type."
+            f"--change_on_resume learning_rate: the rates of {type(scheduler).__name__} do not follow from the step; "
+            "use another --lr_scheduler_type."
         )
     own = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
     rates = list(getattr(scheduler, "base_lrs", ()))

@@ -41,7 +41,7 @@ def facts_of(output_dir: Path) -> dict[str, Any]:
 
 
 def artifacts_of(output_dir: Path, config: TrackingConfig) -> list[str]:
-    """Return the artifact that the run goes on from, ENTITY/PROJECT/NAME:ALIAS, if it is another run's and is logged."""
+    """Return the artifact that the run goes on from, ENTITY/PROJECT/NAME:ALIAS, if it is another run's, and logged."""
     noted = _read(output_dir)
     source, step = parse(noted.get("source") or {}, source=LINEAGE_FILE), noted.get("step")
     if source is None or not is_count(step) or config.wandb_log_model != "checkpoint" or not config.sends:

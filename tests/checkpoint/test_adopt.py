@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def test_a_takeover_says_where_it_is_from_and_can_be_repeated(members: Path, tak
     assert manifest["arguments"]["learning_rate"] == NEW
     assert (taken / "checkpoint-4" / "metrics.jsonl").read_bytes() == (members / "loser" / "metrics.jsonl").read_bytes()
     linked = taken / "checkpoint-4" / "model.safetensors"
-    assert os.path.samefile(linked, members / "winner-4" / "model.safetensors")
+    assert linked.samefile(members / "winner-4" / "model.safetensors")
     shutil.rmtree(taken / "checkpoint-4")  # as a kill between its two renames
     adopt(members / "winner-4", members / "loser-4", taken, arguments={}, note={})
     assert why_invalid(taken / "checkpoint-4") is None
