@@ -286,9 +286,8 @@ def read_yaml(
     """
     path = Path(source)
     if not path.is_file():
-        recipes = sorted(recipe.stem for recipe in RECIPES_DIR.glob("*.yaml"))
-        if source not in recipes:
-            known = ", ".join(recipes)
+        if not (RECIPES_DIR / f"{source}.yaml").is_file() or source != Path(source).name:
+            known = ", ".join(recipe_names())
             return {}, [f"--config={source}: no such file, and no shipped recipe of that name; recipes: {known}."]
         path = RECIPES_DIR / f"{source}.yaml"
     try:
@@ -297,9 +296,21 @@ def read_yaml(
         return {}, [f"--config={source} is not valid YAML: {error}"]
     if not isinstance(values, dict):
         return {}, [f"--config={source} holds no mapping; write one `flag: value` a line."]
+    if is_sweep(values):
+        return {}, [f"--config={source} is the file of a sweep: harness sweep {source}."]
     faults = {str(key): _why_unknown(str(key), f"{path.name}: {key}", flags, refused) for key in values}
     good = {name: value for name, value in values.items() if faults[str(name)] is None}
     return good, [fault for fault in faults.values() if fault is not None]
+
+
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes; the files of sweeps that stand beside them are none."""
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if not is_sweep(load_yaml(path)))
+
+
+def is_sweep(values: Any) -> bool:
+    """Whether what a YAML file holds is a sweep, not the flags of a training."""
+    return isinstance(values, dict) and {"method", "parameters"} <= values.keys()
 
 
 def load_yaml(path: Path) -> Any:

@@ -117,11 +117,34 @@ train() { # ARGUMENTS of train.py...
         "$HARNESS_DIR/harness/train.py" "$@" || status=$?
 
     [[ -e $MARKER ]] || exit "$status"
+    requeue "$status" "--output_dir $OUTPUT_DIR --resume_from_checkpoint auto"
+}
+
+# Be a worker of a study: the trials are trained one after the other, on all GPUs of the node. A worker that was told to
+# stop ends with 85 once its trial is saved; another one, or its own next attempt, goes on with that.
+sweep() { # SWEEP.yaml and OPTIONS of harness sweep, -- FLAGS of all trials...
+    plan_processes
+    export PYTHONPATH="$HARNESS_DIR${PYTHONPATH:+:$PYTHONPATH}"
+    local status=0 launcher=()
+    if ((PROCESSES_PER_NODE > 1)); then
+        find_rendezvous
+        : "${LAUNCH_CONFIG:=$HARNESS_DIR/launch_configs/ddp.yaml}"
+        launcher=(--launcher "accelerate launch --config_file '$LAUNCH_CONFIG' --num_processes $PROCESSES_PER_NODE --main_process_port $PORT")
+    fi
+    echo "Job $JOB, restart ${SLURM_RESTART_COUNT:-0}: a worker on $SLURM_JOB_NODELIST, $PROCESSES_PER_NODE processes a trial"
+    # shellcheck disable=SC2016 # expanded on the node
+    srun --ntasks-per-node=1 --ntasks=1 --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" \
+        bash -c "$IGNORING_SIGNALS" - "${WITHIN[@]}" python -m harness sweep "$1" "${launcher[@]}" "${@:2}" || status=$?
+    ((status == 85)) || exit "$status"
+    requeue "$status" "the same command"
+}
+
+requeue() { # EXIT_CODE HOW_TO_GO_ON: put the job back into the queue, and end
     if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
         fail "preempted, and already requeued ${SLURM_RESTART_COUNT:-0} times (MAX_REQUEUES): not once more. Go on by" \
-            "submitting it again with --output_dir $OUTPUT_DIR --resume_from_checkpoint auto."
+            "submitting it again with $2."
     fi
     echo "Job $JOB was preempted after a save: requeued."
     scontrol requeue "$JOB"
-    exit "$status"
+    exit "$1"
 }

@@ -22,8 +22,9 @@ import harness
 from harness import loop
 from harness.__main__ import COMMANDS
 from harness.__main__ import main as harness_command
-from harness.config import release
+from harness.config import recipe_names, release
 from harness.flags import FLAGS, NOT_TAKEN, OWNED_BY_LAUNCH_CONFIG, parse
+from harness.sweep.spec import sweep_files
 from harness.train import main
 from tests.support.inputs import (
     label_flags,
@@ -190,9 +191,9 @@ def test_the_map_names_each_folder_and_file() -> None:
 
 
 def test_the_shipped_files_are_listed() -> None:
-    recipes = sorted(path.stem for path in (ROOT / "harness" / "recipes").glob("*.yaml"))
     for name in ("README.md", "README.ko.md", "harness/tasks/README.md"):
-        assert not [recipe for recipe in recipes if f"`{recipe}`" not in TEXTS[name]]
+        assert not [recipe for recipe in recipe_names() if f"`{recipe}`" not in TEXTS[name]]
+    assert not [name for name in sweep_files() if f"`{name}`" not in TEXTS["harness/sweep/README.md"]]
     configs = sorted(path.name for path in (ROOT / "launch_configs").glob("*.yaml"))
     assert sorted(set(re.findall(r"\((\w+\.yaml)\)", TEXTS["launch_configs/README.md"]))) == configs
 

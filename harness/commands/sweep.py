@@ -60,12 +60,13 @@ def sweep_of(given: Namespace, flags: Sequence[str]) -> Sweep:
     spec = read_spec(given.file)
     command = spec.command.with_launcher(given.launcher)
     all_flags = [*command.flags, *flags]
-    common = check_sweep(spec, all_flags)
+    first = check_sweep(spec, all_flags)
     name = given.study or spec.name
     if not name or name != Path(name).name:
         raise ConfigError(f"--study={name}: it is also the name of a folder; leave slashes out.")
     folder = (given.folder or Path("runs") / name).expanduser()
-    decides = {key: plain(value) for key, value in common.values.items() if FLAGS[key].on_resume != "unrelated"}
+    common = {key: value for key, value in first.values.items() if key not in spec.parameters}
+    decides = {key: plain(value) for key, value in common.items() if FLAGS[key].on_resume != "unrelated"}
     return Sweep(
         spec=spec,
         name=name,
@@ -102,14 +103,13 @@ def search(sweep: Sweep, given: Namespace, argv: Sequence[str]) -> int:
     check_optuna()
     with noting() as noted:
         if given.worker is not None:
-            work(sweep, noted)
-            return PREEMPTED_EXIT_CODE if noted.signum else 0
+            return 0 if work(sweep, noted) else PREEMPTED_EXIT_CODE
         make_study(sweep)
         say(f"study {sweep.name}: {sweep.count} trials in {sweep.folder}, {given.workers} at once", sys.stdout)
-        run_workers(sweep, argv, workers=given.workers, noted=noted)
+        was_told = run_workers(sweep, argv, workers=given.workers, noted=noted)
         study = Study(sweep)
         if not study.is_over():
-            raise _stopped(argv, was_interrupted=noted.was_interrupted, was_told=noted.signum != 0)
+            raise _stopped(argv, was_interrupted=noted.was_interrupted, was_told=was_told)
     say(summary_of(study), sys.stdout)
     if study.best() is None:
         raise HarnessError(f"No trial has ended as planned. Each says why: harness sweep --show {sweep.folder}")

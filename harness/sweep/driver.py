@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from harness.signals import Noted, end_process, interrupt, say
+from harness.signals import PREEMPTED_EXIT_CODE, Noted, end_process, interrupt, say
 from harness.sweep.study import Sweep
 from harness.sweep.worker import SECONDS_BETWEEN_LOOKS, Worker, parent_watch
 
@@ -18,19 +18,19 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 SECONDS_FOR_NVIDIA_SMI = 20.0
 
 
-def run_workers(sweep: Sweep, argv: Sequence[str], *, workers: int, noted: Noted) -> None:
+def run_workers(sweep: Sweep, argv: Sequence[str], *, workers: int, noted: Noted) -> bool:
     """
-    Let so many workers work on the study until it is over, or a stop is noted. The study is there.
+    Let so many workers work on the study until it is over, or a stop is noted; returns whether one was told to stop.
 
-    One worker is this process; `argv` is the command line for more. One that dies is told, and not started again: the
-    others go on with its trial.
+    The study is there. One worker is this process; `argv` is the command line for more. One that dies is told, and not
+    started again: the others go on with its trial.
     """
     if workers == 1:
-        Worker(sweep, noted).run()
-        return
+        return not Worker(sweep, noted).run()
     devices = visible_devices()
     running: dict[int, subprocess.Popen[bytes]] = {}
     told: set[int] = set()
+    was_stopped = False
     try:
         for number in range(workers):
             running[number] = _start(argv, number, share_of(devices, number, workers))
@@ -38,18 +38,20 @@ def run_workers(sweep: Sweep, argv: Sequence[str], *, workers: int, noted: Noted
             for number, process in [*running.items()]:
                 if (code := process.poll()) is not None:
                     del running[number]
+                    was_stopped = was_stopped or code == PREEMPTED_EXIT_CODE
                     _tell_end(number, code, len(running), noted)
             if noted.signum:
                 _pass_on(running, told, noted)
             time.sleep(SECONDS_BETWEEN_LOOKS)
+        return was_stopped or noted.signum != 0
     finally:
         for process in running.values():
             end_process(process.pid)
 
 
-def work(sweep: Sweep, noted: Noted) -> None:
-    """Be one of several workers, until the study is over, a stop is noted, or the driver has died."""
-    Worker(sweep, noted, is_alone=parent_watch()).run()
+def work(sweep: Sweep, noted: Noted) -> bool:
+    """Be one of several workers, until the study is over or, False, a stop is noted or the driver has died."""
+    return Worker(sweep, noted, is_alone=parent_watch()).run()
 
 
 def _start(argv: Sequence[str], number: int, devices: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -72,7 +74,7 @@ def _pass_on(running: dict[int, subprocess.Popen[bytes]], told: set[int], noted:
 
 
 def _tell_end(number: int, code: int, left: int, noted: Noted) -> None:
-    if code != 0 and not noted.signum:
+    if code not in (0, PREEMPTED_EXIT_CODE) and not noted.signum:
         how = f"was killed by signal {-code}" if code < 0 else f"has ended with exit code {code}"
         say(f"worker {number} {how}; {left} go on, with its trial too", sys.stderr)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness.checkpoint.lock import Heartbeats, Lock, is_held
+from harness.checkpoint.lock import Heartbeats, Lock, holder_of, is_held
 from harness.errors import ConfigError
 
 SECONDS_BETWEEN_TRIES = 0.2
@@ -25,6 +25,7 @@ class Leases:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._heartbeats = Heartbeats()
+        self._own: dict[int, Lock] = {}
 
     def place(self, number: int) -> Path:
         """Return the folder in which what belongs to the work on a trial is kept."""
@@ -37,6 +38,9 @@ class Leases:
     def take(self, number: int) -> Lock | None:
         """Take a trial's lease; None while another worker has it, or may have. Raises OSError."""
         place = self.place(number)
+        holder, own = holder_of(place), self._own.get(number)
+        if holder is not None and own is not None and holder.token == own.token:
+            return None  # a lock does not keep its own process out
         if is_held(place, self._heartbeats):
             return None
         place.mkdir(parents=True, exist_ok=True)
@@ -45,6 +49,7 @@ class Leases:
             lock.take(place)
         except ConfigError:  # somebody was faster
             return None
+        self._own[number] = lock
         return lock
 
     @contextmanager

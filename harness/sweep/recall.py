@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.errors import ConfigError
-from harness.masking import masked
+from harness.masking import is_masked, masked
 from harness.sweep.spec import spec_of
 from harness.sweep.storage import open_storage, patiently
-from harness.sweep.study import SWEEP, Sweep, read_study_file
+from harness.sweep.study import FOLDER, SWEEP, Sweep, read_study_file
 
 
 def folder_of(study: str) -> Path:
@@ -23,7 +23,7 @@ def storage_of(folder: Path) -> str | None:
         found = str(read_study_file(folder)["storage"])
     except (ConfigError, KeyError):
         return None
-    return None if "***" in found or masked(found) != found else found
+    return None if is_masked(found) else found.replace(FOLDER, str(folder))
 
 
 def recalled(study: str, storage: str | None) -> Sweep:

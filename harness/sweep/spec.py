@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.config import RECIPES_DIR, load_yaml, together
+from harness.config import RECIPES_DIR, is_sweep, load_yaml, together
 from harness.errors import ConfigError
 from harness.masking import masked
 from harness.sweep.command import Command, command_of
@@ -126,13 +126,7 @@ def spec_of(raw: Mapping[Any, Any], *, name: str) -> Spec:
 
 def sweep_files() -> list[str]:
     """Return the names of the shipped sweep files."""
-    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if is_sweep_file(path))
-
-
-def is_sweep_file(path: Path) -> bool:
-    """Whether a YAML file is one of a sweep, not of a training's flags."""
-    values = load_yaml(path)
-    return isinstance(values, dict) and {"method", "parameters"} <= values.keys()
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml") if is_sweep(load_yaml(path)))
 
 
 def _find(source: str) -> Path:

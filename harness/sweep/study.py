@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 STUDY_FILE = "study.json"
+FOLDER = "{folder}"  # stands there for the folder itself, which may be moved
 WORK = "trials"  # folder of the leases, and of what else belongs to the work on a trial
 TOKEN, SWEEP, MADE = "harness:token", "harness:sweep", "harness:made"  # attributes of the study
 FLAGS, REASON, STEP = "flags", "reason", "step"  # attributes of a trial
@@ -84,6 +85,7 @@ class Study:
             lambda: optuna.load_study(study_name=sweep.name, storage=self.storage, pruner=pruner_of(sweep.spec))
         )
         self._id = patiently(lambda: self.storage.get_study_id_from_name(sweep.name))
+        self.trials()  # Optuna's cache knows only trials that were listed
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials by their number."""
@@ -271,7 +273,7 @@ def _begin(sweep: Sweep, storage: Any) -> None:
     patiently(lambda: study.set_user_attr(SWEEP, sweep.facts()))
     facts = {
         "name": sweep.name,
-        "storage": masked(sweep.storage),
+        "storage": masked(sweep.storage).replace(str(sweep.folder), FOLDER),
         "token": token,
         "method": sweep.spec.method,
         "metric": {"name": sweep.spec.metric.name, "goal": sweep.spec.metric.goal},

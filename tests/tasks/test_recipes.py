@@ -13,14 +13,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from harness.checkpoint.find import list_checkpoints
-from harness.config import RECIPES_DIR
+from harness.config import RECIPES_DIR, recipe_names
 from harness.flags import QUICKSTART, parse
 from harness.tasks import resolve
 from harness.train import main
 from tests.support.images import SHAPES, draw, needs_image_processor, save_image_processor
 from tests.support.inputs import SENTENCES, save_bert_tokenizer, save_gpt_tokenizer
 
-RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+RECIPES = recipe_names()
 TINY = {
     "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
     "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
