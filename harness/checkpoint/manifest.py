@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, written last: sizes and digests of the other files, and our own state. No torch here."""
+"""The manifest of a checkpoint, written last: sizes and digests of the other files, and our own state."""
 
 from __future__ import annotations
 

@@ -70,6 +70,12 @@ def test_what_is_named_holds_from_the_checkpoint_on(trained: Path, tmp_path: Pat
         assert_equal_weights(out, trained)
 
 
+def test_without_its_name_a_rate_stays_that_of_the_states_as_in_the_trainer(trained: Path, tmp_path: Path) -> None:
+    given = {"resume_from_checkpoint": trained / "checkpoint-4", "allow_changed_arguments": True, "learning_rate": 7e-4}
+    assert train(tmp_path / "out", **given) == 0
+    assert rates(tmp_path / "out") == rates(trained)
+
+
 def test_what_is_not_named_is_refused_as_ever(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
