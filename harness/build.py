@@ -348,6 +348,7 @@ def _stop(session: Session, tracker: WandbTracker, checkpoints: Checkpoints) -> 
         time_limit=_time_limit(session, checkpoints),
         is_shut_out=lambda: checkpoints.is_shut_out,
         saves=session.config.plan.save_strategy != "no",
+        at_step=session.config.stopping.stop_at_step,
         **({} if sweep_run() is None else under_agent),
     )
 

@@ -58,6 +58,7 @@ class Flag:
     - type: of its value without None: bool, int, float, str, list[str], or Json.
     - group: where `--help` shows it; is_common: whether `--help` alone does.
     - env: the variable that gives it where neither the command line nor anything else does.
+    - mutable: whether --change_on_resume may give it another value in the middle of a training.
     - bare: its value where the flag is given without one.
     - path: what must be there if it is given: a file, a folder, or a model: what looks like a path and not the Hub.
     """
@@ -68,6 +69,7 @@ class Flag:
     help: str
     group: str
     on_resume: OnResume
+    mutable: bool = False
     env: str | None = None
     bare: Any = None
     path: PathKind | None = None
@@ -117,13 +119,15 @@ def arg(
     help: str = "",  # noqa: A002 - as in argparse
     *,
     on_resume: OnResume | None = None,
+    mutable: bool = False,
     env: str | None = None,
     bare: Any = None,
     path: PathKind | None = None,
     common: bool = False,
 ) -> Any:
     """A flag as a field of a section: see Flag. What a resume makes of it may be said by the section for all."""
-    facts = {"help": help, "on_resume": on_resume, "env": env, "bare": bare, "path": path, "is_common": common}
+    facts = {"help": help, "on_resume": on_resume, "mutable": mutable, "env": env, "bare": bare, "path": path}
+    facts["is_common"] = common
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=facts)
     return dataclasses.field(default=default, metadata=facts)

@@ -17,8 +17,8 @@ from harness.agent import sweep_run
 from harness.build import Planned, assemble, build_run, plan_run
 from harness.checkpoint.find import check_output_dir, in_job, in_sweep, list_checkpoints, remove_leftovers
 from harness.checkpoint.fit import check_fit
-from harness.checkpoint.layout import manifest_of
 from harness.checkpoint.lock import Lock
+from harness.checkpoint.manifest import manifest_of
 from harness.config import together
 from harness.distributed.accelerator import build_accelerator, check_compile_backend, choose_backend
 from harness.distributed.devices import check_cublas, describe_idle
@@ -48,6 +48,7 @@ from harness.tracking.lifecycle import (
     open_trackers,
     wandb_tracker,
 )
+from harness.tracking.lineage import artifacts_of
 from harness.tracking.media.due import last_evaluation
 from harness.tracking.outlook import outlook
 from harness.tracking.run.terminal import terminal_kept
@@ -55,7 +56,7 @@ from harness.training import rng
 from harness.training.console import logging_kept, set_up_logging
 from harness.training.debug import describe_batch, watch_training
 from harness.training.state import TrainState
-from harness.training.stopping import COMPLETES, resume_flags
+from harness.training.stopping import COMPLETES, StopReason, resume_flags, stopped
 
 logger = logging.getLogger("harness")
 
@@ -149,7 +150,8 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock, builder: Builde
         rehearse(run, state)
     open_trackers(accelerator, chosen, config.tracking.project, output_dir=output_dir, configuration=configuration)
     session.console.table(describe_links(accelerator))
-    record_use(tracker.tracker, [*session.artifacts, *([found.artifact] if found.artifact else [])])
+    used = [*session.artifacts, *([found.artifact] if found.artifact else [])]
+    record_use(tracker.tracker, [*used, *artifacts_of(output_dir, config.tracking)])
     return carry_out(session, run, state, tracker, lock, record)
 
 
@@ -228,6 +230,9 @@ def begin_output(session: Session, lock: Lock, record: JobRecord, *, from_step: 
 def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     """Collective: train, then save the final model and state; returns the metrics of the training."""
     console, config = session.console, session.config
+    if run.stop.is_at(state.global_step) and not is_over(run, state):
+        where, last = f"step {state.global_step} of {run.plan.max_steps}", run.plan.max_steps
+        raise stopped(StopReason.AT_STEP, at=where, saved_in=session.output_dir, last_step=last)
     with run.stop.listening():  # before workers of the data are forked, which get a terminal's signals too
         console.start(run.plan.max_steps, state.global_step, "step")
         if adapter := describe(session.task.model):

@@ -56,7 +56,7 @@ QUICKSTART, OF_QUICKSTART = "quickstart", "harness.tasks.quickstart:build"  # th
 # resume was allowed is not allowed for good.
 NOT_CONFIGURATION = (
     *("config", "print_config", "token", "wandb_run_id", "wandb_resume"),
-    *("allow_changed_arguments", "allow_changed_data_order"),
+    *("allow_changed_arguments", "allow_changed_data_order", "change_on_resume", "stop_at_step"),
 )
 # Any of these says what to train; then nothing of the quickstart recipe is used.
 SAY_WHAT_TO_TRAIN = (
@@ -189,6 +189,11 @@ class Config:
                 f"--stop_on_nonfinite={self.stopping.stop_on_nonfinite} looks at the steps in a report, and "
                 "--logging_strategy=no makes none; give steps or epoch."
             )
+        if self.stopping.stop_at_step is not None and plan.save_strategy == "no":
+            yield "--stop_at_step saves, and --save_strategy=no saves nothing: give steps, epoch or best."
+        for name in self.checkpoint.change_on_resume or []:
+            if name not in MUTABLE:
+                yield f"--change_on_resume {name}: no such flag can change in a training; use {', '.join(MUTABLE)}."
         yield from self._of_evaluations()
 
     def _of_evaluations(self) -> Iterator[str]:
@@ -282,6 +287,7 @@ SECTIONS: tuple[type, ...] = (
 
 
 FLAGS = flags_of(*SECTIONS)
+MUTABLE = tuple(name for name, flag in FLAGS.items() if flag.mutable)
 # NAME or ORGANISATION/NAME; anything else is a path.
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 INDENT = 30  # of the help's texts beside the flags

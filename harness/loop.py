@@ -206,13 +206,13 @@ def heed_stop(run: Run, state: TrainState) -> None:
     """
     if is_over(run, state):  # the training ends here anyway
         return
-    reason = run.stop.agreed()
+    reason = run.stop.agreed(state.global_step)
     if reason == StopReason.NONE:
         return
     where = f"step {state.global_step} of {run.plan.max_steps}"
     if reason == StopReason.SHUT_OUT:
         raise CheckpointError(f"Another process has taken over {run.checkpoints.output_dir}: this one ends at {where}.")
-    if reason != StopReason.REQUESTED:
+    if reason > StopReason.REQUESTED:
         run.tracker.mark_preempting()
     saves = run.plan.config.save_strategy != "no"
     run.checkpoints.settle()
@@ -220,7 +220,8 @@ def heed_stop(run: Run, state: TrainState) -> None:
         run.nonfinite.check_last(state)
         save(run, state)
         run.checkpoints.check_last()
-    raise stopped(reason, at=where, saved_in=run.checkpoints.output_dir if saves else None)
+    folder = run.checkpoints.output_dir if saves else None
+    raise stopped(reason, at=where, saved_in=folder, last_step=run.plan.max_steps)
 
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.find import Found, check_output_dir, choose_output_dir, find, list_checkpoints
-from harness.checkpoint.layout import OF_A_MODEL, STATE_FILE, WEIGHTS, is_read, step_of, why_invalid
+from harness.checkpoint.layout import OF_A_MODEL, WEIGHTS, is_read, step_of, why_invalid
 from harness.checkpoint.lock import Lock
+from harness.checkpoint.manifest import STATE_FILE
 from harness.errors import ConfigError
 from harness.files import put_in_place, sync
 from harness.flags import Config

@@ -26,6 +26,7 @@ from harness.distributed.optimizer_shards import why_unlike
 from harness.distributed.ranks import agree, ranks_of
 from harness.errors import CheckpointError, ConfigError
 from harness.flags import FLAGS
+from harness.model.optim import flags_kept
 from harness.model.weights import (
     check_published,
     config_kept,
@@ -295,9 +296,10 @@ class Optimizer:
                 raise ValueError(f"{SCHEDULER_FILE} has no {missing[0]}")
             if (fault := why_unlike(own, schedule)) is not None:
                 raise ValueError(f"{SCHEDULER_FILE} holds {fault}")
-            run.backend.load_optimizer(run.model, run.optimizer, saved.path, saved.files)
-            # A schedule takes every name for an attribute of its own.
-            run.scheduler.load_state_dict({name: value for name, value in schedule.items() if name in own})
+            with flags_kept(run.optimizer, run.scheduler, run.checkpoints.config.change_on_resume or []):
+                run.backend.load_optimizer(run.model, run.optimizer, saved.path, saved.files)
+                # A schedule takes every name for an attribute of its own.
+                run.scheduler.load_state_dict({name: value for name, value in schedule.items() if name in own})
         except (ValueError, KeyError, RuntimeError) as error:
             reason = f"{saved.path} holds the state of another optimizer or schedule ({error})"
             raise ConfigError(f"{reason}; give the flags it was saved with.") from error

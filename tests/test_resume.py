@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.checkpoint.layout import OWN_DIGEST, digest_of_manifest, why_invalid
+from harness.checkpoint.layout import why_invalid
+from harness.checkpoint.manifest import OWN_DIGEST, digest_of_manifest
 from harness.errors import ConfigError
 from harness.tracking.artifacts.download import check_manifest
 from tests.faults.deaths import small_disk

@@ -40,6 +40,8 @@ def check_optimizer(path: Path, shared: Mapping[str, Any], asked: Asked) -> None
     if now is not None and was != now and not {was, now} <= interchangeable:
         kind = "the optimizer" if " " in f"{was}{now}" else "--optim"
         raise ConfigError(f"{path} was saved with {kind} {was}, not {now}: its state does not fit; give {was}.")
+    if asked.zero_stage and asked.config.change_on_resume:
+        raise ConfigError("--change_on_resume does not reach DeepSpeed's optimizer: use a launch config without it.")
     stage, num_processes = asked.zero_stage, asked.loader.accelerator.num_processes
     was_stage = shared.get("zero_stage", int((path / LATEST_FILE).is_file()))
     if stage and shared.get("world_size", num_processes) != num_processes:
@@ -56,9 +58,11 @@ def check_arguments(path: Path, shared: Mapping[str, Any], asked: Asked, flags: 
     """Raise one ConfigError for all arguments that are not allowed, the order of the data included."""
     found, other_order = changes(shared, asked, flags)
     problems = []
-    if found.refused and not asked.config.allow_changed_arguments:
+    named = asked.config.change_on_resume or []
+    refused = [change for change in found.refused if change.partition(" ")[0] not in named]
+    if refused and not asked.config.allow_changed_arguments:
         problems.append(
-            f"{path} was saved with other arguments ({', '.join(found.refused)}), so the run would not go "
+            f"{path} was saved with other arguments ({', '.join(refused)}), so the run would not go "
             "on as it began: give those it was saved with, or --allow_changed_arguments."
         )
     if other_order and not asked.loader.config.allow_changed_data_order:

@@ -34,6 +34,10 @@ class CheckpointConfig:
     )
 
     allow_changed_arguments: bool = arg(False, "Resume even if arguments that decide the numbers have changed.")
+    change_on_resume: list[str] | None = arg(
+        help="Names of flags that may have another value than the checkpoint's, which then holds from there on: "
+        "learning_rate, weight_decay ...; a wrong name lists all."
+    )
 
     def __post_init__(self) -> None:
         if self.save_total_limit is not None and self.save_total_limit < 1:
@@ -44,6 +48,11 @@ class CheckpointConfig:
         resume = self.resume_from_checkpoint
         if resume is not None and resume.lower() in ("true", "auto", "false"):
             object.__setattr__(self, "resume_from_checkpoint", resume.lower())
+        if self.change_on_resume and not self.resumes:
+            raise ConfigError(
+                f"--change_on_resume {' '.join(self.change_on_resume)} does nothing without --resume_from_checkpoint; "
+                "give both."
+            )
         has_folder = sweep_run() is not None or _has_a_folder(slurm_job())
         needs_folder = self.resume_from_checkpoint in ("true", "auto") and not has_folder
         if needs_folder and self.output_dir is None:

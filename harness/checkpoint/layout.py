@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from harness.checkpoint import schema
 from harness.checkpoint.arrays import IN_PLACE_OF_NUMPY, with_arrays
+from harness.checkpoint.manifest import FORMAT_VERSION, OWN_DIGEST, STATE_FILE, digest_of_manifest
 from harness.distributed.backend import OPTIMIZER_FILE
 from harness.distributed.optimizer_shards import OPTIMIZER_FILES, check_optimizer_file, read_shard
 from harness.distributed.zero import shards_of
@@ -23,9 +22,6 @@ from harness.files import digest_of, load_safely
 from harness.model.weights import check_safetensors, is_inside, weights_files
 from harness.training.state import TRAINER_STATE_FILE
 
-STATE_FILE = "harness_state.json"  # the manifest, written last: sizes and digests of the other files, and our own state
-OWN_DIGEST = "sha256"  # of the manifest, which no other file has
-FORMAT_VERSION = 1
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
 SCHEDULER_FILE, SCALER_FILE = "scheduler.pt", "scaler.pt"
 NAMED = re.compile(r"checkpoint-(\d+)(\.replaced)?")
@@ -46,15 +42,6 @@ def step_of(checkpoint: Path) -> int:
 def rng_file(process_index: int, num_processes: int) -> str:
     """Return the name that the Trainer gives the file of a rank's generators."""
     return "rng_state.pth" if num_processes == 1 else f"rng_state_{process_index}.pth"
-
-
-def manifest_of(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's manifest; {} if there is none or it is no such file."""
-    try:
-        content = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def is_read(name: str, step: int | None = None) -> bool:
@@ -122,12 +109,6 @@ def _why_torn(path: Path) -> str | None:
         except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile) as error:
             return f"{file.name} is damaged: {error}"
     return None
-
-
-def digest_of_manifest(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a manifest without the digest that it has of itself; the order of names is none of it."""
-    rest = json.loads(json.dumps({name: value for name, value in content.items() if name != OWN_DIGEST}))
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def why_damaged(path: Path) -> str | None:

@@ -17,15 +17,9 @@ from safetensors import SafetensorError
 from harness.checkpoint.find import list_checkpoints, remove_checkpoint
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.host_copies import HostCopies
-from harness.checkpoint.layout import (
-    FORMAT_VERSION,
-    OWN_DIGEST,
-    STATE_FILE,
-    digest_of_manifest,
-    read,
-    rng_file,
-)
+from harness.checkpoint.layout import read, rng_file
 from harness.checkpoint.lock import Lock
+from harness.checkpoint.manifest import FORMAT_VERSION, OWN_DIGEST, STATE_FILE, digest_of_manifest
 from harness.checkpoint.rescue import leave_weights
 from harness.checkpoint.trial import Trial, pickle
 from harness.errors import CheckpointError, ConfigError

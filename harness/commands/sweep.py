@@ -12,8 +12,6 @@ import shlex
 import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from harness.sweep.spec import Spec
     from harness.sweep.study import Sweep
 
-POPULATION = "harness.sweep.population"
-
 
 def run(argv: Sequence[str]) -> int:
     """Search, or show what has been found; returns the exit code. Raises HarnessError."""
@@ -39,13 +35,13 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("A sweep starts its trainings itself: leave the launcher out, and give it as --launcher.")
     if given.show is not None:
         return _show(given)
+    if given.replay is not None:
+        raise ConfigError("--replay goes with --show STUDY.")
     if given.file is None:
         raise ConfigError("Which sweep file? harness sweep SWEEP.yaml, or --show STUDY.")
     sweep = sweep_of(given, flags)
     if sweep.spec.method == "population":
-        if find_spec(POPULATION) is None:
-            raise ConfigError("method: population is not here; use grid, random or bayes.")
-        return int(import_module(POPULATION).run(sweep, given, words))
+        return search_population(sweep, given, words)
     return search(sweep, given, words)
 
 
@@ -124,6 +120,21 @@ def search(sweep: Sweep, given: Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
+def search_population(sweep: Sweep, given: Namespace, argv: Sequence[str]) -> int:
+    """Train a population, as the driver or as one of its workers; returns the exit code. Raises HarnessError."""
+    from harness.sweep.population.search import search_members, work_on_members
+
+    if given.count is not None or given.best_config is not None:
+        raise ConfigError("--count and --best_config do not go with method: population; see --show STUDY --replay.")
+    with noting() as noted:
+        if given.worker is not None:
+            work_on_members(sweep, noted)
+            return PREEMPTED_EXIT_CODE if noted.signum else 0
+        if not search_members(sweep, argv, workers=given.workers, noted=noted):
+            raise _stopped(argv, was_interrupted=noted.was_interrupted, was_told=noted.signum != 0)
+    return 0
+
+
 def _stopped(argv: Sequence[str], *, was_interrupted: bool, was_told: bool) -> HarnessError:
     command = shlex.join(["harness", "sweep", *argv])
     if not was_told:
@@ -144,13 +155,28 @@ def _show(given: Namespace) -> int:
     from harness.train import show
 
     check_optuna()
-    study = Study(recalled(given.show, given.storage))
+    sweep = recalled(given.show, given.storage)
+    if sweep.spec.method == "population" or given.replay is not None:
+        return _show_population(sweep, given)
+    study = Study(sweep)
     if given.best_config is not None and str(given.best_config) == "-":
         show(best_config(study))
         return 0
     show(f"{table_of(study)}\n\n{summary_of(study)}\n")
     if given.best_config is not None:
         write_best(study, given.best_config)
+    return 0
+
+
+def _show_population(sweep: Sweep, given: Namespace) -> int:
+    from harness.sweep.population.search import replayed, shown
+    from harness.train import show
+
+    if sweep.spec.method != "population":
+        raise ConfigError(f"--replay is of a population, and {sweep.name} is none: give --best_config FILE.")
+    if given.best_config is not None:
+        raise ConfigError("The flags of a member change while it trains: give --replay best in place of --best_config.")
+    show(f"{shown(sweep)}\n" if given.replay is None else replayed(sweep, given.replay))
     return 0
 
 
@@ -180,6 +206,11 @@ def parser() -> Parser:
         type=Path,
         metavar="FILE",
         help="Write the flags of the best trial as a --config file; with --show also -, to print it.",
+    )
+    add(
+        "--replay",
+        metavar="MEMBER",
+        help="With --show of a population: print the commands that train a member anew, by its number, or the best.",
     )
     add("--worker", type=int, help=SUPPRESS)
     return own

@@ -44,11 +44,11 @@ class OptimConfig:
     optim_target_modules: list[str] | None = arg(
         help="Modules that GaLore or APOLLO project: names, patterns, or all-linear."
     )
-    learning_rate: float = arg(5e-5, "Peak learning rate.", common=True)
-    weight_decay: float = arg(0.0, "Weight decay, not on biases and norms.", common=True)
-    adam_beta1: float = arg(0.9, "First beta of Adam-like optimizers.")
-    adam_beta2: float = arg(0.999, "Second beta of Adam-like optimizers.")
-    adam_epsilon: float = arg(1e-8, "Epsilon of Adam-like optimizers.")
+    learning_rate: float = arg(5e-5, "Peak learning rate.", mutable=True, common=True)
+    weight_decay: float = arg(0.0, "Weight decay, not on biases and norms.", mutable=True, common=True)
+    adam_beta1: float = arg(0.9, "First beta of Adam-like optimizers.", mutable=True)
+    adam_beta2: float = arg(0.999, "Second beta of Adam-like optimizers.", mutable=True)
+    adam_epsilon: float = arg(1e-8, "Epsilon of Adam-like optimizers.", mutable=True)
     lr_scheduler_type: str = arg(
         "linear", "As transformers calls it, e.g. linear, cosine, constant; a wrong name lists all.", common=True
     )

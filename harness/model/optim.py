@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -293,6 +294,33 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, max_s
             f"--lr_scheduler_type={config.lr_scheduler_type} with --lr_scheduler_kwargs="
             f"{config.lr_scheduler_kwargs or {}}: {error}"
         ) from error
+
+
+@contextmanager
+def flags_kept(optimizer: Any, scheduler: Any, names: Sequence[str]) -> Iterator[None]:
+    """
+    Load the states of optimizer and schedule inside: what the flags of these `names` gave them stays as it was.
+
+    The learning rate is then the one that the schedule has at its step, from the flag's. Raises ConfigError for a
+    schedule that does not follow from step and learning rate alone.
+    """
+    keys = [key for key, flags in FLAGS_OF_GROUPS.items() if not set(flags).isdisjoint(names)]
+    keys += ["initial_lr"] if "lr" in keys else []
+    if "lr" in keys and not hasattr(scheduler, "lr_lambdas"):
+        raise ConfigError(
+            f"--change_on_resume learning_rate: the rates of {type(scheduler).__name__} do not follow from the step; "
+            "use another --lr_scheduler_type."
+        )
+    own = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
+    rates = list(getattr(scheduler, "base_lrs", ()))
+    yield
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+    if "lr" in keys:
+        now = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
+        scheduler.base_lrs, scheduler._last_lr = rates, now
+        for group, rate in zip(optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
 
 
 def current_learning_rate(scheduler: Any, optimizer: torch.optim.Optimizer, config: OptimConfig) -> float:

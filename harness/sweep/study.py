@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -95,13 +95,18 @@ class Study:
         """Return a trial as it is now."""
         return patiently(lambda: self.storage.get_trial(self._id_of(number)))
 
-    def claim(self) -> Claim | None:
-        """Take up a trial that nobody works on: one whose worker has ended, else the next; None if there is none."""
+    def claim(self, among: Collection[int] | None = None) -> Claim | None:
+        """
+        Take up a trial that nobody works on: one whose worker has ended, else the next; None if there is none.
+
+        `among` are the numbers of those that may be taken up now; None: all.
+        """
         from optuna.trial import TrialState
 
         trials = self.trials()
         may_begin = not self.is_enough(trials)
         unfinished = [trial for trial in trials if not trial.state.is_finished()]
+        unfinished = [trial for trial in unfinished if among is None or trial.number in among]
         for trial in sorted(unfinished, key=lambda trial: (trial.state == TrialState.WAITING, trial.number)):
             waits = trial.state == TrialState.WAITING
             if (waits and not may_begin) or (lease := self.leases.take(trial.number)) is None:

@@ -14,6 +14,7 @@ from harness.distributed.accelerator import software
 from harness.distributed.ranks import tell_all
 from harness.slurm import slurm_job
 from harness.tracking.flags import TrackingConfig, check_environment, check_names
+from harness.tracking.lineage import facts_of
 from harness.tracking.recorded import launch_config, store_configuration
 from harness.tracking.rows.local import LocalRows
 from harness.tracking.run.attempts import Attempts
@@ -75,7 +76,8 @@ def open_trackers(
         store_configuration(accelerator.trackers, configuration)
         job = slurm_job()
         of_job = {} if job is None else job.facts()
-        facts = {"harness": {"launch": launch_config(), "software": software(), **record()}, **of_job}
+        ours = {"launch": launch_config(), "software": software(), **record()}
+        facts = {"harness": ours, **of_job, **facts_of(output_dir)}
         store_configuration([tracker for tracker in accelerator.trackers if tracker.name == "wandb"], facts)
 
     tell_all(accelerator, start)

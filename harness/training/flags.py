@@ -98,7 +98,7 @@ class ModelingConfig:
         "global", "Loss and gradient: of a step's samples at once (global), or as the Trainer sums them (trainer)."
     )
     average_tokens_across_devices: bool = arg(True, "Divide the loss by the number of items on all devices.")
-    max_grad_norm: float = arg(1.0, "Clip the norm of the gradients; 0 is off.")
+    max_grad_norm: float = arg(1.0, "Clip the norm of the gradients; 0 is off.", mutable=True)
     torch_empty_cache_steps: int | None = arg(help="Empty the device's cache every N steps.", on_resume="free")
 
     def __post_init__(self) -> None:
@@ -268,11 +268,15 @@ class StoppingConfig:
         "Stop when loss or gradients of N steps in a row are not finite, as a report or a save finds, and save no "
         "checkpoint after such a step; 0: never.",
     )
+    stop_at_step: int | None = arg(
+        help="Save after this step and stop with exit code 0; a resume goes on. The schedule stays that of --max_steps."
+    )
     pruning_file: str | None = arg(
         help="Given by harness sweep: after each evaluation wait until this file says whether to go on."
     )
 
     def __post_init__(self) -> None:
+        at_least(1, stop_at_step=self.stop_at_step)
         at_least(
             0,
             time_limit_margin_seconds=self.time_limit_margin_seconds,

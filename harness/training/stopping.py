@@ -40,12 +40,13 @@ class StopReason(IntEnum):
     """Why to stop. The greatest value wins where ranks have different ones."""
 
     NONE = 0
-    REQUESTED = 1
-    TIME_LIMIT = 2
-    PREEMPTED = 3
-    ORPHANED = 4
-    INTERRUPTED = 5
-    SHUT_OUT = 6
+    AT_STEP = 1
+    REQUESTED = 2
+    TIME_LIMIT = 3
+    PREEMPTED = 4
+    ORPHANED = 5
+    INTERRUPTED = 6
+    SHUT_OUT = 7
 
 
 class TimeLimit:
@@ -89,6 +90,7 @@ class Stop:
     - was_stopped: under a sweep agent, whether it is W&B that wants a stop. Asked on rank zero when a signal has come:
       the agent ends a run that was stopped in the app by the same signal by which a scheduler preempts it.
     - saves: whether a stop leaves a checkpoint.
+    - at_step: the step at which to stop in any case; None: none.
     - is_at_once: whether a second Ctrl-C has come: then nothing is waited for.
 
     With several ranks the answer travels on a separate gloo group while the next step runs, so that no step waits for
@@ -105,9 +107,11 @@ class Stop:
         is_orphan: Callable[[], bool] = lambda: False,
         was_stopped: Callable[[], bool] | None = None,
         saves: bool = True,
+        at_step: int | None = None,
     ) -> None:
         self.requested, self.time_limit, self.is_shut_out = requested, time_limit, is_shut_out
         self.is_orphan, self.was_stopped = is_orphan, was_stopped
+        self.at_step = at_step
         self.saves, self.is_at_once = saves, False
         self._looked_at = 0.0
         self._noted = StopReason.NONE
@@ -185,9 +189,14 @@ class Stop:
             )
         logger.warning("Ctrl-C: %s. Ctrl-C again ends it at once.%s", self.promise, limit)
 
-    def agreed(self) -> StopReason:
-        """Collective: return why to stop, or NONE; the same on all ranks."""
+    def is_at(self, step: int) -> bool:
+        """Whether the training is not to go beyond a step; each rank knows it by itself."""
+        return self.at_step is not None and step >= self.at_step
+
+    def agreed(self, step: int = 0) -> StopReason:
+        """Collective: return why to stop after a step, or NONE; the same on all ranks."""
         answer, began = self._agreed(), self._interrupted_at
+        answer = max(answer, StopReason.AT_STEP) if self.is_at(step) else answer
         if answer in (StopReason.PREEMPTED, StopReason.ORPHANED) and self.was_stopped is not None:
             answer = self._explained(answer, self.was_stopped)
         tells = answer == StopReason.INTERRUPTED and self.saves and self._speaks
@@ -285,12 +294,23 @@ def resume_flags(output_dir: Path) -> tuple[str, ...]:
     return ("--resume_from_checkpoint", "true", "--output_dir", str(output_dir))
 
 
-def stopped(reason: StopReason, *, at: str, saved_in: Path | None) -> StoppedError:
-    """Return the error that ends a training `at` a step, whose checkpoint is in a folder, or is not saved."""
+def stopped(reason: StopReason, *, at: str, saved_in: Path | None, last_step: int) -> StoppedError:
+    """
+    Return the error that ends a training `at` a step, whose checkpoint is in a folder, or is not saved.
+
+    `last_step` is where a training goes on to that was to stop at a step.
+    """
     flags = () if saved_in is None else resume_flags(saved_in)
     if reason == StopReason.REQUESTED:
         done = "nothing was saved" if saved_in is None else "saved"
         return StoppedError(f"Stopped from the W&B app at {at}: {done}", flags=flags, exit_code=0, was_preempted=False)
+    if reason == StopReason.AT_STEP:
+        return StoppedError(
+            f"Stopped at {at}, as --stop_at_step says: saved",
+            flags=(*flags, "--stop_at_step", str(last_step)),
+            exit_code=0,
+            was_preempted=False,
+        )
     done = "nothing is saved with --save_strategy no" if saved_in is None else "saved"
     if reason == StopReason.INTERRUPTED:
         return StoppedError(

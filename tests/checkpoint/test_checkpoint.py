@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from harness.checkpoint.find import check_output_dir, choose_output_dir, find, list_checkpoints
 from harness.checkpoint.flags import CheckpointConfig
-from harness.checkpoint.layout import STATE_FILE, read, rng_file, why_invalid
+from harness.checkpoint.layout import read, rng_file, why_invalid
+from harness.checkpoint.manifest import STATE_FILE
 from harness.checkpoint.writer import Checkpoints, Content
 from harness.errors import CheckpointError, ConfigError
 from harness.model.flags import DEFAULT_OPTIM

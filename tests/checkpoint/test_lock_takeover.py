@@ -16,8 +16,9 @@ import pytest
 
 from harness import resume
 from harness.checkpoint import lock as locks
-from harness.checkpoint.layout import OWN_DIGEST, STATE_FILE, digest_of_manifest, step_of
+from harness.checkpoint.layout import step_of
 from harness.checkpoint.lock import LOCK_FILE, Lock
+from harness.checkpoint.manifest import OWN_DIGEST, STATE_FILE, digest_of_manifest
 from harness.errors import ConfigError
 from harness.files import digest_of
 from harness.flags import parse

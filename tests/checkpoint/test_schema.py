@@ -17,7 +17,8 @@ from transformers.optimization import Adafactor
 from harness.checkpoint import schema
 from harness.checkpoint.find import find
 from harness.checkpoint.flags import CheckpointConfig
-from harness.checkpoint.layout import STATE_FILE, digest_of_manifest, read, why_invalid
+from harness.checkpoint.layout import read, why_invalid
+from harness.checkpoint.manifest import STATE_FILE, digest_of_manifest
 from harness.distributed.optimizer_shards import check_state, optimizer_shard
 from harness.distributed.zero import shards_of
 from harness.errors import ConfigError

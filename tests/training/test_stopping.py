@@ -121,3 +121,32 @@ def test_a_signal_without_checkpoints_says_that_nothing_is_saved(tmp_path: Path,
 
 def test_a_run_without_a_signal_is_not_changed_by_listening(uninterrupted: Path) -> None:
     assert history(uninterrupted)[-1]["step"] == 30
+
+
+def test_a_stop_at_a_step_saves_there_and_the_run_goes_on_as_if_nothing_had_been(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, parity = tmp_path / "run", "tests.support.tasks.parity_task:build"
+    assert main(flags(folder, parity, stop_at_step=15)) == 0  # the last step of an epoch
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("harness train: Stopped at step 15 of 30, as --stop_at_step says: saved; go on with: ")
+    assert message.endswith(f" --resume_from_checkpoint true --output_dir {folder} --stop_at_step 30")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 8, 12, 15)}
+    assert not (folder / "model.safetensors").exists()
+    assert not (folder / "preempted").exists()
+    rows = (folder / "metrics.jsonl").read_bytes()
+    assert main(flags(folder, parity, stop_at_step=15, resume_from_checkpoint="auto")) == 0  # it is there already
+    assert (folder / "metrics.jsonl").read_bytes() == rows
+    assert "Stopped at step 15 of 30" in capsys.readouterr().err
+    assert main(flags(folder, parity, stop_at_step=30, resume_from_checkpoint="true")) == 0
+    assert "Stopped" not in capsys.readouterr().err
+    assert "stop_at_step" not in (folder / "harness_config.yaml").read_text(encoding="utf-8")
+    assert_equal_runs(uninterrupted, folder)
+
+
+def test_a_stop_at_a_step_is_refused_where_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parity = "tests.support.tasks.parity_task:build"
+    assert main(flags(tmp_path / "run", parity, stop_at_step=4, save_strategy="no")) == 2
+    assert "--stop_at_step saves, and --save_strategy=no saves nothing" in capsys.readouterr().err
+    assert main(flags(tmp_path / "run", parity, stop_at_step=0)) == 2
+    assert "--stop_at_step=0: use 1 or more" in capsys.readouterr().err

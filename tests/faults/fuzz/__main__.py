@@ -41,7 +41,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import harness.execute  # noqa: F401 - before the first fork
-from harness.checkpoint.layout import STATE_FILE, digest_of_manifest
+from harness.checkpoint.manifest import STATE_FILE, digest_of_manifest
 from harness.files import digest_of
 from harness.train import main as train
 from tests.faults.fuzz.damage import damaged, same_structure
