@@ -60,13 +60,7 @@ NOT_CONFIGURATION = (
 )
 # Any of these says what to train; then nothing of the quickstart recipe is used.
 SAY_WHAT_TO_TRAIN = (
-    "task",
-    "task_name",
-    "model_name_or_path",
-    "model_type",
-    "config_name",
-    "dataset_name",
-    "train_file",
+    *("task", "task_name", "model_name_or_path", "model_type", "config_name", "dataset_name", "train_file"),
 )
 
 # Fields of TrainingArguments that belong to the launch config (`accelerate config`, launch_configs/).
