@@ -27,7 +27,8 @@ def server(tmp_path: Path) -> Iterator[WandbServer]:
 def begun(folder: Path, server: WandbServer, **more: Any) -> Training:
     given = {"wandb_run_id": None, "run_name": f"study-{folder.name}", "wandb_run_group": "study"}
     given |= {"resume_from_checkpoint": "auto", "eval_strategy": "steps", "eval_steps": 5, "save_total_limit": 1}
-    return Training(folder, server, variables={"WANDB_SILENT": "true"}, **{**given, **more})
+    given["task"] = {"times": "times"}  # the arguments of the task are those of the run, in whatever folder
+    return Training(folder, server, pace=0.1, variables={"WANDB_SILENT": "true"}, **{**given, **more})
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_a_member_that_takes_anothers_checkpoint_stays_one_run_and_names_it(
 
     # A kill between two saves: rows are in W&B that no checkpoint counts, made with the new value.
     changed: dict[str, Any] = {**arguments, "change_on_resume": ["learning_rate"]}
-    killed = begun(tmp_path / "1", server, pace=0.1, **changed)
+    killed = begun(tmp_path / "1", server, **changed)
     killed.reach(SAVES + 8)
     killed.process.kill()
     killed.process.wait()
