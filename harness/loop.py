@@ -214,13 +214,12 @@ def heed_stop(run: Run, state: TrainState) -> None:
         raise CheckpointError(f"Another process has taken over {run.checkpoints.output_dir}: this one ends at {where}.")
     if reason > StopReason.REQUESTED:
         run.tracker.mark_preempting()
-    saves = run.plan.config.save_strategy != "no"
+    folder = run.checkpoints.output_dir if run.plan.config.save_strategy != "no" else None
     run.checkpoints.settle()
-    if saves and run.checkpoints.saved_step != state.global_step:
+    if folder is not None and run.checkpoints.saved_step != state.global_step:
         run.nonfinite.check_last(state)
         save(run, state)
         run.checkpoints.check_last()
-    folder = run.checkpoints.output_dir if saves else None
     raise stopped(reason, at=where, saved_in=folder, last_step=run.plan.max_steps)
 
 

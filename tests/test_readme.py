@@ -60,7 +60,7 @@ OF_OTHERS |= {"launch", "partition", "account", "array", "sbatch", "qos", "me", 
 OF_OTHERS |= {"forward", "open", "_wandb"}
 OF_OTHERS |= {"kills", "folder", "trainer", "case", "cases", "device", "json", "seconds"}
 OF_OTHERS |= {"repo", "exclude"}  # of `hf download`
-OF_OTHERS |= {"best_config", "count", "launcher", "show", "storage", "study", "workers"}  # of `harness sweep`
+OF_OTHERS |= {"best_config", "count", "launcher", "replay", "show", "storage", "study", "workers"}  # of `harness sweep`
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 TRAINING = re.compile(r"(?:^|\s)(?:harness train|harness-train|harness/train\.py|-m harness train|slurm/\w+\.sbatch)\s")
 OTHER = re.compile(r"^harness (\w+) (.*)$")
@@ -228,7 +228,7 @@ def test_each_command_of_ours_parses(command: str) -> None:
         parse(arguments_of(command))
     elif (other := OTHER.match(command)) is not None:
         parser = import_module(f"harness.commands.{other[1]}").parser()
-        words, _, flags = other[2].partition(" -- ")
+        words, _, flags = other[2].partition(" > ")[0].partition(" -- ")
         _, rest = parser.parse_known_args(shlex.split(words))
         parse(shlex.split(flags))
         if other[1] == "submit":

@@ -198,7 +198,7 @@ def execute(api: Any, query: str, variables: Mapping[str, Any]) -> dict[str, Any
 
 
 def ask_once(
-    settings: Any, query: str, variables: Mapping[str, Any], *, seconds: float = COUNT_TIMEOUT_SECONDS
+    settings: Any, query: str, variables: Mapping[str, Any], *, seconds: float | None = None
 ) -> dict[str, Any]:
     """
     The answer to a question asked without wandb's process and its retries, with the settings of a run.
@@ -210,7 +210,7 @@ def ask_once(
     answer = transfer.ask(
         "POST",
         f"{settings.base_url}/graphql",
-        seconds=seconds,
+        seconds=COUNT_TIMEOUT_SECONDS if seconds is None else seconds,
         json={"query": query, "variables": dict(variables)},
         auth=("api", str(key)),
     )

@@ -17,7 +17,7 @@ import sklearn.metrics
 import torch
 import yaml
 
-from harness.config import RECIPES_DIR
+from harness.config import RECIPES_DIR, recipe_names
 from harness.errors import ConfigError
 from harness.tasks import Task, TaskConfig, quickstart, resolve
 from harness.tasks.flags import SHIPPED
@@ -99,7 +99,7 @@ class TestEveryTask:
     def test_custom_task_is_found_by_module_and_function(self) -> None:
         assert resolve("harness.tasks.quickstart:build") is quickstart.build
 
-    @pytest.mark.parametrize("name", sorted(recipe.stem for recipe in RECIPES_DIR.glob("*.yaml")))
+    @pytest.mark.parametrize("name", recipe_names())
     def test_recipe_names_a_task_that_exists(self, name: str) -> None:
         values = yaml.safe_load((RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
         assert callable(resolve(values["task"]))
