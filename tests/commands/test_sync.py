@@ -25,8 +25,8 @@ from harness.tracking.run.identity import Identity
 from harness.tracking.sync import Sent
 from tests.support.faulty_training import Training, committed, environment
 from tests.support.wandb.artifact_processes import command
+from tests.support.wandb.file import records_of, written
 from tests.support.wandb.seen import _untimed
-from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
 
 NOBODY = "http://127.0.0.1:9"

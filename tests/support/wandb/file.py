@@ -1,4 +1,4 @@
-"""All that a run left in its .wandb file, in a form that tests compare."""
+"""A .wandb file: all that a run left in it, in a form that tests compare, and one made of records."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
+from wandb.proto import wandb_internal_pb2 as pb
 
-from harness.tracking.rows.wandb_file import HEADER_BYTES, read_records
+from harness.tracking.rows.wandb_file import HEADER_BYTES, encode, read_records
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,26 @@ def _whole_records(path: Path) -> list[Any]:
 
 def _values(items: Any) -> dict[str, Any]:
     return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def written(path: Path, records: list[Any], *, torn_bytes: int = 0) -> Path:
+    """A .wandb file of these records, whose last bytes a kill has torn off."""
+    data = b":W&B\xe1\xbe\x00" + encode(record.SerializeToString() for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data[: len(data) - torn_bytes])
+    return path
+
+
+def records_of(run_id: str, *, start: int, rows: int, size: int = 10) -> list[Any]:
+    """What an attempt that began at `start` (seconds) leaves: a run, rows with a text of `size`, exit code 3."""
+    records = [pb.Record(run=pb.RunRecord(run_id=run_id, project="p"))]
+    records[0].run.start_time.seconds = start
+    for step in range(rows):
+        items = {"_step": step, "text": "x" * size}
+        history = [pb.HistoryItem(nested_key=[name], value_json=json.dumps(value)) for name, value in items.items()]
+        summary = [pb.SummaryItem(nested_key=["nested", "step"], value_json=str(step))]
+        records += [
+            pb.Record(history=pb.HistoryRecord(item=history)),
+            pb.Record(summary=pb.SummaryRecord(update=summary)),
+        ]
+    return [*records, pb.Record(exit=pb.RunExitRecord(exit_code=3))]

@@ -23,9 +23,9 @@ from harness.tracking.flags import TrackingConfig, check_environment
 from harness.train import main
 from tests.support.faulty_training import Training, environment
 from tests.support.launching import run as run_command
-from tests.support.notebook import cells_of, run_cells
 from tests.support.parity import TASK, TRAINING, as_flags, reset
 from tests.support.wandb.file import read_all
+from tests.support.wandb.notebook import cells_of, run_cells
 from tests.support.wandb_server import ArtifactRecord, RunRecord, WandbServer
 
 TRACKED = "tests.support.tasks.tracked_task:build"

@@ -17,9 +17,8 @@ from harness.tracking.rows import server as rows_module
 from harness.tracking.rows.server import AtServer, Connection, deliver_rows, missing, online_logs, rows_arrived
 from harness.tracking.rows.wandb_file import TransactionLog
 from tests.support.wandb import artifact_processes as processes
-from tests.support.wandb.file import read_all
+from tests.support.wandb.file import read_all, records_of, written
 from tests.support.wandb.serving import answering, dripping, serving
-from tests.support.wandb.written import records_of, written
 from tests.support.wandb_server import WandbServer
 
 SYNC = "harness sync"

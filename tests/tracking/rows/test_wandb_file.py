@@ -12,8 +12,7 @@ from wandb.proto import wandb_internal_pb2 as pb
 from harness.tracking.rows.server import online_logs
 from harness.tracking.rows.wandb_file import FORMAT, MARK, READER, encode, read_log, read_records, seal_all
 from tests.support.wandb.artifact_processes import command, ended, start
-from tests.support.wandb.file import read
-from tests.support.wandb.written import records_of, written
+from tests.support.wandb.file import read, records_of, written
 from tests.support.wandb_server import WandbServer
 
 

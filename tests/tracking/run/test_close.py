@@ -12,7 +12,7 @@ import pytest
 
 from harness.tracking.run.close import describe_rows
 from tests.support.wandb.artifact_processes import ended, start
-from tests.support.wandb.written import records_of, written
+from tests.support.wandb.file import records_of, written
 from tests.support.wandb_server import WandbServer
 
 OWN_STEPS = """

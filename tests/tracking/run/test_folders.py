@@ -8,7 +8,7 @@ import pytest
 
 from harness.tracking.run.attempts import Attempts
 from harness.tracking.run.identity import Identity
-from tests.support.wandb.written import records_of, written
+from tests.support.wandb.file import records_of, written
 
 
 @pytest.mark.parametrize("run_id", ["exp1", "a[1]", "a*", "[ab]"])

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.faulty_training import Training, environment
 from tests.support.launching import free_port
-from tests.support.notebook import run_cells
+from tests.support.wandb.notebook import run_cells
 from tests.support.wandb_server import WandbServer
 
 pytestmark = pytest.mark.slow
