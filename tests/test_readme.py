@@ -58,6 +58,7 @@ OF_OTHERS |= {"main_process_port", "deepspeed_multinode_launcher", "nproc_per_no
 OF_OTHERS |= {"registry", "alias", "max_shard_size", "until", "once", "interval", "nodes", "gpus", "time", "dry", "no"}
 OF_OTHERS |= {"launch", "partition", "account", "array", "sbatch", "qos", "me", "requeue", "signal", "cpus", "dist"}
 OF_OTHERS |= {"kills", "folder", "trainer", "case", "cases", "device", "json", "seconds"}
+OF_OTHERS |= {"best_config", "count", "launcher", "show", "storage", "study", "workers"}  # of `harness sweep`
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 TRAINING = re.compile(r"(?:^|\s)(?:harness train|harness-train|harness/train\.py|-m harness train|slurm/\w+\.sbatch)\s")
 OTHER = re.compile(r"^harness (\w+) (.*)$")
@@ -219,11 +220,15 @@ def test_the_functions_of_the_loop_are_those_named() -> None:
 def test_each_command_of_ours_parses(command: str) -> None:
     if command in ASKED:
         return
+    if (workers := re.search(r"slurm/array\.sbatch (?!-)(.*)$", command)) is not None:
+        command = f"harness sweep {workers[1]}"
     if TRAINING.search(command + " "):
         parse(arguments_of(command))
     elif (other := OTHER.match(command)) is not None:
         parser = import_module(f"harness.commands.{other[1]}").parser()
-        _, rest = parser.parse_known_args(shlex.split(other[2]))
+        words, _, flags = other[2].partition(" -- ")
+        _, rest = parser.parse_known_args(shlex.split(words))
+        parse(shlex.split(flags))
         if other[1] == "submit":
             parse(rest)
         else:

@@ -57,7 +57,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["synk"], "harness: synk is not a command; use one of: train, sync, export, submit, link, completion. Did"),
+        (["synk"], "harness: synk is not a command; use one of: train, sync, export, submit, link, sweep"),
         (["synk"], "Did you mean sync?"),
         (["upload", "runs"], "harness: upload is not a command"),
         (["--learning_rate", "1"], "harness: --learning_rate follows a command, for example: harness train --learning"),

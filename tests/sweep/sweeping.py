@@ -59,13 +59,19 @@ class Sweeping:
     """A sweep in `folder` that has begun; its study is called `s`."""
 
     def __init__(
-        self, folder: Path, *options: str, server: WandbServer | None = None, flags: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        *options: str,
+        server: WandbServer | None = None,
+        flags: Mapping[str, Any] | None = None,
+        launcher: str = FORKED,
+        **variables: str,
     ) -> None:
         self.folder = folder
         given = {**FLAGS, **(flags or {})}
-        argv = ["-m", "harness", "sweep", str(folder / "sweep.yaml"), "--study=s", FORKED, *options, "--"]
+        argv = ["-m", "harness", "sweep", str(folder / "sweep.yaml"), "--study=s", launcher, *options, "--"]
         self.argv = [*argv, *as_flags({name: value for name, value in given.items() if value is not None})]
-        self.variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment(folder, server)}
+        self.variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment(folder, server), **variables}
         with (folder / "out").open("a") as out, (folder / "err").open("a") as err:
             self.process = fork(self.argv, env=self.variables, cwd=folder, out=out, err=err)
 
@@ -101,6 +107,13 @@ class Sweeping:
                 if any(word.startswith("--worker=") for word in process.cmdline()):
                     found.append(process.pid)
         return found
+
+
+def environment_of(folder: Path, number: int) -> dict[str, str]:
+    """What a trial's training has in its environment."""
+    pid = attempts_of(folder, number)[-1]["pid"]
+    lines = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
 def run_of(folder: Path, number: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -192,6 +193,17 @@ def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert said in capsys.readouterr().err
     assert main(["sweep", "--show", "gone"]) == 2
     assert "runs/gone holds no study" in capsys.readouterr().err
+
+
+def test_a_missing_optuna_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(GOOD))
+    assert main(["sweep", "s.yaml", "--", *EVALUATES]) == 2
+    assert capsys.readouterr().err == "harness sweep: A sweep needs Optuna: pip install 'accelerate-harness[optuna]'.\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def drawn(given: dict[str, Any], number: int = 40) -> list[Any]:
