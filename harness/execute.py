@@ -232,7 +232,7 @@ def train(session: Session, run: Run, state: TrainState) -> dict[str, float]:
     console, config = session.console, session.config
     if run.stop.is_at(state.global_step) and not is_over(run, state):
         where, last = f"step {state.global_step} of {run.plan.max_steps}", run.plan.max_steps
-        raise stopped(StopReason.AT_STEP, at=where, saved_in=session.output_dir, last_step=last)
+        raise stopped(StopReason.AT_STEP, at=where, saved_in=session.output_dir, until=last)
     with run.stop.listening():  # before workers of the data are forked, which get a terminal's signals too
         console.start(run.plan.max_steps, state.global_step, "step")
         if adapter := describe(session.task.model):

@@ -220,7 +220,7 @@ def heed_stop(run: Run, state: TrainState) -> None:
         run.nonfinite.check_last(state)
         save(run, state)
         run.checkpoints.check_last()
-    raise stopped(reason, at=where, saved_in=folder, last_step=run.plan.max_steps)
+    raise stopped(reason, at=where, saved_in=folder, until=run.plan.max_steps)
 
 
 def finish(run: Run, state: TrainState) -> dict[str, float]:

@@ -294,11 +294,11 @@ def resume_flags(output_dir: Path) -> tuple[str, ...]:
     return ("--resume_from_checkpoint", "true", "--output_dir", str(output_dir))
 
 
-def stopped(reason: StopReason, *, at: str, saved_in: Path | None, last_step: int) -> StoppedError:
+def stopped(reason: StopReason, *, at: str, saved_in: Path | None, until: int) -> StoppedError:
     """
     Return the error that ends a training `at` a step, whose checkpoint is in a folder, or is not saved.
 
-    `last_step` is where a training goes on to that was to stop at a step.
+    `until` is the step to which a training goes on that was to stop at a step.
     """
     flags = () if saved_in is None else resume_flags(saved_in)
     if reason == StopReason.REQUESTED:
@@ -307,7 +307,7 @@ def stopped(reason: StopReason, *, at: str, saved_in: Path | None, last_step: in
     if reason == StopReason.AT_STEP:
         return StoppedError(
             f"Stopped at {at}, as --stop_at_step says: saved",
-            flags=(*flags, "--stop_at_step", str(last_step)),
+            flags=(*flags, "--stop_at_step", str(until)),
             exit_code=0,
             was_preempted=False,
         )

@@ -43,7 +43,7 @@ def test_a_signal_is_a_stop_from_the_app_where_w_and_b_says_so(
 
 
 def test_who_lost_the_agent_wants_to_be_started_again() -> None:
-    ended = stopped(StopReason.ORPHANED, at="step 3 of 9", saved_in=ROOT, last_step=9)
+    ended = stopped(StopReason.ORPHANED, at="step 3 of 9", saved_in=ROOT, until=9)
     assert (ended.exit_code, ended.was_preempted) == (85, True)
     assert str(ended).startswith("The sweep agent, or the launcher under it, has ended: stopped at step 3 of 9: saved")
 

@@ -59,9 +59,9 @@ def test_a_member_that_takes_anothers_checkpoint_stays_one_run_and_names_it(
     rates = [row["train/learning_rate"] for row in run.rows if "train/loss" in row]
     schedule = [rate * (STEPS - step) / STEPS for step in range(STEPS) for rate in [LOW if step < SAVES else NEW]]
     assert rates == pytest.approx(schedule)
-    assert (run.group, run.name, run.state, run.config["learning_rate"]) == ("study", run_id, "finished", NEW)
+    assert (run.group, run.name, run.state, run.config["learning_rate"]) == ("study", "study-1", "finished", NEW)
     assert run.config["population"] == {"member": 1}
-    used = [each for each in committed(server) if run_id in each.used_by]
+    used = [each for each in committed(server) if {run_id, "study-1"} & {*each.used_by}]
     assert [(each.collection, f"checkpoint_global_step_{SAVES}" in each.aliases) for each in used] == [
         ("checkpoint-study-0", True)
     ]
