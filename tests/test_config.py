@@ -12,17 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.config import (
-    RECIPES_DIR,
-    Json,
-    arg,
-    build_sections,
-    flags_of,
-    read_argv,
-    read_yaml,
-    recipe_names,
-    section,
-)
+from harness.config import RECIPES_DIR, Json, arg, build_sections, flags_of, read_argv, read_yaml, recipe_names, section
 from harness.errors import ConfigError
 from harness.flags import FLAGS, NOT_CONFIGURATION, Config, parse
 from harness.train import main
