@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.config import RECIPES_DIR, Json, arg, build_sections, flags_of, read_argv, read_yaml, section
+from harness.config import RECIPES_DIR, Json, arg, build_sections, flags_of, read_argv, read_yaml, recipe_names, section
 from harness.errors import ConfigError
 from harness.flags import FLAGS, NOT_CONFIGURATION, Config, parse
 from harness.train import main
@@ -216,7 +216,7 @@ def test_names_given_as_flags_are_told() -> None:
     assert small("--count", "3", base={"rate": 1, "limit": None}) == Small(count=3, rate=1.0)
 
 
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES_DIR.glob("*.yaml")))
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_shipped_recipe_is_found_by_its_name(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     values = yaml.safe_load((RECIPES_DIR / f"{recipe}.yaml").read_text(encoding="utf-8"))

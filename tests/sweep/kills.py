@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def play(folder: Path, kills: int, *, method: str = "grid", trials: int = TRIALS, seed: int = 0) -> list[str]:
     """Play one sweep to its end; returns what is wrong with what it leaves."""
     write(folder, **METHODS[method])
-    flags = {**FLAGS, **paced(folder, 0.05), "max_steps": STEPS, "save_steps": 2, "learning_rate": None}
+    flags = {**FLAGS, **paced(folder, 0.4), "max_steps": STEPS, "save_steps": 2, "learning_rate": None}
     rng, left = random.Random(seed), Counter({"training": kills, "worker": kills, "driver": kills})
     options = ["--workers=2", f"--count={trials}"]
     sweep = Sweeping(folder, *options, flags=flags)
@@ -74,12 +74,24 @@ def _kill(sweep: Sweeping, victim: str) -> bool:
             found = workers
         else:
             found = [child.pid for worker in workers for child in psutil.Process(worker).children()]
+            found = [pid for pid in found if pid not in _often_killed(sweep.folder)]
         number = random.choice(found)
         os.kill(number, signal.SIGKILL)
         if victim == "driver":
             sweep.process.wait(60)
         return True
     return False
+
+
+def _often_killed(folder: Path) -> set[int]:
+    """The trainings of trials that fail if they are killed a third time since one checkpoint, as is right."""
+    found = set()
+    for number in range(TRIALS):
+        attempts = attempts_of(folder, number)
+        ends = {(each.get("how"), each.get("left")) for each in attempts[-3:-1]}
+        if len(attempts) > 2 and len(ends) == 1 and ("killed" in next(iter(ends))):
+            found.add(attempts[-1]["pid"])
+    return found
 
 
 def differences(folder: Path, trials: int, flags: dict[str, Any]) -> list[str]:
