@@ -43,8 +43,8 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    client.API_TIMEOUT_SECONDS, client.MANIFEST_TIMEOUT_SECONDS = 3, 1
-    downloads.PATIENCE_SECONDS, downloads.ATTEMPTS = 1.0, 2
+    client.API_TIMEOUT_SECONDS, client.MANIFEST_TIMEOUT_SECONDS = 5, 3
+    downloads.PATIENCE_SECONDS, downloads.ATTEMPTS = 3.0, 2
     for line in sys.stdin:
         began = time.monotonic()
         found = answer(json.loads(line))

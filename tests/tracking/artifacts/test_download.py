@@ -115,7 +115,7 @@ def test_a_download_without_an_end_is_given_up(
     finally:
         server.clear_faults()
     assert "error" in found
-    assert found["seconds"] < 20
+    assert found["seconds"] < 40
     assert found["peak_mib"] - peak < 200, "the answer is not collected"
     assert not (tmp_path / "two" / "below" / "large").exists()
     assert not list(tmp_path.glob("*.partial"))
@@ -141,4 +141,4 @@ def test_a_server_that_only_drips_is_given_up(server: WandbServer, downloads: Pr
     finally:
         server.clear_faults()
     assert "W&B does not take the credentials, or does not answer" in found["error"]
-    assert found["seconds"] < 20
+    assert found["seconds"] < 40
