@@ -189,11 +189,14 @@ class Study:
         return min(found, key=lambda trial: (sign * float(trial.value or 0.0), trial.number), default=None)
 
     def importances(self) -> dict[str, float]:
-        """Return how much each parameter decides of the value, by Optuna's default; {} where that can't be said."""
+        """Return how much each parameter decides of the value, by fANOVA; {} where that can't be said."""
         import optuna
 
         try:
-            return dict(optuna.importance.get_param_importances(self._study))
+            # Optuna's default looks at the best tenth of the trials: of a small grid it finds all alike.
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+            return {name: float(part) for name, part in found.items()}
         except (ValueError, RuntimeError, ZeroDivisionError, ImportError):  # too few trials, or all of one value
             return {}
 

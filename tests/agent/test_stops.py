@@ -58,7 +58,7 @@ is_main = accelerator.is_main_process
 stop = Stop(accelerator, requested=lambda: False, was_stopped=lambda: is_main)
 with stop.listening():
     os.kill(os.getpid(), signal.SIGTERM)
-    print([int(stop.agreed()) for _ in range(2)], flush=True)
+    print([stop.agreed().name for _ in range(2)], flush=True)
     stop.settled()
 accelerator.wait_for_everyone()
 accelerator.end_training()
@@ -74,5 +74,5 @@ def test_all_ranks_hear_what_w_and_b_says_to_rank_zero() -> None:
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
         env = {**os.environ, **names, **meet}
         ranks.append(subprocess.Popen([sys.executable, "-c", RANK], env=env, stdout=subprocess.PIPE, text=True))
-    assert [rank.communicate(timeout=250)[0] for rank in ranks] == ["[0, 1]\n"] * 2
+    assert [rank.communicate(timeout=250)[0] for rank in ranks] == ["['NONE', 'REQUESTED']\n"] * 2
     assert [rank.returncode for rank in ranks] == [0, 0]

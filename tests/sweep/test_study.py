@@ -203,6 +203,19 @@ def test_trials_end_when_one_is_good_enough_or_all_fail(tmp_path: Path) -> None:
     assert study.best() is None
 
 
+def test_a_small_grid_tells_which_parameter_mattered(tmp_path: Path) -> None:
+    made = sweep(tmp_path / "s", flags=["--max_steps=20", "--eval_strategy=steps"])
+    make_study(made)
+    study = Study(made)
+    while (claim := study.claim()) is not None:
+        number = claim.number
+        study.complete(number, 10 * study.values_of(number)["learning_rate"] + 1e-3 * number)
+        claim.lease.release()
+    parts = study.importances()
+    assert parts.keys() == {"learning_rate", "seed"}
+    assert parts["learning_rate"] > 0.75
+
+
 def test_what_is_shown_of_a_study(tmp_path: Path) -> None:
     made = sweep(tmp_path / "s", flags=["--max_steps=20", "--eval_strategy=steps"])
     make_study(made)
