@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -212,8 +213,6 @@ class Worker:
         self._tell(number, f"failed: {masked(reason)} (all that it printed: {place / launch.OUTPUT_FILE})")
 
     def _tell(self, number: int, text: str) -> None:
-        import sys
-
         say(f"trial {number} {text}", sys.stdout)
 
 
