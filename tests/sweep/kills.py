@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def play(folder: Path, kills: int, *, method: str = "grid", trials: int = TRIALS, seed: int = 0) -> list[str]:
     """Play one sweep to its end; returns what is wrong with what it leaves."""
     write(folder, **METHODS[method])
-    flags = {**FLAGS, **paced(folder, 0.4), "max_steps": STEPS, "save_steps": 2, "learning_rate": None}
+    flags = {**FLAGS, **paced(folder, 0.8), "max_steps": STEPS, "save_steps": 2, "learning_rate": None}
     rng, left = random.Random(seed), Counter({"training": kills, "worker": kills, "driver": kills})
     options = ["--workers=2", f"--count={trials}"]
     sweep = Sweeping(folder, *options, flags=flags)
@@ -56,8 +56,7 @@ def play(folder: Path, kills: int, *, method: str = "grid", trials: int = TRIALS
                 break
             sweep = Sweeping(folder, *options, flags=flags)
         time.sleep(rng.uniform(*SECONDS_BETWEEN_KILLS))
-        victims = [name for name, number in left.items() if number]
-        if victims and _kill(sweep, victim := rng.choice(victims)):
+        if any(left.values()) and _kill(sweep, victim := rng.choices([*left], weights=[*left.values()])[0]):
             left[victim] -= 1
             print(f"{victim} killed, left {dict(left)}", flush=True)
     wrong = [f"{number} kills of {name} found nobody" for name, number in left.items() if number]
