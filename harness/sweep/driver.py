@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from harness.signals import PREEMPTED_EXIT_CODE, Noted, end_process, interrupt, say
 from harness.sweep.study import Sweep
+from harness.sweep.tied import words_tied
 from harness.sweep.worker import SECONDS_BETWEEN_LOOKS, Worker, parent_watch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -55,7 +56,8 @@ def work(sweep: Sweep, noted: Noted) -> bool:
 
 
 def _start(argv: Sequence[str], number: int, devices: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "harness", "sweep", f"--worker={number}", *argv]
+    # Tied to us: one that still loads its libraries could not tell later that we have died meanwhile.
+    command = words_tied([sys.executable, "-m", "harness", "sweep", f"--worker={number}", *argv])
     variables = {**os.environ, VISIBLE: ",".join(devices)} if devices else None
     # In a group of its own: Ctrl-C comes to the driver, which passes it on once.
     return subprocess.Popen(  # noqa: S603 - this very command

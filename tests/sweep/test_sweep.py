@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.__main__ import main as harness
@@ -78,6 +81,24 @@ def test_deaths_of_trial_worker_and_driver_lose_nothing_and_repeat_nothing(tmp_p
     assert "goes on: learning_rate=" in again.out
     assert states_of(tmp_path) == ["COMPLETE"] * 3
     assert [steps_of(run_of(tmp_path, number)) for number in range(3)] == [ALL] * 3
+
+
+def test_workers_end_whose_driver_dies_while_they_start(tmp_path: Path) -> None:
+    write(tmp_path, method="grid", parameters={"learning_rate": {"values": [1e-4, 1e-3]}})
+    sweep = Sweeping(tmp_path, "--workers=2", flags={"learning_rate": None, **paced(tmp_path, 0.5)})
+    workers = sweep.wait_for(lambda: found if len(found := sweep.workers()) == 2 else None, "two workers")
+    os.kill(sweep.process.pid, signal.SIGKILL)
+    end = time.monotonic() + 60
+    while any(is_at_work(pid) for pid in workers):
+        assert time.monotonic() < end, "a worker goes on without its driver"
+        time.sleep(0.1)
+    assert "COMPLETE" not in states_of(tmp_path)
+
+
+def is_at_work(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def test_a_trial_is_pruned_at_the_step_of_an_evaluation_and_a_stop_saves(tmp_path: Path) -> None:
