@@ -7,16 +7,16 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.lock import Heartbeats, holder_of, is_held
+from harness.checkpoint.lock import Heartbeats, Lock, holder_of, is_held
 from harness.checkpoint.processes import fingerprint_of, is_running
 from harness.errors import HarnessError
 from harness.files import write_whole
-from harness.signals import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, PREEMPTED_FILE, end_process
+from harness.signals import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, PREEMPTED_FILE, Noted, end_process
 from harness.sweep.tied import words_tied
 
 OUTPUT_FILE, ATTEMPTS_FILE = "output.log", "attempts.json"
@@ -117,6 +117,37 @@ class Training:
         """End it at once, all its ranks."""
         end_process(self._process.pid, at_once=True)
         self._process.wait()
+
+    def followed(
+        self,
+        lease: Lock,
+        noted: Noted,
+        *,
+        is_stopping: Callable[[], bool],
+        look: Callable[[], None] = lambda: None,
+    ) -> End | None:
+        """
+        Wait for its end and return it, with a look at it now and then; None if another worker has taken the trial over.
+
+        A stop is passed on, once; a second Ctrl-C ends it at once.
+        """
+        try:
+            while True:
+                code = self.ended()
+                look()
+                if code is not None:
+                    return self.outcome()
+                if lease.is_lost():
+                    self.kill()
+                    return None
+                if is_stopping():
+                    self.stop()
+                if noted.is_at_once:
+                    self.kill()
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        except BaseException:
+            self.stop()
+            raise
 
     def outcome(self) -> End:
         """Return what the end means, and record it. For a training that has ended."""

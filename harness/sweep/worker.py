@@ -144,23 +144,12 @@ class Worker:
         """Start the training and follow it to its end; None if another worker has taken the trial over."""
         training = Training(trial.words, trial.place)
         evaluations = Evaluations(trial.place.run, self.sweep.spec.metric.name)
-        try:
-            while True:
-                code = training.ended()
-                self._follow(trial, evaluations.now())
-                if code is not None:
-                    return training.outcome()
-                if trial.lease.is_lost():
-                    training.kill()
-                    return None
-                if self.is_stopping:
-                    training.stop()
-                if self.noted.is_at_once:
-                    training.kill()
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-        except BaseException:
-            training.stop()
-            raise
+        return training.followed(
+            trial.lease,
+            self.noted,
+            is_stopping=lambda: self.is_stopping,
+            look=lambda: self._follow(trial, evaluations.now()),
+        )
 
     def _follow(self, trial: Trial, values: Mapping[int, float]) -> None:
         """Report what evaluations there are, and let the training know whether it goes on."""

@@ -144,20 +144,7 @@ class Members:
     def _attempt(self, segment: Segment, place: Place, lease: Lock) -> End | None:
         """Start the training and follow it to its end; None if another worker has taken the segment over."""
         training = Training(self.population.words(segment), place)
-        try:
-            while training.ended() is None:
-                if lease.is_lost():
-                    training.kill()
-                    return None
-                if self.is_stopping:
-                    training.stop()
-                if self.noted.is_at_once:
-                    training.kill()
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-            return training.outcome()
-        except BaseException:
-            training.stop()
-            raise
+        return training.followed(lease, self.noted, is_stopping=lambda: self.is_stopping)
 
     def _has_ended(self, segment: Segment, place: Place) -> bool:
         if segment.to_step == self.population.rules.num_steps:
