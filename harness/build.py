@@ -46,7 +46,7 @@ from harness.training.loss import Loss, prepare_model
 from harness.training.metrics import Clock, NonFinite, Window, Work
 from harness.training.plan import Plan, resolve_plan
 from harness.training.state import TrainState
-from harness.training.stopping import Pruning, Stop, TimeLimit
+from harness.training.stopping import Agent, Pruning, Stop, TimeLimit
 from harness.training.throughput import Throughput
 from harness.training.watchdog import Watchdog
 
@@ -341,7 +341,6 @@ def _checkpoints(session: Session) -> Checkpoints:
 
 
 def _stop(session: Session, tracker: WandbTracker, checkpoints: Checkpoints) -> Stop:
-    under_agent: dict[str, Any] = {"is_orphan": is_orphan, "was_stopped": tracker.was_stopped}
     return Stop(
         session.accelerator,
         requested=lambda: tracker.stop_requested,
@@ -349,7 +348,7 @@ def _stop(session: Session, tracker: WandbTracker, checkpoints: Checkpoints) -> 
         is_shut_out=lambda: checkpoints.is_shut_out,
         saves=session.config.plan.save_strategy != "no",
         at_step=session.config.stopping.stop_at_step,
-        **({} if sweep_run() is None else under_agent),
+        agent=None if sweep_run() is None else Agent(is_gone=is_orphan, was_stopped=tracker.was_stopped),
     )
 
 

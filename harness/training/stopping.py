@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -79,6 +80,20 @@ class TimeLimit:
         return self._ends_at is not None and now + needed >= self._ends_at
 
 
+@dataclass(frozen=True, kw_only=True)
+class Agent:
+    """
+    What is known of the sweep agent that has started this process.
+
+    - is_gone: whether it, or a launcher in between, has died; asked once a second.
+    - was_stopped: whether it is W&B that wants a stop. Asked on rank zero when a signal has come: the agent ends a run
+      that was stopped in the app by the same signal by which a scheduler preempts it.
+    """
+
+    is_gone: Callable[[], bool] = lambda: False
+    was_stopped: Callable[[], bool] = lambda: False
+
+
 class Stop:
     """
     Decides whether to stop, at each step boundary.
@@ -86,9 +101,7 @@ class Stop:
     - requested: whether a stop was requested from outside (Stop in the W&B app); read on each rank.
     - time_limit: the job's, on rank zero; None on other ranks and without a limit.
     - is_shut_out: whether another process has taken over the folder; asked once a second.
-    - is_orphan: whether the sweep agent that started this process, or a launcher in between, has died; as often.
-    - was_stopped: under a sweep agent, whether it is W&B that wants a stop. Asked on rank zero when a signal has come:
-      the agent ends a run that was stopped in the app by the same signal by which a scheduler preempts it.
+    - agent: the sweep agent above this process, if there is one.
     - saves: whether a stop leaves a checkpoint.
     - at_step: the step at which to stop in any case; None: none.
     - is_at_once: whether a second Ctrl-C has come: then nothing is waited for.
@@ -104,14 +117,12 @@ class Stop:
         requested: Callable[[], bool],
         time_limit: TimeLimit | None = None,
         is_shut_out: Callable[[], bool] = lambda: False,
-        is_orphan: Callable[[], bool] = lambda: False,
-        was_stopped: Callable[[], bool] | None = None,
+        agent: Agent | None = None,
         saves: bool = True,
         at_step: int | None = None,
     ) -> None:
         self.requested, self.time_limit, self.is_shut_out = requested, time_limit, is_shut_out
-        self.is_orphan, self.was_stopped = is_orphan, was_stopped
-        self.at_step = at_step
+        self.agent, self.at_step = agent, at_step
         self.saves, self.is_at_once = saves, False
         self._looked_at = 0.0
         self._noted = StopReason.NONE
@@ -197,17 +208,17 @@ class Stop:
         """Collective: return why to stop after a step, or NONE; the same on all ranks."""
         answer, began = self._agreed(), self._interrupted_at
         answer = max(answer, StopReason.AT_STEP) if self.is_at(step) else answer
-        if answer in (StopReason.PREEMPTED, StopReason.ORPHANED) and self.was_stopped is not None:
-            answer = self._explained(answer, self.was_stopped)
+        if answer in (StopReason.PREEMPTED, StopReason.ORPHANED) and self.agent is not None:
+            answer = self._explained(answer, self.agent)
         tells = answer == StopReason.INTERRUPTED and self.saves and self._speaks
         if tells and began is not None and passes_on("SIGINT"):
             left = max(0.0, began + shutdown_seconds() - time.monotonic())
             logger.warning("The training is saved now; the launcher kills all processes in %.0f s.", left)
         return answer
 
-    def _explained(self, reason: StopReason, was_stopped: Callable[[], bool]) -> StopReason:
+    def _explained(self, reason: StopReason, agent: Agent) -> StopReason:
         """Collective: return the reason, or REQUESTED if that is what W&B says."""
-        flag = torch.tensor([StopReason.REQUESTED if self._speaks and was_stopped() else reason])
+        flag = torch.tensor([StopReason.REQUESTED if self._speaks and agent.was_stopped() else reason])
         if not self._is_alone:
             torch.distributed.broadcast(flag, src=0, group=self._group)
         return StopReason(int(flag.item()))
@@ -228,7 +239,7 @@ class Stop:
             self._looked_at = time.monotonic()
             if self.is_shut_out():
                 return StopReason.SHUT_OUT
-            if self.is_orphan():
+            if self.agent is not None and self.agent.is_gone():
                 self._noted = max(self._noted, StopReason.ORPHANED)
         if self._noted != StopReason.NONE:
             return self._noted

@@ -10,14 +10,15 @@ import sys
 import pytest
 from accelerate import Accelerator
 
-from harness.training.stopping import Stop, StopReason, stopped
+from harness.training.stopping import Agent, Stop, StopReason, stopped
 from tests.support.launching import ROOT, free_port
 
 
 def reason(*, wants_a_stop: bool | None, orphan: bool = False, sends: bool = True) -> StopReason:
-    was_stopped = None if wants_a_stop is None else lambda: bool(wants_a_stop)
-    accelerator = Accelerator(cpu=True)
-    stop = Stop(accelerator, requested=lambda: False, is_orphan=lambda: orphan, was_stopped=was_stopped)
+    agent = None
+    if wants_a_stop is not None or orphan:
+        agent = Agent(is_gone=lambda: orphan, was_stopped=lambda: bool(wants_a_stop))
+    stop = Stop(Accelerator(cpu=True), requested=lambda: False, agent=agent)
     with stop.listening():
         if sends:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -51,11 +52,11 @@ def test_who_lost_the_agent_wants_to_be_started_again() -> None:
 RANK = """
 import os, signal
 from accelerate import Accelerator
-from harness.training.stopping import Stop
+from harness.training.stopping import Agent, Stop
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 is_main = accelerator.is_main_process
-stop = Stop(accelerator, requested=lambda: False, was_stopped=lambda: is_main)
+stop = Stop(accelerator, requested=lambda: False, agent=Agent(was_stopped=lambda: is_main))
 with stop.listening():
     os.kill(os.getpid(), signal.SIGTERM)
     print([stop.agreed().name for _ in range(2)], flush=True)
