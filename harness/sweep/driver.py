@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from harness.signals import PREEMPTED_EXIT_CODE, Noted, end_process, interrupt, say
+from harness.sweep.launch import SECONDS_BETWEEN_LOOKS
 from harness.sweep.study import Sweep
 from harness.sweep.tied import words_tied
-from harness.sweep.worker import SECONDS_BETWEEN_LOOKS, Worker, parent_watch
+from harness.sweep.worker import Worker, parent_watch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SECONDS_FOR_NVIDIA_SMI = 20.0

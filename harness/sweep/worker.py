@@ -15,13 +15,12 @@ from harness.signals import Noted, say
 from harness.sweep import launch
 from harness.sweep.checks import as_flags
 from harness.sweep.evaluations import Evaluations
-from harness.sweep.launch import End, Place, Training, end_orphan
+from harness.sweep.launch import SECONDS_BETWEEN_LOOKS, End, Place, Training, end_orphan
 from harness.sweep.parameters import Scalar, as_text
 from harness.sweep.study import STEP, Claim, Study, Sweep
 from harness.training.flags import Word
 
 PRUNING_FILE = "pruning.json"
-SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_BETWEEN_CLAIMS = 1.0
 SECONDS_WHILE_IN_USE = 10.0
 

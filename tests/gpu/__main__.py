@@ -150,9 +150,9 @@ class Runner:
         """The rows of a part; for what was not reached before the limit, rows that say so."""
         with tempfile.TemporaryDirectory(prefix="harness-gpu-") as folder:
             found = Path(folder) / "found"
-            began = time.monotonic()
+            began = time.time()
             code = self.ended_within(limit, self.argv(part, found))
-            seconds = time.monotonic() - began
+            seconds = time.time() - began
             text = found.read_text(encoding="utf-8") if found.exists() else ""
         why = f"the part ended after {seconds:.1f} s of {limit:.0f}, with exit code {code}"
         if part.benchmark:
@@ -162,7 +162,7 @@ class Runner:
                 rows = [{**row, "outcome": "not reached"} for row in rows]
         else:
             read = [json.loads(line) for line in text.splitlines()]
-            rows = [row for row in read if "name" in row]
+            rows = [_within(began + limit, row, why) for row in read if "name" in row]
             chosen = [name for row in read for name in row.get("chosen", [])]
             left = [name for name in chosen if name not in {row["name"] for row in rows}] if chosen else [part.name]
         return rows + [
@@ -193,6 +193,12 @@ class Runner:
                 with contextlib.suppress(ProcessLookupError):  # it has ended just now
                     os.killpg(process.pid, told)
         return process.wait()
+
+
+def _within(until: float, row: Row, why: str) -> Row:
+    """A row of a test; what failed after it was told to stop, as a training that answers a Ctrl-C, was not reached."""
+    ended_at = row.pop("ended_at")
+    return {**row, "outcome": "not reached", "why": why} if row["outcome"] == "failed" and ended_at > until else row
 
 
 def write_results(results: Row) -> None:

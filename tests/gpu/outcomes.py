@@ -2,12 +2,13 @@
 A plugin of pytest that writes each outcome to a file at once: a run that is cut off leaves what it found.
 
 `pytest -p tests.gpu.outcomes --outcomes FILE` writes a line of JSON with the names of the chosen tests, then one for
-each test that has ended.
+each test that has ended, and when it did.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class _Writer:
         self.path = path
 
     def _write(self, row: dict[str, Any]) -> None:
+        row = {**row, "ended_at": time.time()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=str) + "\n")
 

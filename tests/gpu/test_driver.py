@@ -93,3 +93,21 @@ def test_each_part_leaves_what_it_reached_and_a_second_call_goes_on(
     (folder / "results.json").write_text(text.replace(driver.digest(), "another"), encoding="utf-8")
     assert driver.main(["0", "--device=cpu"]) == 1
     assert "== hangs: no time left" in capfd.readouterr().out, "results of other code are none"
+
+
+def test_a_test_that_answers_the_word_to_stop_was_not_reached(folder: Path) -> None:
+    source = """
+import time
+import pytest
+pytestmark = pytest.mark.gpu
+
+def test_that_answers():
+    try:
+        time.sleep(100)
+    except KeyboardInterrupt:  # as a training does, which saves and ends with an exit code
+        pytest.fail("it was stopped")
+"""
+    (folder / "test_answering.py").write_text(source, encoding="utf-8")
+    (row,) = driver.Runner("cpu").run(driver.Part("answers", 8, ["test_answering.py"]), 8)
+    assert row["outcome"] == "not reached"
+    assert row["why"].endswith(" s of 8, with exit code 1")

@@ -188,7 +188,10 @@ def serve(address: str) -> dict[str, Any]:
 def _attend(connection: socket.socket) -> dict[str, Any]:
     """Returns in the new process; who asked is told its number and its end; if he goes before, it is killed."""
     length, files, _, _ = socket.recv_fds(connection, 8, 3)
-    request: dict[str, Any] = json.loads(connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
+    text = connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL) if length else b""
+    if len(text) < int.from_bytes(length, "big") or not text:  # who asked has been killed in the middle of it
+        os._exit(0)
+    request: dict[str, Any] = json.loads(text)
     pid = os.fork()
     if pid == 0:
         os.setsid()

@@ -20,18 +20,15 @@ from harness.masking import masked
 from harness.signals import Noted, say
 from harness.sweep import launch
 from harness.sweep.evaluations import Evaluations
-from harness.sweep.launch import End, Place, Training, end_orphan
+from harness.sweep.launch import SECONDS_BETWEEN_LOOKS, End, Place, Training, end_orphan
 from harness.sweep.parameters import as_text
 from harness.sweep.population.record import described
 from harness.sweep.population.schedule import Segment, ancestry
 from harness.sweep.population.state import Population
 from harness.sweep.study import FLAGS as FLAGS_OF_TRIAL
 from harness.sweep.study import STEP, Claim
+from harness.sweep.worker import SECONDS_BETWEEN_CLAIMS, SECONDS_WHILE_IN_USE
 from harness.tracking import lineage
-
-SECONDS_BETWEEN_LOOKS = 0.1
-SECONDS_BETWEEN_CLAIMS = 1.0
-SECONDS_WHILE_IN_USE = 10.0
 
 
 class Members:
