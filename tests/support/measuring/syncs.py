@@ -26,6 +26,12 @@ from harness.train import main
 ROOT = Path(__file__).parents[3]
 # Of torch's, what keeps tensors in host memory on any device: counts of steps, seeds and indices of samples.
 ON_HOST = ("torch/optim/", "torch/utils/data/")
+# What takes tensors to the device, which on the CPU looks as if it took them from there.
+TO_DEVICE = {
+    ("harness/distributed/transfer.py", "to_device"),
+    ("accelerate/utils/operations.py", "send_to_device"),
+    ("accelerate/utils/operations.py", "_send_to_device"),
+}
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
 
@@ -79,7 +85,7 @@ def syncs(device: str) -> Iterator[list[Event]]:
     Yield a list that gets each host sync of the block.
 
     On CUDA those that torch tells. On the CPU the calls that would be one there: scalars that are read (`item`, `bool`,
-    ...), `nonzero`, `tolist` and `cpu`.
+    ...), `nonzero`, `tolist`, `numpy`, `cpu`, and `to` the CPU except where batches and numbers go to the device.
     """
     found: list[Event] = []
     with _told(found) if device == "cuda" else _called(found):
@@ -118,9 +124,19 @@ def _called(found: list[Event]) -> Iterator[None]:
 
         return read
 
+    move = torch.Tensor.to
+
+    def moved(tensor: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
+        to_host = any(str(each) == "cpu" for each in (*given, *options.values()) if isinstance(each, str | torch.device))
+        if to_host and not TO_DEVICE.intersection(seen_now("to").frames):
+            note("to")
+        return move(tensor, *given, **options)
+
     with (
         patch.object(torch.Tensor, "tolist", reading("tolist")),
+        patch.object(torch.Tensor, "numpy", reading("numpy")),
         patch.object(torch.Tensor, "cpu", reading("cpu")),
+        patch.object(torch.Tensor, "to", moved),
         Dispatched(lambda operation: note(str(operation)) if operation in READS else None),
     ):
         yield
