@@ -127,7 +127,9 @@ def _called(found: list[Event]) -> Iterator[None]:
     move = torch.Tensor.to
 
     def moved(tensor: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
-        to_host = any(str(each) == "cpu" for each in (*given, *options.values()) if isinstance(each, str | torch.device))
+        to_host = any(
+            str(each) == "cpu" for each in (*given, *options.values()) if isinstance(each, str | torch.device)
+        )
         if to_host and not TO_DEVICE.intersection(seen_now("to").frames):
             note("to")
         return move(tensor, *given, **options)
