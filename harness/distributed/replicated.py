@@ -121,8 +121,8 @@ class AcceleratedStepper:
         return norm
 
     def _step_unscaled(self) -> None:
-        # Accelerate's wrapper steps what it wraps, after it has looked on disk, twice, for a package (lomo_optim): 0.1 ms
-        # a step. The schedule needs its first call, or warns that it was stepped before the optimizer.
+        # Accelerate's wrapper steps what it wraps, but looks twice on disk for a package (lomo_optim) before: 0.1 ms
+        # a step. Its first call tells the schedule that the optimizer was stepped before it.
         if self._has_stepped:
             self.optimizer.optimizer.step()
         else:

@@ -26,12 +26,6 @@ from harness.train import main
 ROOT = Path(__file__).parents[3]
 # Of torch's, what keeps tensors in host memory on any device: counts of steps, seeds and indices of samples.
 ON_HOST = ("torch/optim/", "torch/utils/data/")
-# What takes tensors to the device, which on the CPU looks as if it took them from there.
-TO_DEVICE = {
-    ("harness/distributed/transfer.py", "to_device"),
-    ("accelerate/utils/operations.py", "send_to_device"),
-    ("accelerate/utils/operations.py", "_send_to_device"),
-}
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
 
@@ -85,7 +79,7 @@ def syncs(device: str) -> Iterator[list[Event]]:
     Yield a list that gets each host sync of the block.
 
     On CUDA those that torch tells. On the CPU the calls that would be one there: scalars that are read (`item`, `bool`,
-    ...), `nonzero`, `tolist`, `numpy`, `cpu`, and `to` the CPU except where batches and numbers go to the device.
+    ...), `nonzero`, `tolist`, `numpy`, `cpu`, and `to("cpu")`; a device that is given as an object may be the model's.
     """
     found: list[Event] = []
     with _told(found) if device == "cuda" else _called(found):
@@ -127,10 +121,7 @@ def _called(found: list[Event]) -> Iterator[None]:
     move = torch.Tensor.to
 
     def moved(tensor: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
-        to_host = any(
-            str(each) == "cpu" for each in (*given, *options.values()) if isinstance(each, str | torch.device)
-        )
-        if to_host and not TO_DEVICE.intersection(seen_now("to").frames):
+        if "cpu" in (*(each for each in given if isinstance(each, str)), options.get("device")):
             note("to")
         return move(tensor, *given, **options)
 
