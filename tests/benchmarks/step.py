@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, Trainer, TrainingArguments, set_seed
+from transformers.modeling_outputs import CausalLMOutput
 
 from harness.train import main
 from tests.benchmarks.contest import OURS, Bound, Curve, Result, alternate
@@ -34,7 +35,8 @@ BASE, TRAINER = "bare torch", "Trainer"
 SMALL = {**models.SMALL_GPT2, "n_positions": 48}  # about 10 ms on a core
 LARGE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 1024, "n_positions": 128}  # about 100
 TRACKED: Options = {"report_to": "wandb", "logging_steps": 1}
-SECONDS, WINDOWS = 0.8, 2  # of a window; of a training in a round
+SECONDS, WINDOWS = 0.5, 2  # of a window; of a training in a round
+SHORTER = 0.25  # seconds of a window where sizes are many
 SIZES = (10, 100, 1000, 3000)  # tensors of a model
 LINEAR = 1.1
 
@@ -99,7 +101,7 @@ def windows(work: Work, bare: Bare, way: Way, more: Options) -> Turns:
 
 
 def steps_of(bare: Bare) -> int:
-    return max(3, round(SECONDS / (bare.seconds(5) / 5)))
+    return max(3, round(bare.device.seconds / (bare.seconds(5) / 5)))
 
 
 def contest(
@@ -110,9 +112,10 @@ def contest(
     bounds: list[Bound],
     ways: dict[str, Way] = WAYS,
     more: Options | None = None,
+    seconds: float = SECONDS,
 ) -> Result:
-    """Milliseconds of a step by contestant."""
-    bare = Bare(work, Device(work.device, SECONDS))
+    """Milliseconds of a step by contestant, from windows of so many seconds."""
+    bare = Bare(work, Device(work.device, seconds))
     bare.seconds(5)
     milliseconds = 1000 * statistics.median(bare.seconds(steps_of(bare)) / steps_of(bare) for _ in range(3))
     around: list[tuple[float, float]] = []
@@ -142,11 +145,11 @@ class ManyTensors(torch.nn.Module):
         super().__init__()
         self.scales = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(64)) for _ in range(count))
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> CausalLMOutput:
         values = input_ids.float()
         for scale in self.scales:
             values = values * scale
-        return {"loss": (values - labels).square().mean(), "logits": values}
+        return CausalLMOutput(loss=(values - labels).square().mean(), logits=values)
 
 
 class TensorsWork(Work):
@@ -163,7 +166,7 @@ def by_tensors(device: str, repeats: int) -> list[Curve]:
     for size in SIZES:
         config = models.gpt2({**SMALL, "n_layer": size, "n_positions": 64})
         work = TensorsWork(config, batch=8, length=64, device=device, bf16=False)
-        found = contest("", work, repeats, bounds=[])
+        found = contest("", work, repeats, bounds=[], seconds=SHORTER)
         for name in steps:
             steps[name][size] = list(found.figures[name])
         for name in more:
