@@ -26,6 +26,7 @@ from harness.distributed.ranks import agree, is_first, main_process_first, ranks
 from harness.errors import ConfigError
 from harness.flags import Config
 from harness.model.adapters import add_adapter, check_scores
+from harness.model.flops import flops_of
 from harness.model.optim import build_optimizer, build_scheduler, check_elementwise, name_of
 from harness.resume import models_from_wandb
 from harness.session import Run, Session
@@ -301,7 +302,14 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
         window=Window(accelerator, config.metrics, session.hooks.logged_outputs),
         nonfinite=NonFinite(accelerator, config.stopping, scales_loss=stepper.scales_loss),
         work=work,
-        throughput=Throughput(task.model, config.throughput, accelerator, flops_per_token=work.flos_per_element),
+        throughput=Throughput(
+            task.model,
+            config.throughput,
+            accelerator,
+            flops_per_token=work.flos_per_element,
+            flops=flops_of(task.model),
+            has_targets=lambda: session.loss.labels_tokens,
+        ),
         clock=Clock(state),
         console=session.console,
         tracker=tracker,

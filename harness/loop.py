@@ -88,7 +88,7 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
             run.stepper.backward(loss)
         run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
         run.work.add(batch)
-        run.throughput.add(batch)
+        run.throughput.add(batch, targets=share.targets)
     run.tracker.observe(state.global_step + 1, scaler=run.accelerator.scaler)
     norm = run.stepper.step(run.modeling.max_grad_norm)
     rate = current_learning_rate(run.scheduler, run.optimizer, run.optim)

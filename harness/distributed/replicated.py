@@ -66,6 +66,7 @@ class AcceleratedStepper:
         self.reduces_each, self.copies_gradients = reduces_each, copies_gradients
         self._copies: dict[torch.nn.Parameter, torch.Tensor] = {}
         self.num_skipped: torch.Tensor | int = 0
+        self._has_stepped = False
 
     @property
     def scales_loss(self) -> bool:
@@ -111,13 +112,22 @@ class AcceleratedStepper:
         norm: torch.Tensor | float = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         norm = joined(norm) if isinstance(norm, torch.Tensor) else norm  # already reduced: equal on all ranks
         if (scaler := self.accelerator.scaler) is None:
-            self.optimizer.step()
+            self._step_unscaled()
             return norm
         one = torch.ones((), device=self.accelerator.device)
         scale = scaler.scale(one)
         self.optimizer.step()
         self.num_skipped = self.num_skipped + (scaler.scale(one) < scale)  # only an overflow lowers the scale
         return norm
+
+    def _step_unscaled(self) -> None:
+        # Accelerate's wrapper steps what it wraps, but looks twice on disk for a package (lomo_optim) before: 0.1 ms
+        # a step. Its first call tells the schedule that the optimizer was stepped before it.
+        if self._has_stepped:
+            self.optimizer.optimizer.step()
+        else:
+            self.optimizer.step()
+            self._has_stepped = True
 
     def zero_grad(self) -> None:
         """Reset the gradients of the model, and so not those of frozen parameters."""

@@ -1,16 +1,29 @@
-"""Move values between host and device with few waits: each wait of the host for the device is a host sync."""
+"""Move values between host and device, and sum them up over the ranks, with few waits: of a device, of other ranks."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils._pytree import tree_map_only
 
 # How struct and torch name the bits of a float32, a float64 and an integer.
 SINGLE, DOUBLE, INTEGER = "f", "d", "q"
 WHOLE = {SINGLE: "i", DOUBLE: "q", INTEGER: "q"}
+# What can be asked of an Awaited without waiting for it: all that says what and where it is.
+PROPERTIES = ("device", "dtype", "shape", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu")
+METHODS = ("dim", "size", "numel", "is_floating_point", "is_complex")
+KNOWN_BEFORE = frozenset(
+    (
+        *(getattr(torch.Tensor, name).__get__ for name in PROPERTIES),
+        *(getattr(torch.Tensor, name) for name in METHODS),
+        *(torch.numel, torch.is_floating_point, torch.is_complex),
+    )
+)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -55,3 +68,73 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 def _number(kind: str, bits: int) -> float:
     number: float = struct.unpack(kind, struct.pack(WHOLE[kind], bits))[0]
     return number
+
+
+class Awaited(torch.Tensor):
+    """
+    A scalar that other work need not wait for: whatever is done with it waits for its value, and works on that.
+
+    So a model whose loss divides by it can be given it while it is still on its way. Its type and its device are known
+    before. A compiler can't trace it: what is compiled takes what `wait` returns.
+    """
+
+    _obtain: Callable[[], torch.Tensor]
+    _value: torch.Tensor | None
+
+    @staticmethod
+    def __new__(cls, obtain: Callable[[], torch.Tensor], *, dtype: torch.dtype, device: torch.device) -> Awaited:
+        """Make one whose value `obtain` returns once it is there; it is called once."""
+        made: Awaited = torch.Tensor._make_wrapper_subclass(cls, (), dtype=dtype, device=device)
+        made._obtain, made._value = obtain, None
+        return made
+
+    def wait(self) -> torch.Tensor:
+        """Return the value, an ordinary tensor, once it is there."""
+        if self._value is None:
+            self._value = self._obtain()
+        return self._value
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in KNOWN_BEFORE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override, unused-ignore]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found_args, found_kwargs = tree_map_only(cls, cls.wait, (args, dict(kwargs or {})))
+        return func(*found_args, **found_kwargs)
+
+
+def known(value: Any) -> Any:
+    """Return a value; if it is an Awaited, the one that it stands for, once it is there."""
+    return value.wait() if isinstance(value, Awaited) else value
+
+
+def then(value: Any, function: Callable[[Any], Any], dtype: torch.dtype = torch.float32) -> Any:
+    """Return `function` of a value: at once, or for an Awaited as one more, of this type."""
+    if not isinstance(value, Awaited):
+        return function(value)
+    return Awaited(lambda: function(value.wait()), dtype=dtype, device=value.device)
+
+
+def sum_over_ranks(accelerator: Accelerator, numbers: Sequence[torch.Tensor | int]) -> list[torch.Tensor]:
+    """Collective: begin to sum up integer scalars over the ranks; return the sums, each an Awaited. No host sync."""
+    device = accelerator.device
+    tensors = [
+        each if isinstance(each, torch.Tensor) else to_device(torch.tensor(each, device="cpu"), device)
+        for each in numbers
+    ]
+    sums = torch.stack(tensors)
+    work = torch.distributed.all_reduce(sums, async_op=True)
+
+    def summed(i: int) -> torch.Tensor:
+        work.wait()
+        return sums[i]
+
+    return [Awaited(partial(summed, i), dtype=sums.dtype, device=device) for i in range(len(numbers))]

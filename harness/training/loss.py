@@ -21,11 +21,24 @@ from transformers.trainer_utils import align_special_tokens, unwrap_peft_model
 from transformers.utils import can_return_loss, find_labels
 
 from harness.distributed.sharding import reshard
-from harness.distributed.transfer import to_device
+from harness.distributed.transfer import known, sum_over_ranks, then
 from harness.errors import ConfigError
 from harness.tasks import LossFunction
 from harness.training.flags import ModelingConfig
-from harness.training.weighing import BATCHES, SAMPLES, TRIES, Batch, Probe, Repeated, Targets, Weighing, untouched
+from harness.training.weighing import (
+    BATCHES,
+    SAMPLES,
+    SHIFTED_TOKENS,
+    TOKENS,
+    TRIES,
+    Batch,
+    Probe,
+    Repeated,
+    Targets,
+    Weighing,
+    are_tokens,
+    untouched,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +121,8 @@ class Share:
 
     `num_items` is what the model divides by. Its loss is then multiplied by `times` and divided by `over`, or is 0
     where `counts` is false, so that the mean over the ranks of what all micro-batches give is the loss of the step. The
-    micro-batch weighs `weight` of the `total` of the step, on all ranks.
+    micro-batch weighs `weight` of the `total` of the step, on all ranks. `targets` of its tokens have a label that
+    counts; None where labels are not of tokens.
     """
 
     num_items: torch.Tensor | None = None
@@ -117,6 +131,7 @@ class Share:
     counts: torch.Tensor | None = None
     weight: torch.Tensor | float = 1
     total: torch.Tensor | float = 1
+    targets: torch.Tensor | None = None
 
     @property
     def part(self) -> torch.Tensor | float:
@@ -151,6 +166,8 @@ class Loss:
         self.weighing: Weighing | None = None
         self._guess: Weighing | None = None
         self._tries = 0
+        self._is_compiled: bool | None = None
+        self._labels_tokens = False
         self.label_names: list[str] = config.label_names or find_labels(model.__class__)
         self.are_named = config.label_names is not None
         # A loss of an evaluation needs no labels, as CLIP's.
@@ -187,46 +204,70 @@ class Loss:
         return self.accelerator.num_processes if self.across_devices else 1
 
     def shares(self, model: torch.nn.Module, window: Sequence[Batch]) -> list[Share]:
-        """Collective: return the shares of a step's micro-batches, without a host sync; `model` is the wrapped one."""
+        """
+        Collective: return the shares of a step's micro-batches; `model` is the wrapped one.
+
+        Neither a host sync nor a wait for other ranks: what they hold is on its way while the forward pass begins.
+        """
         if self.as_trainer:
-            return self._trainers_shares(window)
+            return self._trainers_shares(model, window)
         weighing = self.weighing or self.learn(model, window)
         takes, ranks = self.takes_num_items(window[0]), self.num_ranks
         counts = [self.targets.count(batch) for batch in window] if takes else []
         weights = [self.targets.weight(batch, weighing.by) for batch in window] if weighing.means else counts
         # Summed up together, so that the ranks meet once.
-        total, count = self._over_ranks([sum(weights), sum(counts)])
-        num_items = torch.as_tensor(count, device=self.accelerator.device).clamp(min=1) / 1 if takes else None
-        # The mean over the ranks is the loss of the step, so each rank's part is as many times larger.
-        if weighing.means:
-            shares = [_share_of(weight, total / ranks) for weight in weights]
-        else:
-            shares = [Share(times=0 if isinstance(batch, Repeated) else ranks) for batch in window]
-        of_all = total * (self.accelerator.num_processes // ranks)
-        for i, share in enumerate(shares):
-            items = num_items / (share.over * ranks) if num_items is not None and weighing.both else num_items
-            shares[i] = replace(share, num_items=items, weight=weights[i], total=of_all)
+        total, count = self._over_ranks(model, [sum(weights), sum(counts)])
+        of_all = then(total, lambda total: total * (self.accelerator.num_processes // ranks), torch.int64)
+        counted = counts if takes else weights if weighing.by in (TOKENS, SHIFTED_TOKENS) else [None] * len(window)
+        shares = []
+        for batch, weight, tokens in zip(window, weights, counted, strict=True):
+            # The mean over the ranks is the loss of the step, so each rank's part is as many times larger.
+            share = _mean_share(weight, total, ranks) if weighing.means else _sum_share(batch, ranks)
+            over = share.over if weighing.both else None
+            items = then(count, partial(self._divisor, over=over, ranks=ranks)) if takes else None
+            targets = self._targets_of(batch, tokens)
+            shares.append(replace(share, num_items=items, weight=weight, total=of_all, targets=targets))
         return shares
 
-    def _over_ranks(self, numbers: list[torch.Tensor | int]) -> Sequence[torch.Tensor | int]:
-        """Collective: return the sums of integer scalars over the ranks."""
+    def _targets_of(self, batch: Batch, counted: torch.Tensor | int | None) -> torch.Tensor | None:
+        """Return how many tokens have a label that counts, `counted` if known; None where labels are not of tokens."""
+        if isinstance(batch, Repeated) or not are_tokens(batch.get(self.targets.name)):
+            return None
+        self._labels_tokens = True
+        count = self.targets.count(batch) if counted is None else counted
+        return count if isinstance(count, torch.Tensor) else None
+
+    @property
+    def labels_tokens(self) -> bool:
+        """Whether labels are of tokens, as far as batches have shown it, those before a resume too."""
+        return self._labels_tokens or (self.weighing is not None and self.weighing.by in (TOKENS, SHIFTED_TOKENS))
+
+    def _divisor(self, count: torch.Tensor | int, *, over: torch.Tensor | float | None, ranks: int) -> torch.Tensor:
+        """Return what a model divides by: the items on all ranks, where its loss is divided again the part of them."""
+        items = torch.as_tensor(count, device=self.accelerator.device).clamp(min=1) / 1
+        return items if over is None else items / (known(over) * ranks)
+
+    def _over_ranks(self, model: torch.nn.Module, numbers: list[torch.Tensor | int]) -> Sequence[torch.Tensor | int]:
+        """Collective: return the sums of integer scalars over the ranks, which may be Awaited."""
         if self.num_ranks == 1:
             return numbers
-        device = self.accelerator.device
-        own = torch.stack([each if isinstance(each, torch.Tensor) else _on(device, each) for each in numbers])
-        sums: torch.Tensor = self.accelerator.gather(own.unsqueeze(0)).sum(0)
-        return sums.unbind()
+        sums = sum_over_ranks(self.accelerator, numbers)
+        if self._is_compiled is None:
+            self._is_compiled = any(map(_is_compiled, model.modules()))
+        return [known(each) for each in sums] if self._is_compiled else sums
 
-    def _trainers_shares(self, window: Sequence[Batch]) -> list[Share]:
+    def _trainers_shares(self, model: torch.nn.Module, window: Sequence[Batch]) -> list[Share]:
         share = Share(total=len(window) * self.accelerator.num_processes)
-        if self.takes_num_items(window[0]):
-            (count,) = self._over_ranks([sum(map(self.targets.count, window))])
+        counts = [self.targets.count(batch) for batch in window] if self.takes_num_items(window[0]) else []
+        if counts:
+            (count,) = self._over_ranks(model, [sum(counts)])
             # A float, as the Trainer's division by the parallel sizes makes it.
-            num_items = torch.as_tensor(count, device=self.accelerator.device) / 1
+            num_items = then(count, lambda count: torch.as_tensor(count, device=self.accelerator.device) / 1)
             share = replace(share, num_items=num_items, times=self.num_ranks)
         elif self.compute_loss_func is None:
             share = replace(share, over=len(window))
-        return [share] * len(window)
+        counted: Sequence[torch.Tensor | int | None] = counts or [None] * len(window)
+        return [replace(share, targets=self._targets_of(*each)) for each in zip(window, counted, strict=True)]
 
     def takes_num_items(self, batch: Batch) -> bool:
         """Whether the loss is given the number of items; else it is a mean over the micro-batch."""
@@ -331,7 +372,7 @@ class Loss:
         # FSDP2 rounds inputs that are floats to 16 bits. Only a part of the items is no whole number.
         rounds = self.accelerator.mixed_precision != "no" and self.accelerator.is_fsdp2
         is_part = self.weighing is not None and self.weighing.both
-        return num_items if is_part and not rounds else num_items.round().long()
+        return num_items if is_part and not rounds else then(num_items, lambda items: items.round().long(), torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was learned of the model: plain values."""
@@ -342,17 +383,23 @@ class Loss:
         self.weighing = Weighing(**saved) if saved else None
 
 
-def _share_of(weight: torch.Tensor | int, total: torch.Tensor | float) -> Share:
-    """Return the share of a loss that is a mean, by its weight among `total`."""
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _mean_share(weight: torch.Tensor | int, total: torch.Tensor | int, ranks: int) -> Share:
+    """Return the share of a loss that is a mean, by its weight among `total` of these ranks."""
     if isinstance(weight, int):
-        return Share(over=total / weight) if weight > 0 else Share(times=0)
+        return Share(over=then(total, lambda total: total / ranks / weight)) if weight > 0 else Share(times=0)
     counts = weight > 0
     # Where nothing counts the mean is not a number, and neither would be its gradient.
-    return Share(over=torch.where(counts, total / weight, 1.0), counts=counts)
+    over = then(total, lambda total: torch.where(counts, total / ranks / weight, 1.0))
+    return Share(over=over, counts=counts)
 
 
-def _on(device: torch.device, number: int) -> torch.Tensor:
-    return to_device(torch.tensor(number, device="cpu"), device)
+def _sum_share(batch: Batch, ranks: int) -> Share:
+    """Return the share of a loss that is a sum over the items, divided by their number on all ranks."""
+    return Share(times=0 if isinstance(batch, Repeated) else ranks)
 
 
 def _loss_of(outputs: Any, model: torch.nn.Module) -> torch.Tensor:

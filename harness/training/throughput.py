@@ -7,18 +7,22 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 
+from harness.distributed.transfer import to_device
+from harness.model.flops import Flops
 from harness.training.flags import ThroughputConfig
 from harness.training.weighing import Repeated
 
 T = TypeVar("T")
 SPEED, MEMORY = "train/throughput", "train/memory"
+# What is added up over the ranks.
+WORK = ("samples", "tokens", "useful", "of_documents", "squared")
 
 HALF = ("bf16", "fp16")
 # Operations a second of one device, as torch counts devices, for dense matrices on the tensor cores with sums in
@@ -78,10 +82,13 @@ class Throughput:
     of it, which may be nothing: then all names are there, and their values are NaN.
 
     Samples are those in the batches. Tokens are the elements of `input_ids`, padding included, since the device works
-    on it; with another main input there are none. Their number is known on the host without asking the device.
-    `flops_per_token` is an estimate, 6 x parameters without embeddings (as in total_flos), and so is mfu: attention,
-    the embeddings and the recomputation of checkpointing are left out, frozen weights are included. It is 0 where the
-    model can't count its parameters in this way; then there is no mfu.
+    on it; with another main input there are none. Their number is known on the host without asking the device. Useful
+    are those whose labels count; what has no labels by token has none.
+
+    mfu is what the model's documents take, by `flops` (see there), of the device's peak: padding, which a batch's
+    attention_mask tells, is no work, and rows of position_ids that begin anew are several documents. mfu_6n is the
+    common estimate by `flops_per_token`, 6 x parameters without embeddings (as in total_flos), of all tokens: without
+    attention, padding included. It is 0 where the model can't count its parameters so; then there is none.
     """
 
     def __init__(
@@ -91,15 +98,22 @@ class Throughput:
         accelerator: Accelerator,
         *,
         flops_per_token: int,
+        flops: Flops | None = None,
+        has_targets: Callable[[], bool] = lambda: False,
     ) -> None:
         self.device, self.num_devices = accelerator.device, accelerator.num_processes
         self.counts_tokens, self.flops_per_token = reads_tokens(model), flops_per_token
+        self._has_targets = has_targets
         self.on_cuda = self.device.type == "cuda"
         known = None
         if self.on_cuda:
             name = torch.cuda.get_device_name(self.device)
             known = peak_flops(name, precision_of(model, accelerator.mixed_precision))
         self.peak = known if config.peak_flops is None else config.peak_flops
+        self.flops = flops if self.counts_tokens and self.peak is not None else None
+        # On the device: tokens whose labels count; those of documents, and the sum of the documents' squared lengths.
+        self._useful = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._documents = torch.zeros(2, dtype=torch.int64, device=self.device)
         self._waits: deque[tuple[Any, Any]] = deque()
         self.begin()
 
@@ -108,18 +122,27 @@ class Throughput:
         self._began_at, self._paused_seconds = time.perf_counter(), 0.0
         self._samples = self._tokens = 0
         self._wait_seconds = 0.0
+        self._useful.zero_()
+        self._documents.zero_()
 
-    def add(self, batch: Mapping[str, Any]) -> None:
-        """Count a micro-batch of this rank, by its shapes only."""
+    def add(self, batch: Mapping[str, Any], *, targets: torch.Tensor | None = None) -> None:
+        """Count a micro-batch of this rank, `targets` of whose tokens have a label that counts; no host sync."""
         if isinstance(batch, Repeated):
             return
         tokens = batch.get("input_ids") if self.counts_tokens else None
         if tokens is not None:
             self._tokens += tokens.numel()
             self._samples += tokens.shape[0]
+            self._add_on_device(tokens, batch, targets)
             return
         shapes = (value.shape for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim > 0)
         self._samples += next(shapes, (0,))[0]
+
+    def _add_on_device(self, tokens: torch.Tensor, batch: Mapping[str, Any], targets: torch.Tensor | None) -> None:
+        if targets is not None:
+            self._useful.add_(targets)
+        if self.flops is not None:
+            self._documents.add_(documents_in(tokens, batch))
 
     def drawn(self, windows: Iterator[T]) -> Iterator[T]:
         """
@@ -158,11 +181,19 @@ class Throughput:
         yield
         self._paused_seconds += time.perf_counter() - started
 
-    def values(self) -> dict[str, float]:
-        """Return samples, tokens, seconds without data and peak memory in GiB of this rank, for a report to gather."""
+    def values(self) -> dict[str, torch.Tensor | float]:
+        """
+        Return what this rank has worked on, its seconds without data and peak memory in GiB, for a report to gather.
+
+        No host sync.
+        """
         self._fold_waits()
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.on_cuda else 0.0
-        work = {"samples": self._samples, "tokens": self._tokens}
+        work: dict[str, torch.Tensor | float] = {"samples": self._samples, "tokens": self._tokens}
+        if self.counts_tokens:
+            work["useful"] = self._useful.clone()
+        if self.flops is not None:
+            work["of_documents"], work["squared"] = self._documents.clone().unbind()
         return {**work, "wait_seconds": self._wait_seconds, "peak_gib": peak}
 
     def report(self, of_ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -174,21 +205,51 @@ class Throughput:
         """
         seconds = time.perf_counter() - self._began_at - self._paused_seconds
         self.begin()
-        samples, tokens = (sum(values[name] for values in of_ranks) for name in ("samples", "tokens"))
+        work = {name: sum(each.get(name, 0) for each in of_ranks) for name in WORK}
         waited, peak = (max(values[name] for values in of_ranks) for name in ("wait_seconds", "peak_gib"))
-        worked = samples > 0 and seconds > 0
+        worked = work["samples"] > 0 and seconds > 0
         rate = 1 / seconds if worked else math.nan
-        found = {f"{SPEED}/samples_per_second": samples * rate}
-        if self.counts_tokens and (tokens > 0 or not worked):
-            found[f"{SPEED}/tokens_per_second"] = tokens * rate
+        found = {f"{SPEED}/samples_per_second": work["samples"] * rate}
+        if self.counts_tokens and (work["tokens"] > 0 or not worked):
+            found[f"{SPEED}/tokens_per_second"] = work["tokens"] * rate
+            if self._has_targets():
+                found[f"{SPEED}/useful_tokens_per_second"] = work["useful"] * rate
         found |= {f"{name}_per_device": value / self.num_devices for name, value in found.items()}
         found[f"{SPEED}/data_wait_share"] = min(waited * rate, 1.0) if worked else math.nan
-        a_device = found.get(f"{SPEED}/tokens_per_second_per_device")
-        if a_device is not None and self.peak is not None and self.flops_per_token > 0:
-            found[f"{SPEED}/mfu"] = a_device * self.flops_per_token / self.peak
+        if f"{SPEED}/tokens_per_second" in found and self.peak is not None:
+            found |= self._utilisation(work, rate / self.num_devices)
         if self.on_cuda:
             found[f"{MEMORY}/peak_gib"] = peak
         return found
+
+    def _utilisation(self, work: Mapping[str, float], rate: float) -> dict[str, float]:
+        """Return the shares of the peak, for the work of all devices and the rate of a whole second on one."""
+        found = {}
+        if self.flops is not None:
+            operations = self.flops.per_token * work["of_documents"] + self.flops.per_pair * work["squared"]
+            found[f"{SPEED}/mfu"] = operations * rate / (self.peak or math.nan)
+        if self.flops_per_token > 0:
+            found[f"{SPEED}/mfu_6n"] = self.flops_per_token * work["tokens"] * rate / (self.peak or math.nan)
+        return found
+
+
+def documents_in(tokens: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """
+    Return the tokens of a batch's documents and the sum of their squared lengths, [2] int64, without a host sync.
+
+    A row of `tokens` [rows, length] is a document without what its `attention_mask` leaves out; in rows without a mask
+    one begins wherever `position_ids` are 0.
+    """
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        lengths = mask.ne(0).sum(dim=1)
+        return torch.stack([lengths.sum(), lengths.square().sum()])
+    if mask is None and isinstance(positions, torch.Tensor) and positions.shape == tokens.shape:
+        # The first n odd numbers add up to the square of n.
+        squares = (2 * positions + 1).sum()
+        return torch.stack([torch.full_like(squares, tokens.numel()), squares])
+    rows, length = tokens.shape
+    return to_device(torch.tensor([rows * length, rows * length**2], device="cpu"), tokens.device)
 
 
 def as_text(rates: Mapping[str, float]) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from harness.model.flops import flops_of
 from harness.train import main
 from harness.training.flags import MetricsConfig, ThroughputConfig
 from harness.training.metrics import Work
@@ -36,7 +37,8 @@ def throughput(model: torch.nn.Module, device: str, *, peak: float | None = PEAK
     reset()
     accelerator = Accelerator(cpu=device == "cpu")
     work = Work(model, MetricsConfig(), accelerator, pad_token_id=None)
-    return Throughput(model, ThroughputConfig(peak_flops=peak), accelerator, flops_per_token=work.flos_per_element)
+    config, per_token = ThroughputConfig(peak_flops=peak), work.flos_per_element
+    return Throughput(model, config, accelerator, flops_per_token=per_token, flops=flops_of(model))
 
 
 def wait_for(device: str) -> None:
@@ -44,7 +46,7 @@ def wait_for(device: str) -> None:
 
 
 def test_mfu_is_the_hand_count(device: str, record_property: Record) -> None:
-    """6 operations a parameter and token, of GPT-2's blocks and last norm, by a clock that waits for the device."""
+    """Of GPT-2's blocks, last norm, head and attention, by a clock that waits for the device."""
     size = sizes(device)
     layers, width, length = size["layers"], size["width"], size["length"]
     shape = {"n_layer": layers, "n_embd": width, "n_head": 4, "vocab_size": size["words"], "n_positions": length}
@@ -67,8 +69,10 @@ def test_mfu_is_the_hand_count(device: str, record_property: Record) -> None:
     rates = found.report([found.values()])
     seconds = time.perf_counter() - began
     parameters = layers * (12 * width**2 + 13 * width) + 2 * width
-    flops = 6 * parameters * size["steps"] * size["batch"] * length / seconds
+    a_second = size["steps"] * size["batch"] * length / seconds
+    flops = (6 * (parameters + size["words"] * width) + 12 * layers * width * length) * a_second
     assert rates[f"{SPEED}/mfu"] == pytest.approx(flops / PEAK, rel=0.05)
+    assert rates[f"{SPEED}/mfu_6n"] == pytest.approx(6 * parameters * a_second / PEAK, rel=0.05)
     if device == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(), "bf16")
         assert throughput(model, device, peak=None).peak == peak
@@ -174,7 +178,9 @@ def test_a_run_has_the_columns_in_its_rows(device: str, tmp_path: Path) -> None:
     for row in rows:
         tokens = row[f"{SPEED}/tokens_per_second"]
         assert tokens == pytest.approx(8 * row[f"{SPEED}/samples_per_second"])
-        assert row[f"{SPEED}/mfu"] == pytest.approx(tokens * 6 * (12 * 16**2 + 13 * 16 + 2 * 16) / PEAK)
+        parameters = 12 * 16**2 + 13 * 16 + 2 * 16
+        assert row[f"{SPEED}/mfu_6n"] == pytest.approx(tokens * 6 * parameters / PEAK)
+        assert row[f"{SPEED}/mfu"] > row[f"{SPEED}/mfu_6n"], "the head and the attention are work, too"
         assert 0 <= row[f"{SPEED}/data_wait_share"] <= 1
         assert (PEAK_MEMORY in row) == (device == "cuda")
     if device == "cuda":

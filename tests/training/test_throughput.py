@@ -18,9 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 
 from harness.errors import ConfigError
 from harness.flags import parse
+from harness.model.flops import Flops
 from harness.tracking.rows.events import MEASURED
 from harness.training.flags import ThroughputConfig
-from harness.training.throughput import Throughput, as_text, peak_flops, precision_of
+from harness.training.throughput import Throughput, as_text, documents_in, peak_flops, precision_of
 from tests.support.launching import DDP, launcher, run
 from tests.support.parity import TASK, TIMING, TRAINING, as_flags, run_harness
 
@@ -32,6 +33,7 @@ OF_TEXT = {
     f"{SPEED}/tokens_per_second_per_device",
     f"{SPEED}/data_wait_share",
 }
+OF_LABELLED = OF_TEXT | {f"{SPEED}/useful_tokens_per_second", f"{SPEED}/useful_tokens_per_second_per_device"}
 BATCH = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.tensor([[1] * 8, [1] * 4 + [0] * 4])}
 PER_TOKEN = 600
 
@@ -94,18 +96,68 @@ def test_pixels_are_no_tokens_and_have_no_mfu() -> None:
     assert rates[f"{SPEED}/samples_per_second"] == pytest.approx(0.03, rel=0.01)
 
 
-def test_mfu_is_of_the_peak_that_is_given() -> None:
+def counts(model: torch.nn.Module | None = None, *, labelled: bool = True, **flags: Any) -> Throughput:
+    """Of a model whose operations are known, and labels of tokens."""
+    return Throughput(
+        model or gpt(),
+        ThroughputConfig(**flags),
+        Accelerator(cpu=True),
+        flops_per_token=PER_TOKEN,
+        flops=Flops(per_token=700, per_pair=10),
+        has_targets=lambda: labelled,
+    )
+
+
+def test_mfu_is_of_the_peak_that_is_given_with_attention_and_without_padding() -> None:
+    found = counts(peak_flops=1e9, labelled=False)
+    found.add(BATCH)  # documents of 8 and 4 tokens
+    rates = reported(found, seconds=100.0)
+    assert rates[f"{SPEED}/mfu"] == pytest.approx((12 * 700 + (8**2 + 4**2) * 10) / 100 / 1e9, rel=0.01)
+    assert rates[f"{SPEED}/mfu_6n"] == pytest.approx(16 * PER_TOKEN / 100 / 1e9, rel=0.01)
+    assert rates.keys() == OF_TEXT | {f"{SPEED}/mfu", f"{SPEED}/mfu_6n"}
+
+
+def test_where_a_models_operations_are_not_known_there_is_the_common_estimate_alone() -> None:
     found = throughput(peak_flops=1e9)
     found.add(BATCH)
+    assert reported(found, seconds=100.0).keys() == OF_TEXT | {f"{SPEED}/mfu_6n"}
+
+
+@pytest.mark.parametrize(
+    ("batch", "documents"),
+    [
+        (BATCH, [8, 4]),
+        ({"input_ids": torch.ones(2, 8)}, [8, 8]),
+        ({"input_ids": torch.ones(1, 8), "attention_mask": torch.zeros(1, 1, 8, 8)}, [8]),  # a mask of its own
+        ({"input_ids": torch.ones(1, 8), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])}, [3, 2, 3]),
+        ({"input_ids": torch.ones(2, 3), "position_ids": torch.tensor([[0, 1, 2], [0, 0, 0]])}, [3, 1, 1, 1]),
+        ({**BATCH, "position_ids": torch.arange(8).expand(2, 8)}, [8, 4]),  # the mask tells
+    ],
+    ids=["mask", "no mask", "whole", "packed", "packed, two rows", "mask and positions"],
+)
+def test_documents_are_told_by_the_mask_or_by_where_positions_begin_anew(
+    batch: dict[str, torch.Tensor], documents: list[int]
+) -> None:
+    found = documents_in(batch["input_ids"], batch)
+    assert found.tolist() == [sum(documents), sum(length**2 for length in documents)]
+
+
+def test_tokens_whose_labels_count_are_shown_beside_all() -> None:
+    found = counts()
+    for _ in range(5):
+        found.add(BATCH, targets=torch.tensor(10))
     rates = reported(found, seconds=100.0)
-    assert rates[f"{SPEED}/mfu"] == pytest.approx(16 * PER_TOKEN / 100 / 1e9, rel=0.01)
+    assert rates[f"{SPEED}/useful_tokens_per_second"] == pytest.approx(0.5, rel=0.01)
+    assert rates[f"{SPEED}/tokens_per_second"] == pytest.approx(0.8, rel=0.01)
+    found.add(BATCH, targets=torch.tensor(10))
+    assert reported(found, seconds=100.0)[f"{SPEED}/useful_tokens_per_second"] == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_window_without_a_step_has_the_same_names() -> None:
-    found = throughput(peak_flops=1e12)
-    found.add(BATCH)
+    found = counts(peak_flops=1e12)
+    found.add(BATCH, targets=torch.tensor(10))
     worked, empty = reported(found, seconds=1.0), reported(found, seconds=1.0)
-    assert worked.keys() == empty.keys() == OF_TEXT | {f"{SPEED}/mfu"}
+    assert worked.keys() == empty.keys() == OF_LABELLED | {f"{SPEED}/mfu", f"{SPEED}/mfu_6n"}
     assert all(math.isnan(value) for value in empty.values())
     assert as_text(empty) is None
 
@@ -204,7 +256,7 @@ def test_a_line_shows_it_in_brief(samples: float, tokens: float | None, text: st
 
 
 def test_what_is_measured_is_compared_by_nobody() -> None:
-    for name in {*OF_TEXT, f"{SPEED}/mfu", "train/memory/peak_gib"}:
+    for name in {*OF_LABELLED, f"{SPEED}/mfu", f"{SPEED}/mfu_6n", "train/memory/peak_gib"}:
         assert name.startswith(MEASURED)
         assert TIMING.search(name)
 
@@ -223,7 +275,10 @@ def test_a_run_tells_it_beside_its_history_without_evaluations_and_saves(
     saves = {"save_strategy": "steps", "save_steps": 2, "async_save": "false", "max_steps": 4, "logging_steps": 2}
     run_harness(tmp_path / "run", {**TRACKED, **evaluates, **saves, "peak_flops": 1e12})
     trained = [row for row in journal(tmp_path / "run") if "train/loss" in row]
-    assert [{name for name in row if name.startswith(MEASURED)} for row in trained] == [OF_TEXT | {f"{SPEED}/mfu"}] * 2
+    of_row = OF_LABELLED | {f"{SPEED}/mfu", f"{SPEED}/mfu_6n"}
+    assert [{name for name in row if name.startswith(MEASURED)} for row in trained] == [of_row] * 2
+    for row in trained:
+        assert 0 < row[f"{SPEED}/useful_tokens_per_second"] < row[f"{SPEED}/tokens_per_second"]
     seconds = sum(2 * 8 / row[f"{SPEED}/samples_per_second"] for row in trained)
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     elsewhere = sum(entry.get("eval_runtime", 0.0) for entry in history)

@@ -47,7 +47,8 @@ class Bare:
         set_seed(42)
         self.work, self.device = work, device
         self.model = work.model().train()
-        self.model.config.use_cache = False
+        if hasattr(self.model, "config"):
+            self.model.config.use_cache = False
         if work.recomputes:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.forward: Any = self.model

@@ -79,7 +79,7 @@ def syncs(device: str) -> Iterator[list[Event]]:
     Yield a list that gets each host sync of the block.
 
     On CUDA those that torch tells. On the CPU the calls that would be one there: scalars that are read (`item`, `bool`,
-    ...), `nonzero`, `tolist` and `cpu`.
+    ...), `nonzero`, `tolist`, `numpy`, `cpu`, and `to("cpu")`; a device that is given as an object may be the model's.
     """
     found: list[Event] = []
     with _told(found) if device == "cuda" else _called(found):
@@ -118,9 +118,18 @@ def _called(found: list[Event]) -> Iterator[None]:
 
         return read
 
+    move = torch.Tensor.to
+
+    def moved(tensor: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
+        if "cpu" in (*(each for each in given if isinstance(each, str)), options.get("device")):
+            note("to")
+        return move(tensor, *given, **options)
+
     with (
         patch.object(torch.Tensor, "tolist", reading("tolist")),
+        patch.object(torch.Tensor, "numpy", reading("numpy")),
         patch.object(torch.Tensor, "cpu", reading("cpu")),
+        patch.object(torch.Tensor, "to", moved),
         Dispatched(lambda operation: note(str(operation)) if operation in READS else None),
     ):
         yield

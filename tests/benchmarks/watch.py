@@ -1,15 +1,14 @@
 """
-What an observation costs: a step without one, with `wandb.watch`'s, with ours, in turns on the same model.
+What an observation of all weights and gradients adds to a step: `wandb.watch`'s and ours, in turns on the same model.
 
-`python -m tests.benchmarks.watch_time [rounds]` prints the medians in milliseconds and what each adds to a step. Both
-give their histograms to an offline run of W&B within the time measured. OMP_NUM_THREADS sets the threads.
+Both give their histograms to an offline run of W&B within the time measured. What is shown is a step with an
+observation without the step right before it that had none; that the histograms are equal is for
+tests/tracking/media/test_histograms.py.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,11 +18,29 @@ import wandb
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from harness.tracking.media.histograms import Watch
+from tests.benchmarks.contest import OURS, Bound, Result
 
+DEVICES = ("cpu", "cuda")
 SHAPE = {"n_layer": 5, "n_head": 4, "n_embd": 256, "vocab_size": 9600, "n_positions": 128}
+THEIRS = "wandb.watch"
 # wandb.watch counts for itself: it observes every third step.
-TURN = ("plain", "ours", "wandb.watch")
+TURN = ("plain", OURS, THEIRS)
 ALONE = "observe() alone"
+TIMES = 3  # observations in a repeat
+
+
+def measure(device: str, repeats: int) -> list[Result]:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with tempfile.TemporaryDirectory() as folder:
+        times = observed(repeats * TIMES, folder, device=device)
+    added = {
+        name: [taken - plain for taken, plain in zip(times[name], times["plain"], strict=True)]
+        for name in (THEIRS, OURS)
+    }
+    bound = Bound(relation="<=", limit=0.25, over=THEIRS)
+    setting = f"GPT-2 with 6.5 M parameters, {torch.get_num_threads()} thread" if device == "cpu" else "on the GPU"
+    what = "what an observation adds to a step"
+    return [Result(what=what, unit="ms", figures=added, base=THEIRS, bounds=[bound], setting=setting)]
 
 
 def clock(device: str) -> float:
@@ -33,7 +50,7 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def measure(
+def observed(
     rounds: int, folder: str, *, shape: Mapping[str, int] = SHAPE, device: str = "cpu", pause: float = 0.3
 ) -> dict[str, list[float]]:
     """Milliseconds of each step, by what observed it, and of our observation alone; a round more warms up."""
@@ -50,7 +67,7 @@ def measure(
         for kind in TURN:
             begin = clock(device)
             model(input_ids=batch, labels=batch).loss.backward()
-            if kind == "ours":
+            if kind == OURS:
                 start = clock(device)
                 found = watch.observe()
                 alone = clock(device) - start
@@ -63,25 +80,7 @@ def measure(
             time.sleep(pause)  # wandb's service works on the row in the background
             if turn:
                 times[kind].append(1000 * taken)
-                if kind == "ours":
+                if kind == OURS:
                     times[ALONE].append(1000 * alone)
     run.finish()
     return times
-
-
-def main(rounds: int, folder: str) -> None:
-    times = measure(rounds, folder)
-    plain = statistics.median(times["plain"])
-    print(f"{torch.get_num_threads()} threads, {rounds} rounds")
-    for kind, taken in times.items():
-        median = statistics.median(taken)
-        more = median if kind == ALONE else median - plain
-        print(f"{kind:16} {median:7.1f} ms ({min(taken):.1f}-{max(taken):.1f})  adds {more:6.1f} ms")
-    added = {kind: statistics.median(times[kind]) - plain for kind in TURN}
-    print(f"wandb.watch adds {added['wandb.watch'] / added['ours']:.1f} times what ours adds")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with tempfile.TemporaryDirectory() as scratch:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 15, scratch)
