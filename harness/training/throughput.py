@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from harness.training.flags import ThroughputConfig
-from harness.training.weighing import Repeated
+from harness.training.weighing import Repeated, num_documents
 
 T = TypeVar("T")
 SPEED, MEMORY = "train/throughput", "train/memory"
@@ -77,8 +77,9 @@ class Throughput:
     the warm-up of the first steps are included. After a restart the first window covers only what this attempt has done
     of it, which may be nothing: then all names are there, and their values are NaN.
 
-    Samples are those in the batches. Tokens are the elements of `input_ids`, padding included, since the device works
-    on it; with another main input there are none. Their number is known on the host without asking the device.
+    Samples are those in the batches, of packed rows (`packs`) the documents, which the device counts. Tokens are the
+    elements of `input_ids`, padding included, since the device works on it; with another main input there are none.
+    Their number is known on the host without asking the device.
     `flops_per_token` is an estimate, 6 x parameters without embeddings (as in total_flos), and so is mfu: attention,
     the embeddings and the recomputation of checkpointing are left out, frozen weights are included. It is 0 where the
     model can't count its parameters in this way; then there is no mfu.
@@ -91,7 +92,9 @@ class Throughput:
         accelerator: Accelerator,
         *,
         flops_per_token: int,
+        packs: bool = False,
     ) -> None:
+        self.packs = packs
         self.device, self.num_devices = accelerator.device, accelerator.num_processes
         self.counts_tokens, self.flops_per_token = reads_tokens(model), flops_per_token
         self.on_cuda = self.device.type == "cuda"
@@ -106,7 +109,8 @@ class Throughput:
     def begin(self) -> None:
         """Start a window now."""
         self._began_at, self._paused_seconds = time.perf_counter(), 0.0
-        self._samples = self._tokens = 0
+        self._samples: torch.Tensor | int = 0
+        self._tokens = 0
         self._wait_seconds = 0.0
 
     def add(self, batch: Mapping[str, Any]) -> None:
@@ -116,7 +120,7 @@ class Throughput:
         tokens = batch.get("input_ids") if self.counts_tokens else None
         if tokens is not None:
             self._tokens += tokens.numel()
-            self._samples += tokens.shape[0]
+            self._samples += num_documents(batch) if self.packs else tokens.shape[0]
             return
         shapes = (value.shape for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim > 0)
         self._samples += next(shapes, (0,))[0]
@@ -158,7 +162,7 @@ class Throughput:
         yield
         self._paused_seconds += time.perf_counter() - started
 
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, torch.Tensor | float]:
         """Return samples, tokens, seconds without data and peak memory in GiB of this rank, for a report to gather."""
         self._fold_waits()
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.on_cuda else 0.0
