@@ -205,9 +205,11 @@ class PackedRows(Dataset[Row]):
 
 
 def _read_columns(dataset: Any) -> Any:
-    """Return a table of `datasets` with only the columns that a row is made of."""
+    """Return a table of `datasets` with only the columns that rows are made of. Raises ConfigError if there are none."""
     if not isinstance(dataset, class_if_loaded("datasets", "Dataset")) or dataset.format["type"] == "custom":
         return dataset
+    if "input_ids" not in dataset.column_names:
+        raise ConfigError(f"--packing: the data has no column input_ids, only: {', '.join(dataset.column_names)}.")
     return dataset.select_columns([name for name in ("input_ids", "labels") if name in dataset.column_names])
 
 
@@ -231,8 +233,6 @@ def lengths_of(dataset: Any) -> npt.NDArray[np.integer[Any]]:
 def _lengths_of_table(table: Any) -> npt.NDArray[np.integer[Any]]:
     import pyarrow.compute as pc
 
-    if "input_ids" not in table.column_names:
-        raise ConfigError(f"--packing: the data has no column input_ids, only: {', '.join(table.column_names)}.")
     parts = table.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=ROWS_OF_A_TABLE)
     found = [pc.fill_null(pc.list_value_length(part["input_ids"]), 0).to_numpy() for part in parts]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +178,8 @@ def test_sharded_weights_are_tried_and_have_the_same_numbers(tmp_path: Path) -> 
     assert ended.code == 0, ended.err[-3000:]
     for a, b in zip(history(tmp_path / "alone"), history(tmp_path / "sharded"), strict=True):
         assert {name: pytest.approx(value, rel=1e-3) for name, value in a.items()} == b
-    shutil.rmtree(tmp_path / "sharded")
-    refused = launched(tmp_path / "refused", FSDP2, 2, {**arguments, "use_cache": True})
+    bloom = tiny_flags(tmp_path, output_dir=tmp_path / "run", packing=True, config_overrides=TINY_BLOOM, use_cpu=False)
+    bloom = [each for each in bloom if not each.startswith(("--model_type", "--use_cpu"))]
+    refused = run([*launcher(FSDP2), "--num_processes=2", SCRIPT, "--model_type=bloom", *bloom])
     assert refused.code != 0
-    assert refused.err.count("--use_cache lets packed documents see each other") >= 1
+    assert refused.err.count("does not go with a bloom model") == 1, refused.err[-3000:]
