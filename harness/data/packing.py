@@ -205,7 +205,7 @@ class PackedRows(Dataset[Row]):
 
 
 def _read_columns(dataset: Any) -> Any:
-    """Return a table of `datasets` with only the columns that rows are made of. Raises ConfigError if there are none."""
+    """Return a table of `datasets` with the columns that rows are made of alone. Raises ConfigError if it has none."""
     if not isinstance(dataset, class_if_loaded("datasets", "Dataset")) or dataset.format["type"] == "custom":
         return dataset
     if "input_ids" not in dataset.column_names:
