@@ -153,11 +153,11 @@ def configurations(
             extends=extends,
             data=data,
         )
-        for data in (("packed", "stream") if packing else ("samples",))
         for extends in ((False,) if trainer else (False, True))
         for each in ([tracking] if tracking else ["none", "offline", "online"])
         for uploads in ((False, True) if each == "online" and not extends else (False,))
         for number in ([processes] if processes else [1, 2])
+        for data in (("packed", "stream") if packing else ("samples",))
     ]
 
 
