@@ -15,7 +15,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from harness.checkpoint.writer import Checkpoints
 from harness.data.isolation import check_isolation
 from harness.data.loader import TrainLoader
-from harness.data.packing import Packing, packed
+from harness.data.packing import Packing, check_rows_of_evaluation, packed
 from harness.data.samples import LengthGroups, Samples, build_eval_loader, usable_samples
 from harness.distributed.backend import Backend, Stepper, StepSize
 from harness.flags import Config
@@ -77,6 +77,8 @@ class Session:
         config, seed = self.config.data, self.config.topology.seed
         batch_size = config.per_device_eval_batch_size
         samples = self.samples(dataset, batch_size, seed=seed if config.data_seed is None else config.data_seed)
+        if self.config.task.packing and not samples.is_stream:
+            check_rows_of_evaluation(len(samples.dataset), config, self.accelerator.num_processes)
         return EvalSet(
             prefix=prefix, loader=build_eval_loader(samples, config, self.accelerator), batch_size=batch_size
         )

@@ -61,6 +61,16 @@ def check_packing(data: DataConfig, *, use_cache: bool) -> None:
         raise ConfigError("--use_cache lets packed documents see each other; leave it out, or --packing.")
 
 
+def check_rows_of_evaluation(num_rows: int, data: DataConfig, num_processes: int) -> None:
+    """Raise ConfigError if --dataloader_drop_last would leave no row of an evaluation."""
+    a_round = data.per_device_eval_batch_size * num_processes
+    if data.dataloader_drop_last and num_rows < a_round:
+        raise ConfigError(
+            f"--dataloader_drop_last leaves no batch of an evaluation: its documents fill {num_rows} rows, and a round "
+            f"takes {a_round}; use a smaller --per_device_eval_batch_size, or leave it out."
+        )
+
+
 def best_fit(lengths: npt.NDArray[np.integer[Any]], size: int) -> Numbers:
     """
     Return the row of each document of a window, by best-fit decreasing: the fullest row that has room for it.

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -43,9 +44,9 @@ from harness.training import rng
 from tests.benchmarks.contest import OURS, Bound, Result, alternate
 from tests.support.docstrings import PACKAGES, of_package
 
-DOCUMENTS, LONGEST, BATCH_SIZE = 1200, 512, 8
-TRAINER, TRL, PADDED = "Trainer's default", "TRL, packing", "ours, padded"
-MILLION, WINDOW, SHARE = 1_000_000, 4096, 0.9
+DOCUMENTS, LONGEST, BATCH_SIZE, VOCABULARY = 320, 512, 8, 2048
+TRAINER, TRL = "Trainer's default", "TRL, packing"
+MILLION, WINDOW, SHARE, SHARDS, MEAN = 1_000_000, 4096, 0.9, 100, 60.5
 BEGINNING = "ours at 0 %"
 COMMON: dict[str, Any] = {
     "num_train_epochs": 1,
@@ -58,15 +59,15 @@ COMMON: dict[str, Any] = {
 
 
 def documents(tokenizer: Any) -> list[dict[str, list[int]]]:
-    """Tokens of docstrings of all packages, mixed."""
+    """Tokens of docstrings of all packages, mixed; their numbers are folded, as those of a small vocabulary."""
     texts = [text for package in PACKAGES for text in of_package(package)]
     chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:DOCUMENTS].tolist()
     found = tokenizer([texts[i] for i in chosen], truncation=True, max_length=LONGEST)["input_ids"]
-    return [{"input_ids": tokens} for tokens in found]
+    return [{"input_ids": [token % VOCABULARY for token in tokens]} for tokens in found]
 
 
 def model() -> torch.nn.Module:
-    shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": LONGEST, "vocab_size": 30_522}
+    shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": LONGEST, "vocab_size": VOCABULARY}
     return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
 
 
@@ -89,10 +90,11 @@ def _trained(device: str, repeats: int) -> Result:
             trained = Trainer(model(), arguments, data_collator=collate, train_dataset=data).train()
         return useful / float(trained.metrics["train_runtime"])
 
-    def ours(**more: Any) -> float:
+    def ours() -> float:
         _begin()
         with _quietly() as folder:
-            flags = [f"--{name}={value}" for name, value in {**common, **more}.items()]
+            given = {**common, "packing": True, "max_length": LONGEST}
+            flags = [f"--{name}={value}" for name, value in given.items()]
             own: dict[str, Any] = {"model": model(), "train_dataset": data, "data_collator": collate}
             result = harness.run([*flags, f"--output_dir={folder}/run"], **own)
         return useful / float(result.metrics["train_runtime"])
@@ -109,12 +111,11 @@ def _trained(device: str, repeats: int) -> Result:
             trained = SFTTrainer(model(), arguments, train_dataset=rows, processing_class=tokenizer).train()
         return useful / float(trained.metrics["train_runtime"])
 
-    ways: dict[str, Callable[[], float]] = {TRAINER: trainer, OURS: partial(ours, packing=True, max_length=LONGEST)}
+    ways: dict[str, Callable[[], float]] = {TRAINER: trainer, OURS: ours}
     bounds = [Bound(relation=">=", limit=2.5, over=TRAINER)]
     if find_spec("trl") is not None:  # else it has no turn, and the bound is not judged
         ways[TRL] = trl
         bounds.append(Bound(relation=">=", limit=1.0, over=TRL))
-    ways[PADDED] = ours
     mean = sum(len(each["input_ids"]) for each in data) / len(data)
     return Result(
         what="training on documents of many lengths, packed",
@@ -138,25 +139,29 @@ def _million() -> datasets.Dataset:
 
 
 def _loader(kind: str, accelerator: Accelerator) -> TrainLoader:
-    data = _million() if kind == "table" else _million().to_iterable_dataset(num_shards=100)
+    data = _million() if kind == "table" else _million().to_iterable_dataset(num_shards=SHARDS)
     packing = Packing(max_length=LONGEST, window=WINDOW, pad_token_id=0, seed=42)
     return TrainLoader(packed(data, packing), DataConfig(), accelerator, seed=42)
 
 
 def _resumed(kind: str, repeats: int) -> Result:
-    """Resume a position that a loader has come to; the first batch of a stream is drawn after so many of it."""
+    """Resume at a position to which nobody trained: of a stream its state comes from reading so far."""
     accelerator = Accelerator(cpu=True)
     first = _loader(kind, accelerator)
-    rows = int(_million().data["input_ids"].combine_chunks().flatten().__len__()) // LONGEST
-    batches = int(SHARE * rows / BATCH_SIZE)
+    next(first.epoch(0))
+    generators = first.rng_state_dict()
+    position = {**first.state_dict(), "batches": int(SHARE * MILLION * MEAN / LONGEST / BATCH_SIZE)}
     if kind == "stream":
-        epoch = first.epoch(0)
-        for _ in range(batches):
-            next(epoch)
-        saved = (first.state_dict(), first.rng_state_dict(), rng.capture_host())
-        epoch.close()  # type: ignore[attr-defined]
-    else:
-        saved = ({**first.state_dict(), "batches": batches}, first.rng_state_dict(), rng.capture_host())
+        stream = _million().to_iterable_dataset(num_shards=SHARDS)
+        windows = int(SHARE * MILLION / WINDOW)
+        for _ in islice(iter(stream), windows * WINDOW):
+            pass
+        # In the middle of a window.
+        rows = int(WINDOW * MEAN / LONGEST / 2)
+        mark = {"worker": 0, "batches": position["batches"], "is_repeated": False}
+        mark["state"] = {"documents": stream.state_dict(), "rows": rows}
+        generators["stream"] = {"workers": [mark], "next_worker": 0}
+    saved = (position, generators, rng.capture_host())
 
     def resume(place: Any) -> float:
         began = time.perf_counter()
@@ -172,7 +177,7 @@ def _resumed(kind: str, repeats: int) -> Result:
         figures=alternate({BEGINNING: partial(resume, None), OURS: partial(resume, saved)}, repeats=repeats),
         base=BEGINNING,
         bounds=[Bound(relation="<=", limit=1.1, over=BEGINNING)],
-        setting=f"from the loader's making to its first batch, window of {WINDOW} documents",
+        setting=f"documents of 2 to 119 tokens, rows of {LONGEST}; from the loader's making to its first batch, window of {WINDOW} documents",
     )
 
 

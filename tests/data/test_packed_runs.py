@@ -19,6 +19,7 @@ SAVING = {**TRAINING, **PACKED, "max_steps": 12, "save_strategy": "steps", "save
 # Steps end in mid-epoch (5 of 35 rows), and the evaluations are packed too.
 ALIKE = {**SAVING, "task_args": {"dropout": 0.0}, "eval_strategy": "steps", "eval_steps": 6}
 TINY = "n_embd=16,n_layer=1,n_head=2,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
+DROPPING = {"packing": True, "dataloader_drop_last": True, "per_device_eval_batch_size": 16}
 TINY_BLOOM = "hidden_size=16,n_layer=1,n_head=2"
 
 
@@ -91,6 +92,20 @@ def test_packed_and_padded_documents_have_the_same_numbers(tmp_path: Path) -> No
         assert counted[0] == pytest.approx(counted[1], rel=0.05), "samples are documents"
 
 
+def test_a_stream_of_texts_is_packed_and_evaluated_as_texts_at_once_are(tmp_path: Path) -> None:
+    packed = {"packing": True, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "packing_window": 13}
+    for name, more in {"data": {"train_sampling_strategy": "sequential"}, "stream": {"streaming": True}}.items():
+        reset()
+        assert main(tiny_flags(tmp_path, output_dir=tmp_path / name, **packed, **more)) == 0
+    expected, found = history(tmp_path / "data"), history(tmp_path / "stream")
+    kept = ("loss", "grad_norm", "eval_loss", "eval_accuracy", "num_input_tokens_seen")
+    assert [{name: row[name] for name in kept if name in row} for row in found] == [
+        {name: row[name] for name in kept if name in row} for row in expected
+    ]
+    assert samples_of(tmp_path / "stream", "eval") == pytest.approx(samples_of(tmp_path / "data", "eval"), rel=0.05)
+    assert samples_of(tmp_path / "stream", "train") == pytest.approx(2 * 41, rel=0.05)
+
+
 def samples_of(folder: Path, kind: str) -> float:
     """The samples that the rates of a run speak of; their seconds are rounded."""
     rows = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -106,6 +121,7 @@ def samples_of(folder: Path, kind: str) -> float:
         ({"packing": True, "use_cache": True}, "--use_cache lets packed documents see each other"),
         ({"packing": True, "overfit_batches": 2}, "--overfit_batches=2 counts samples"),
         ({"packing": True, "max_length": None}, "--packing fills rows of --max_length tokens"),
+        ({**DROPPING, "per_device_train_batch_size": 1}, "its documents fill . rows, and a round takes 16"),
         ({"packing_window": 7}, "--packing_window=7 does nothing without --packing"),
         ({"block_size": 8}, "--block_size=8 joins texts to blocks, and --max_length=48 keeps them apart"),
         ({"max_length": 65}, "--max_length=65 is more than the model's maximum; use 64"),
