@@ -177,7 +177,8 @@ def _resumed(kind: str, repeats: int) -> Result:
         figures=alternate({BEGINNING: partial(resume, None), OURS: partial(resume, saved)}, repeats=repeats),
         base=BEGINNING,
         bounds=[Bound(relation="<=", limit=1.1, over=BEGINNING)],
-        setting=f"documents of 2 to 119 tokens, rows of {LONGEST}; from the loader's making to its first batch, window of {WINDOW} documents",
+        setting=f"documents of 2 to 119 tokens, rows of {LONGEST}, windows of {WINDOW} documents; from the loader's "
+        "making to its first batch",
     )
 
 
