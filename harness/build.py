@@ -20,6 +20,7 @@ from harness.checkpoint.fit import Asked
 from harness.checkpoint.writer import Checkpoints
 from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
+from harness.data.packing import check_packing
 from harness.data.samples import first_samples
 from harness.distributed.backend import Backend
 from harness.distributed.ranks import agree, is_first, main_process_first, ranks_of
@@ -150,6 +151,8 @@ def _build(task_config: TaskConfig, builder: Builder | None, console: ConsoleCon
 
 
 def _check_data(config: Config, task: Task, num_processes: int) -> None:
+    if config.task.packing:
+        check_packing(config.data, use_cache=config.modeling.use_cache)
     _check_labels(config, task)
     _check_batches(config, task, num_processes)
     needs_eval = config.plan.eval_strategy != "no" or config.plan.eval_on_start or config.run.do_eval
@@ -247,16 +250,22 @@ def plan_run(session: Session) -> Planned:
     if data.overfit_batches is not None:
         data = replace(data, train_sampling_strategy="sequential")
     accumulation = data.gradient_accumulation_steps
-    samples = session.samples(task.train_dataset, data.per_device_train_batch_size * accumulation, seed=None)
+    data_seed = config.topology.seed if data.data_seed is None else data.data_seed
+    samples = session.samples(
+        task.train_dataset,
+        data.per_device_train_batch_size * accumulation,
+        seed=None,
+        order_seed=data_seed if data.train_sampling_strategy == "random" else None,
+    )
     fills = config.modeling.loss_scaling == "trainer"
     loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed, fills=fills)
     samples_per_step = data.per_device_train_batch_size * accumulation * accelerator.num_processes
     plan = resolve_plan(
         config.plan,
         num_batches=loader.num_batches,
-        num_samples=loader.num_samples,
+        num_samples=loader.num_documents,
         accumulation=accumulation,
-        samples_per_step=samples_per_step,
+        samples_per_step=samples_per_step * loader.documents_per_sample,
     )
     plan = replace(plan, generate_steps=config.task.generate_steps)
     asked = Asked(
@@ -277,9 +286,11 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
     state.train_batch_size = config.data.per_device_train_batch_size
     optimizer, optimizer_name = _optimizer(session)
     model, optimizer, stepper = backend.prepare(task.model, optimizer, session.step_size)
+    packs = config.task.packing
+    session.check_rows(model)
     saves = config.plan.save_strategy != "no"
     pad_token_id = getattr(task.processing_class, "pad_token_id", None)
-    work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id)
+    work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id, packs=packs)
     checkpoints = _checkpoints(session)
     stop = _stop(session, tracker, checkpoints)
     return Run(

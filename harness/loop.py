@@ -231,7 +231,7 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
     # As the Trainer: what rank zero has not reported; the mean over the ranks would be another number.
     state.total_loss += run.window.undrained()
     steps = state.global_step - run.clock.first_step
-    metrics = run.clock.rates(num_samples=run.plan.num_samples * steps / max(run.plan.max_steps, 1), num_steps=steps)
+    metrics = run.clock.rates(num_samples=run.num_samples(steps), num_steps=steps)
     run.work.settle(state)
     metrics["total_flos"] = state.total_flos
     metrics["train_loss"] = state.total_loss / max(state.global_step - state.loss_from_step, 0.001)

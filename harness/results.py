@@ -117,6 +117,7 @@ def evaluate_and_predict(session: Session, run: Run | None, state: TrainState) -
     if run is None:
         session.console.line(f"{'Evaluating' if asked.do_eval else 'Predicting'} only: nothing is trained.")
         model = session.backend.prepare_for_evaluation(task.model, session.step_size)
+        session.check_rows(model)
     else:
         model = run.model
         run.optimizer.eval()

@@ -13,12 +13,14 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers.trainer_utils import unwrap_peft_model
 
 from harness.checkpoint.writer import Checkpoints
+from harness.data.isolation import check_isolation
 from harness.data.loader import TrainLoader
+from harness.data.packing import Packing, check_rows_of_evaluation, packed
 from harness.data.samples import LengthGroups, Samples, build_eval_loader, usable_samples
 from harness.distributed.backend import Backend, Stepper, StepSize
 from harness.flags import Config
 from harness.model.flags import OptimConfig
-from harness.tasks import Task, View
+from harness.tasks import Task, TaskConfig, View
 from harness.tracking import WandbTracker
 from harness.tracking.media.tables import SampleTables
 from harness.tracking.media.texts import Texts
@@ -75,19 +77,43 @@ class Session:
         config, seed = self.config.data, self.config.topology.seed
         batch_size = config.per_device_eval_batch_size
         samples = self.samples(dataset, batch_size, seed=seed if config.data_seed is None else config.data_seed)
+        if self.config.task.packing and not samples.is_stream:
+            check_rows_of_evaluation(len(samples.dataset), config, self.accelerator.num_processes)
         return EvalSet(
             prefix=prefix, loader=build_eval_loader(samples, config, self.accelerator), batch_size=batch_size
         )
 
-    def samples(self, dataset: Any, group_size: int, *, seed: int | None) -> Samples:
-        """Return a data set as the model takes it; with grouping by length, in groups of `group_size` samples."""
+    def check_rows(self, model: torch.nn.Module) -> None:
+        """Collective: with --packing raise ConfigError for a wrapped model in which documents of a row see others."""
+        config, data = self.config.task, self.config.data
+        if config.packing:
+            most = max(data.per_device_train_batch_size, data.per_device_eval_batch_size)
+            check_isolation(model, self.loss, max_length=config.max_length or 0, num_rows=most)
+
+    def samples(self, dataset: Any, group_size: int, *, seed: int | None, order_seed: int | None = None) -> Samples:
+        """
+        Return a data set as the model takes it; with grouping by length, in groups of `group_size` samples.
+
+        With --packing its samples are rows, of documents in an order drawn from `order_seed`, or else in the data's.
+        """
         task, config = self.task, self.config.data
+        if self.config.task.packing:
+            return packed(dataset, packing_of(self.config.task, task.processing_class, seed=order_seed))
         group = None
         if config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
             names = getattr(task.processing_class, "model_input_names", None) or ["input_ids"]
             group = LengthGroups(size=group_size, input_name=names[0], seed=seed)
         model, labels = unwrap_peft_model(task.model), self.loss.label_names
         return usable_samples(dataset, task.data_collator, model, config, labels=labels, group=group)
+
+
+def packing_of(config: TaskConfig, processing_class: Any, *, seed: int | None) -> Packing:
+    """Return how the flags have documents packed. What pads is never seen: without a token for it, any will do."""
+    names = ("pad_token_id", "eos_token_id")
+    padding = next((found for name in names if (found := getattr(processing_class, name, None)) is not None), 0)
+    return Packing(
+        max_length=config.max_length or 0, window=config.packing_window, pad_token_id=int(padding), seed=seed
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +157,12 @@ class Run:
         """The model without any wrapper, torch.compile's included."""
         bare: torch.nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return bare
+
+    def num_samples(self, num_steps: int) -> float:
+        """Return the samples of steps of this process: a share of the plan's, or of packed streams what was drawn."""
+        if self.loader.num_samples is None and self.loader.packing is not None:
+            return float(self.loader.documents_drawn * self.accelerator.num_processes)
+        return self.plan.num_samples * num_steps / max(self.plan.max_steps, 1)
 
     def view(self, state: TrainState, **of_the_moment: Any) -> View:
         """Return what the task's functions see of this training now."""

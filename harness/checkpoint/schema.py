@@ -112,6 +112,7 @@ POSITION = {
     "dataloader_num_workers": COUNT | NOTHING,
     "seed": WHOLE,
     "data_digest": TEXT | NOTHING,
+    "packing": TEXT | NOTHING,
 }
 NEEDED_OF_POSITION = tuple(POSITION)[:6]
 TRACKING = {"rows": COUNT, "run": MAPPING | NOTHING, "attached": MAPPING, "shown": MAPPING}

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 from harness.data.batches import BatchMaker, IndexedBatches, as_it_is
 from harness.data.digest import digest_of_samples
 from harness.data.flags import DataConfig
+from harness.data.packing import PackedRows, PackedStream
 from harness.data.samples import Samples, class_if_loaded, pins_memory, start_worker, worker_options
 from harness.data.streams import StreamBatches
 from harness.distributed.ranks import ranks_of
 from harness.training import rng
-from harness.training.weighing import Repeated
+from harness.training.weighing import Repeated, num_documents
 
 Batch = dict[str, Any]
 Order = npt.NDArray[np.int64]
@@ -111,6 +112,9 @@ class TrainLoader:
             samples.collate, seed=seed if config.dataloader_seed_batches else None, device=accelerator.device
         )
         self.dataset, self.lengths = samples.dataset, samples.lengths
+        packs = isinstance(samples.dataset, (PackedRows, PackedStream))
+        self.documents_drawn = 0  # of packed rows, by this rank and in this process
+        self.packing: str | None = samples.dataset.described if packs else None
         self.num_samples: int | None = None
         self.num_batches: int | None = None
         self.stream: StreamBatches | None = None
@@ -142,6 +146,18 @@ class TrainLoader:
         self.numbered = NumberedBatches(self.batches)
         dataset: Any = IndexedBatches(samples.dataset, self.make)
         self.loader = DataLoader(dataset, sampler=self.numbered, **options)
+
+    @property
+    def num_documents(self) -> int | None:
+        """The number of samples, of packed rows that of their documents; None for a stream."""
+        return self.dataset.num_documents if isinstance(self.dataset, PackedRows) else self.num_samples
+
+    @property
+    def documents_per_sample(self) -> float:
+        """The mean number of documents in a packed row; 1 for other samples, and where it is not known: in a stream."""
+        if self.packing is None or not self.num_documents or not self.num_samples:
+            return 1
+        return self.num_documents / self.num_samples
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """
@@ -196,6 +212,8 @@ class TrainLoader:
             # Without waiting, which pinned memory allows: a wait would be a host sync at every step. From other memory
             # MPS would copy what has been overwritten since.
             pinned = pins_memory(self.config, self.accelerator.device)
+            if self.packing is not None:
+                self.documents_drawn += int(num_documents(current[0] or {}))
             batch = send_to_device(current[0], self.accelerator.device, non_blocking=pinned)
             following = next(batches, None)
             yield batch, current[1]
@@ -239,6 +257,7 @@ class TrainLoader:
             "dataloader_num_workers": self.config.dataloader_num_workers if self.stream is not None else None,
             "seed": self.seed,
             "data_digest": self.data_digest,
+            "packing": self.packing,
         }
 
     @cached_property
@@ -250,7 +269,8 @@ class TrainLoader:
         they start would be shared with them.
         """
         has_workers = self.config.dataloader_num_workers > 0
-        is_table = isinstance(self.dataset, class_if_loaded("datasets", "Dataset"))
+        source = self.dataset.dataset if isinstance(self.dataset, PackedRows) else self.dataset
+        is_table = isinstance(source, class_if_loaded("datasets", "Dataset"))
         if self.stream is not None or (has_workers and not is_table):
             return None
         return digest_of_samples(self.dataset)

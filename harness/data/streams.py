@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from harness.data.packing import PackedStream
 from harness.data.samples import class_if_loaded
 from harness.errors import ConfigError
 
@@ -40,10 +41,11 @@ class StreamBatches(IterableDataset[Any]):
         fills: bool = False,
     ) -> None:
         self.stream, self.make = stream, make
+        self.source = stream.stream if isinstance(stream, PackedStream) else stream
         self.batch_size, self.drop_last, self.fills = batch_size, drop_last, fills
         self.process_index, self.num_processes = ranks
         self.num_workers = max(1, num_workers)
-        self.fault = why_no_state(stream)
+        self.fault = why_no_state(self.source)
         # In shared memory, so that persistent workers see the next epoch.
         self.epoch: torch.Tensor = torch.tensor(0).share_memory_()  # type: ignore[no-untyped-call]
         self._start: Mapping[str, Any] | None = None
@@ -57,8 +59,8 @@ class StreamBatches(IterableDataset[Any]):
         self._start = state
         self._marks = [None] * self.num_workers if state is None else list(state["workers"])
         self._next_worker = 0 if state is None else state["next_worker"]
-        if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(epoch)
 
     def consumed(self, mark: Mark | None) -> None:
         """Count a batch that is trained on now; batches that are only drawn ahead are not counted."""
@@ -110,8 +112,8 @@ class StreamBatches(IterableDataset[Any]):
         if self._beginning is not None:
             self.stream.load_state_dict(self._beginning if state is None else state)
         # As accelerate with several processes.
-        generator = getattr(self.stream, "generator", None)
-        if self.num_processes > 1 and isinstance(generator, torch.Generator) and not hasattr(self.stream, "set_epoch"):
+        generator = getattr(self.source, "generator", None)
+        if self.num_processes > 1 and isinstance(generator, torch.Generator) and not hasattr(self.source, "set_epoch"):
             generator.manual_seed(int(self.epoch))
 
     def _rounds(self, *, is_whole: bool) -> Iterator[tuple[list[Any], Any, bool]]:

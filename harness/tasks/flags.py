@@ -11,6 +11,7 @@ from harness.config import Json, arg, at_least, choice, flags_of, section, toget
 from harness.errors import ConfigError
 from harness.tasks.image.flags import ImageClassificationFlags
 from harness.tasks.text.flags import (
+    DocumentFlags,
     GenerationFlags,
     LanguageModelFlags,
     Seq2SeqFlags,
@@ -136,6 +137,7 @@ class TaskConfig(
     Seq2SeqFlags,
     TokenClassificationFlags,
     GenerationFlags,
+    DocumentFlags,
     LanguageModelFlags,
     TextFlags,
     SourceFlags,
@@ -155,6 +157,11 @@ class TaskConfig(
         together([*of_parts, self._check_owners, self._check_sources])
 
     def _check_sources(self) -> None:
+        if self.block_size is not None and self.max_length is not None:
+            raise ConfigError(
+                f"--block_size={self.block_size} joins texts to blocks, and --max_length={self.max_length} keeps them "
+                "apart; give one of them."
+            )
         named = [name for name in TRAINING_DATA if getattr(self, name)]
         if len(named) > 1:
             raise ConfigError(f"--{named[0]} and --{named[1]} both name the training data; give one of them.")

@@ -40,6 +40,12 @@ class EvalSet:
         dataset = self.loader.dataset
         return len(dataset) if hasattr(dataset, "__len__") else None
 
+    @property
+    def num_documents(self) -> int | None:
+        """The number of documents in packed rows; None where samples are no rows, and for a stream."""
+        found: int | None = getattr(self.loader.dataset, "num_documents", None)
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -240,7 +246,7 @@ class Evaluator:
             num_samples = seen if measured is None else measured.num_samples
         values = self._values(data.prefix, measured, metrics if labels is not None else None)
         steps = math.ceil(num_samples / (data.batch_size * self.accelerator.num_processes))
-        values |= speed_metrics(data.prefix, started_at, num_samples=num_samples, num_steps=steps)
+        values |= speed_metrics(data.prefix, started_at, num_samples=data.num_documents or num_samples, num_steps=steps)
         return Evaluation(
             metrics=values,
             extras=self._per_token(data.prefix, measured),

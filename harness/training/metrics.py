@@ -16,7 +16,7 @@ from harness.distributed.transfer import gather_numbers, to_device
 from harness.errors import ConfigError, NonFiniteError
 from harness.training.flags import MetricsConfig, StoppingConfig
 from harness.training.state import TrainState
-from harness.training.weighing import Repeated
+from harness.training.weighing import Repeated, num_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -290,8 +290,9 @@ class Work:
         accelerator: Accelerator,
         *,
         pad_token_id: int | None,
+        packs: bool = False,
     ) -> None:
-        self.accelerator, self.pad_token_id = accelerator, pad_token_id
+        self.accelerator, self.pad_token_id, self.packs = accelerator, pad_token_id, packs
         self.counts = config.include_num_input_tokens_seen
         self.input_name: str = getattr(model, "main_input_name", "input_ids")
         self.flos_per_element = 6 * (num_parameters(model, exclude_embeddings=True) or 0)
@@ -309,7 +310,9 @@ class Work:
             return
         if main_input is None:
             raise ConfigError(f"--include_num_input_tokens_seen: a batch has no {self.input_name}; leave it out.")
-        if self.counts == "non_padding" and "attention_mask" in batch:
+        if self.counts == "non_padding" and self.packs:
+            self.tokens += num_tokens(batch)
+        elif self.counts == "non_padding" and "attention_mask" in batch:
             self.tokens += batch["attention_mask"].sum()
         elif self.counts == "non_padding" and self.pad_token_id is not None:
             self.tokens += (main_input != self.pad_token_id).sum()

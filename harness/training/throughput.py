@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from harness.distributed.transfer import to_device
 from harness.model.flops import Flops
 from harness.training.flags import ThroughputConfig
-from harness.training.weighing import Repeated
+from harness.training.weighing import Repeated, num_documents, num_tokens
 
 T = TypeVar("T")
 SPEED, MEMORY = "train/throughput", "train/memory"
@@ -81,9 +81,9 @@ class Throughput:
     the warm-up of the first steps are included. After a restart the first window covers only what this attempt has done
     of it, which may be nothing: then all names are there, and their values are NaN.
 
-    Samples are those in the batches. Tokens are the elements of `input_ids`, padding included, since the device works
-    on it; with another main input there are none. Their number is known on the host without asking the device. Useful
-    are those whose labels count; what has no labels by token has none.
+    Samples are those in the batches, of packed rows the documents, which the device counts. Tokens are the elements of
+    `input_ids`, padding included, since the device works on it; with another main input there are none. Useful are
+    those whose labels count; what has no labels by token has none.
 
     mfu is what the model's documents take, by `flops` (see there), of the device's peak: padding, which a batch's
     attention_mask tells, is no work, and rows of position_ids that begin anew are several documents. mfu_6n is the
@@ -120,7 +120,8 @@ class Throughput:
     def begin(self) -> None:
         """Start a window now."""
         self._began_at, self._paused_seconds = time.perf_counter(), 0.0
-        self._samples = self._tokens = 0
+        self._samples: torch.Tensor | int = 0
+        self._tokens = 0
         self._wait_seconds = 0.0
         self._useful.zero_()
         self._documents.zero_()
@@ -132,7 +133,7 @@ class Throughput:
         tokens = batch.get("input_ids") if self.counts_tokens else None
         if tokens is not None:
             self._tokens += tokens.numel()
-            self._samples += tokens.shape[0]
+            self._samples += num_documents(batch) if holds_documents(tokens, batch) else tokens.shape[0]
             self._add_on_device(tokens, batch, targets)
             return
         shapes = (value.shape for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim > 0)
@@ -233,6 +234,12 @@ class Throughput:
         return found
 
 
+def holds_documents(tokens: torch.Tensor, batch: Mapping[str, Any]) -> bool:
+    """Whether positions alone tell where documents begin in a batch's rows of `tokens`, as in packed ones."""
+    positions = batch.get("position_ids")
+    return batch.get("attention_mask") is None and getattr(positions, "shape", None) == tokens.shape
+
+
 def documents_in(tokens: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     """
     Return the tokens of a batch's documents and the sum of their squared lengths, [2] int64, without a host sync.
@@ -244,10 +251,10 @@ def documents_in(tokens: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         lengths = mask.ne(0).sum(dim=1)
         return torch.stack([lengths.sum(), lengths.square().sum()])
-    if mask is None and isinstance(positions, torch.Tensor) and positions.shape == tokens.shape:
-        # The first n odd numbers add up to the square of n.
-        squares = (2 * positions + 1).sum()
-        return torch.stack([torch.full_like(squares, tokens.numel()), squares])
+    if positions is not None and holds_documents(tokens, batch):
+        count = num_tokens(batch)
+        # The first n odd numbers add up to the square of n; what pads a row is at position 0, and is no document.
+        return torch.stack([count, (2 * positions).sum() + count])
     rows, length = tokens.shape
     return to_device(torch.tensor([rows * length, rows * length**2], device="cpu"), tokens.device)
 

@@ -59,6 +59,18 @@ def rows(batch: Batch) -> int:
     return next((len(each) for each in tensors if isinstance(each, torch.Tensor) and each.ndim > 0), 1)
 
 
+def num_documents(packed: Batch) -> torch.Tensor:
+    """Return the number of documents in packed rows: position 1 stands once in each, and in no padding. No sync."""
+    count: torch.Tensor = packed["position_ids"].eq(1).sum()
+    return count
+
+
+def num_tokens(packed: Batch) -> torch.Tensor:
+    """Return the number of tokens in packed rows, without padding, which is all at position 0. No host sync."""
+    others: torch.Tensor = packed["position_ids"].gt(0).sum()
+    return others + num_documents(packed)
+
+
 def take(batch: Batch, index: Sequence[int]) -> dict[str, Any]:
     """Return some samples of a batch: rows of everything in it that is as long as its labels."""
     count = rows(batch)

@@ -28,6 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--launch", default="ddp", help="launch config of two processes: ddp, zero2, fsdp2 ...")
     parser.add_argument("--tracking", choices=("none", "offline", "online"), help="default: all, in turn")
     parser.add_argument("--trainer", action="store_true", help="kill transformers.Trainer instead, for its figures")
+    parser.add_argument("--packing", action="store_true", help="documents in packed rows, of data and of a stream")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/harness-faults"), help="results.jsonl is there")  # noqa: S108
     parser.add_argument("--case", type=int, help="play the case of this number alone, and print what it came to")
     parser.add_argument("--pin_run_id", action="store_true", help="give our run its id in W&B, as the Trainer's")
@@ -41,7 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = int(time.time()) if asked.seed is None else asked.seed
     processes = 2 if asked.launch != "ddp" else asked.processes
-    among = configurations(processes=processes, tracking=asked.tracking, trainer=asked.trainer, launch=asked.launch)
+    among = configurations(
+        processes=processes,
+        tracking=asked.tracking,
+        trainer=asked.trainer,
+        launch=asked.launch,
+        packing=asked.packing,
+    )
     print(f"seed {seed}: {', '.join(each.label for each in among)}; in {asked.folder}", flush=True)
     results_path = asked.folder / "results.jsonl"
     labels = {each.label for each in among}

@@ -219,7 +219,7 @@ class Laboratory:
         flags: dict[str, Any] = {
             "task": "tests.faults.task:build",
             # The Trainer gets the easier one: with a collator that draws random numbers it is not exact.
-            "task_args": {"random_collator": True},
+            "task_args": {"random_collator": True, "stream": configuration.data == "stream"},
             "report_to": "none" if configuration.tracking == "none" else "wandb",
         }
         if configuration.tracking != "none":

@@ -16,6 +16,8 @@ RUN_NAME = "a-name-of-its-own"
 # Bytes: a dozen checkpoints and W&B's files have room until something fills it.
 SMALL_DISK = "16m"
 
+PACKED = {"packing": True, "max_length": 64, "packing_window": 16}
+
 # Kinds of death and how often they are drawn.
 ANYWHERE = {
     "kill_all": 3.0,  # SIGKILL to all processes at once, wandb-core too
@@ -62,7 +64,8 @@ class Configuration:
     What is trained, and how it is tracked; `uploads` are artifacts of each checkpoint.
 
     `launch` is the launch config of several processes, without its ending. One that `extends` is first finished at
-    FIRST_END; its learning rate is constant, so that a run that was never finished there has the same numbers.
+    FIRST_END; its learning rate is constant, so that a run that was never finished there has the same numbers. `data`
+    is "samples", "packed" ones in rows, or a packed "stream".
     """
 
     who: str
@@ -71,13 +74,15 @@ class Configuration:
     uploads: bool = False
     launch: str = "ddp"
     extends: bool = False
+    data: str = "samples"
 
     @property
     def label(self) -> str:
         launch = f"-{self.launch}" if self.launch != "ddp" else ""
         uploads = "-uploads" if self.uploads else ""
         extended = "-extended" if self.extends else ""
-        return f"{self.who}-{self.processes}{launch}-{self.tracking}{uploads}{extended}"
+        data = f"-{self.data}" if self.data != "samples" else ""
+        return f"{self.who}-{self.processes}{launch}-{self.tracking}{uploads}{extended}{data}"
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -104,6 +109,7 @@ class Configuration:
             "ddp_find_unused_parameters": False,
             "ddp_timeout": 30,
             "lr_scheduler_type": "constant" if self.extends else "linear",
+            **({} if self.data == "samples" else PACKED),
         }
 
 
@@ -134,7 +140,7 @@ class Case:
 
 
 def configurations(
-    *, processes: int | None, tracking: str | None, trainer: bool, launch: str = "ddp"
+    *, processes: int | None, tracking: str | None, trainer: bool, launch: str = "ddp", packing: bool = False
 ) -> list[Configuration]:
     """Those that the command line asks for; what it leaves open is shared out."""
     return [
@@ -145,11 +151,13 @@ def configurations(
             uploads=uploads,
             launch=launch,
             extends=extends,
+            data=data,
         )
         for extends in ((False,) if trainer else (False, True))
         for each in ([tracking] if tracking else ["none", "offline", "online"])
         for uploads in ((False, True) if each == "online" and not extends else (False,))
         for number in ([processes] if processes else [1, 2])
+        for data in (("packed", "stream") if packing else ("samples",))
     ]
 
 

@@ -2,8 +2,9 @@
 The training that is killed: the parity task at a pace, telling the laboratory where it is.
 
 In the folder that the variable HARNESS_FAULTS names: `built` when the task is made, a line in `steps` for each batch
-that is drawn (one ahead of the step), one in `evaluations` for each evaluation that begins, and one in `synced` for
-each file that the process has made durable. From a file `clock` it takes by how much its clock is set.
+that is drawn (one ahead of the step; of a stream for each step), one in `evaluations` for each evaluation that begins,
+and one in `synced` for each file that the process has made durable. From a file `clock` it takes by how much its clock
+is set.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from harness.tasks import Task, TaskConfig
+from harness.tasks import AfterStep, Task, TaskConfig, View
 from tests.faults.plan import CLOCK_FILE, EVALUATION_SECONDS, FOLDER_VARIABLE, STEP_SECONDS
 from tests.support.tasks import parity_task
 
@@ -76,6 +77,18 @@ def set_clock(told: Path) -> None:
         psutil._psplatform.boot_time = lambda: BOOTED_AT() + seconds
 
 
+def paced(told: Path | None) -> AfterStep:
+    """What is done after each step of a stream, whose samples are read long before: it tells, and takes its time."""
+
+    def after_step(_view: View) -> None:
+        set_clock(Path(os.environ[FOLDER_VARIABLE]) / CLOCK_FILE)
+        if told is not None:
+            tell(told, str(time.time()))
+        time.sleep(STEP_SECONDS)
+
+    return after_step
+
+
 def build(config: TaskConfig) -> Task:
     task = parity_task.build(config)
     folder = Path(os.environ[FOLDER_VARIABLE])
@@ -85,11 +98,11 @@ def build(config: TaskConfig) -> Task:
         tell_what_is_synced(folder / "synced")
         tell(folder / "built", str(time.time()))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = -(-len(task.eval_dataset) // (8 // world_size * world_size))
-    train = {"told": folder / "steps" if is_first else None, "every": 1, "seconds": STEP_SECONDS}
+    batches = 1 if config.packing else -(-len(task.eval_dataset) // (8 // world_size * world_size))
+    steps = folder / "steps" if is_first else None
+    train = {"told": steps, "every": 1, "seconds": STEP_SECONDS}
     evaluation = {"told": folder / "evaluations" if is_first else None, "every": batches, "seconds": EVALUATION_SECONDS}
-    return replace(
-        task,
-        train_dataset=Paced(task.train_dataset, **train),
-        eval_dataset=Paced(task.eval_dataset, **evaluation),
-    )
+    task = replace(task, eval_dataset=Paced(task.eval_dataset, **evaluation))
+    if isinstance(task.train_dataset, IterableDataset):
+        return replace(task, after_step=paced(steps))
+    return replace(task, train_dataset=Paced(task.train_dataset, **train))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from harness.tasks.pretrained import check_length, load_config, load_model, load
 from harness.tasks.rows import load_splits
 from harness.tasks.scores.classification import TokenAccuracy
 from harness.tasks.splits import Split, grouped, texts_of
+from harness.tasks.text import documents
 from harness.tasks.text.prompts import continuing, drawing
 
 logger = logging.getLogger(__name__)
@@ -29,17 +30,18 @@ SAMPLE_TOKENS = 60
 
 def build(config: TaskConfig) -> Task:
     """
-    Read text, cut it into blocks of --block_size tokens and load or make the model.
+    Read text, cut it into blocks of --block_size tokens, or into documents, and load or make the model.
 
-    A sample holds input_ids, attention_mask and labels, (block_size,) each; the model shifts the labels. Raises
-    ConfigError for input that the user can correct.
+    A block holds input_ids, attention_mask and labels, (block_size,) each; the model shifts the labels. A document
+    holds its input_ids, up to --max_length. Raises ConfigError for input that the user can correct.
     """
     tokenizer = load_tokenizer(config)
     model_config = load_config(config, tokenizer)
-    size = _block_size(config, tokenizer, model_config)
+    size = _size(config, tokenizer, model_config)
     splits = load_splits(config, keep_linebreaks=config.keep_linebreaks).hold_out(config)
     columns = splits.text_columns(config)
-    blocks = splits.map(lambda split: _blocks(split, config, columns, tokenizer, size)).cut(config)
+    cut = _blocks if config.max_length is None else _documents
+    blocks = splits.map(lambda split: cut(split, config, columns, tokenizer, size)).cut(config)
     model = load_model(config, AutoModelForCausalLM, model_config, tokenizer)
     shown = blocks.rows("validation" if "validation" in blocks else "train")
     writes = hasattr(model, "generate")
@@ -48,7 +50,7 @@ def build(config: TaskConfig) -> Task:
         train_dataset=blocks.rows("train"),
         eval_dataset=blocks.rows("validation"),
         test_dataset=blocks.rows("test"),
-        data_collator=default_data_collator,
+        data_collator=default_data_collator if config.max_length is None else _padding(tokenizer),
         processing_class=tokenizer,
         check=lambda model: check_causal(model, next(iter(shown))["input_ids"]),
         metrics=lambda: TokenAccuracy(shift=1),
@@ -59,20 +61,40 @@ def build(config: TaskConfig) -> Task:
     )
 
 
-def _block_size(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
+def _size(config: TaskConfig, tokenizer: Any, model_config: Any) -> int:
+    """Return the most tokens of a sample. Raises ConfigError for more than the model takes."""
+    if config.max_length is not None:
+        check_length("max_length", config.max_length, tokenizer, model_config)
+        return config.max_length
     if config.block_size is None:
         return min(longest_sequence(tokenizer, model_config), 1024)
     check_length("block_size", config.block_size, tokenizer, model_config)
     return config.block_size
 
 
-def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer: Any, size: int) -> Split:
+def _padding(tokenizer: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
+    """Return the collator of documents; their masks hide what pads, so without a token for it any will do."""
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return partial(documents.pad, pad_token_id=token or 0)
+
+
+def _tokeniser(config: TaskConfig, columns: Sequence[str], tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
     delimiter, end = config.text_column_delimiter, _end_of_texts(config, tokenizer)
 
     def tokenised(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         texts = [f"{text.removesuffix(end)}{end}" for text in texts_of(batch, columns, delimiter)]
-        # No warning for texts that are longer than the model takes: they are cut into blocks afterwards.
+        # No warning for texts that are longer than the model takes: they are cut afterwards.
         return dict(tokenizer(texts, verbose=False))
+
+    return tokenised
+
+
+def _documents(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer: Any, size: int) -> Split:
+    return documents.documents(split, config, _tokeniser(config, columns, tokenizer), size)
+
+
+def _blocks(split: Split, config: TaskConfig, columns: Sequence[str], tokenizer: Any, size: int) -> Split:
+    tokenised = _tokeniser(config, columns, tokenizer)
 
     def cut_to_blocks(batch: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         blocks = grouped(batch, size)

@@ -8,6 +8,8 @@ from pathlib import Path
 from harness.config import arg, at_least, section
 from harness.errors import ConfigError
 
+PACKING_WINDOW = 4096
+
 
 @section("text")
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,32 @@ class LanguageModelFlags:
         at_least(2, block_size=self.block_size)  # in a block of one token there is no next one
         if not 0 < self.mlm_probability < 1:
             raise ConfigError(f"--mlm_probability={self.mlm_probability}: use a share between 0 and 1.")
+
+
+@section("causal-lm")
+@dataclass(frozen=True, kw_only=True)
+class DocumentFlags:
+    """Texts as documents of their own, each padded, or several packed into a row."""
+
+    max_length: int | None = arg(
+        help="Keep texts apart, instead of joined to blocks: at most N tokens a sample, longer texts in pieces; "
+        "with --packing the tokens of a row.",
+        common=True,
+    )
+    packing: bool = arg(
+        False, "Fill rows of --max_length tokens with several texts, none of which sees another.", common=True
+    )
+    packing_window: int = arg(
+        PACKING_WINDOW, "Texts that are looked at together to fill rows; a stream reads so many ahead."
+    )
+
+    def __post_init__(self) -> None:
+        at_least(2, max_length=self.max_length)  # in a text of one token there is no next one
+        at_least(1, packing_window=self.packing_window)
+        if self.packing and self.max_length is None:
+            raise ConfigError("--packing fills rows of --max_length tokens, and it is not given; give both.")
+        if not self.packing and self.packing_window != PACKING_WINDOW:
+            raise ConfigError(f"--packing_window={self.packing_window} does nothing without --packing; give both.")
 
 
 @section("generation", on_resume="free")
