@@ -13,8 +13,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers.trainer_utils import unwrap_peft_model
 
 from harness.checkpoint.writer import Checkpoints
+from harness.data.by_tokens import TokenLimit
+from harness.data.lengths import LengthGroups
 from harness.data.loader import TrainLoader
-from harness.data.samples import LengthGroups, Samples, build_eval_loader, usable_samples
+from harness.data.samples import Samples, build_eval_loader, usable_samples
 from harness.distributed.backend import Backend, Stepper, StepSize
 from harness.flags import Config
 from harness.model.flags import OptimConfig
@@ -76,18 +78,41 @@ class Session:
         batch_size = config.per_device_eval_batch_size
         samples = self.samples(dataset, batch_size, seed=seed if config.data_seed is None else config.data_seed)
         return EvalSet(
-            prefix=prefix, loader=build_eval_loader(samples, config, self.accelerator), batch_size=batch_size
+            prefix=prefix,
+            loader=build_eval_loader(samples, config, self.accelerator),
+            batch_size=batch_size,
+            order=samples.eval_order,
+            num_batches=None if samples.by_tokens is None else len(samples.by_tokens),
         )
 
     def samples(self, dataset: Any, group_size: int, *, seed: int | None) -> Samples:
-        """Return a data set as the model takes it; with grouping by length, in groups of `group_size` samples."""
+        """
+        Return a data set as the model takes it, to train on, or with a seed to evaluate on.
+
+        With grouping by length it is in groups of `group_size` samples, or else it may be divided by tokens.
+        """
         task, config = self.task, self.config.data
-        group = None
-        if config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
+        group: LengthGroups | TokenLimit | None = None
+        if config.max_tokens_per_batch is not None:
+            group = self._token_limit(config.max_tokens_per_batch, evaluates=seed is not None)
+        elif config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
             names = getattr(task.processing_class, "model_input_names", None) or ["input_ids"]
             group = LengthGroups(size=group_size, input_name=names[0], seed=seed)
         model, labels = unwrap_peft_model(task.model), self.loss.label_names
         return usable_samples(dataset, task.data_collator, model, config, labels=labels, group=group)
+
+    def _token_limit(self, max_tokens: int, *, evaluates: bool) -> TokenLimit:
+        config, seed = self.config.data, self.config.topology.seed
+        of_model = getattr(self.task.model, "config", None)
+        # What a decoder reads is padded by itself.
+        targets = ("labels",) if getattr(of_model, "is_encoder_decoder", False) else ()
+        return TokenLimit(
+            max_tokens=max_tokens,
+            names=("input_ids", *targets),
+            seed=seed if config.data_seed is None else config.data_seed,
+            in_order=config.train_sampling_strategy == "sequential" and not evaluates,
+            num_ranks=self.accelerator.num_processes if evaluates else 1,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,9 @@ POSITION = {
     "dataloader_num_workers": COUNT | NOTHING,
     "seed": WHOLE,
     "data_digest": TEXT | NOTHING,
+    "max_tokens_per_batch": POSITIVE,
+    "token_batches": POSITIVE,
+    "token_batches_digest": TEXT,
 }
 NEEDED_OF_POSITION = tuple(POSITION)[:6]
 TRACKING = {"rows": COUNT, "run": MAPPING | NOTHING, "attached": MAPPING, "shown": MAPPING}

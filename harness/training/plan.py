@@ -85,7 +85,7 @@ def resolve_plan(
     num_batches: int | None,
     num_samples: int | None,
     accumulation: int,
-    samples_per_step: int,
+    samples_per_step: float,
 ) -> Plan:
     """
     Compute the plan from the data: batches of a rank in an epoch and samples in all, None for a stream.
