@@ -253,9 +253,7 @@ def train(folder: Path, arguments: dict[str, Any], *, processes: int, monkeypatc
     assert ended.code == 0, ended.err[-3000:]
 
 
-def test_a_run_on_batches_by_tokens_resumes_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_batches_by_tokens_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, resumed = (tmp_path / name for name in ("whole", "resumed"))
     train(whole, ARGUMENTS, processes=1, monkeypatch=monkeypatch)
     arguments = {**ARGUMENTS, "resume_from_checkpoint": whole / "run" / "checkpoint-7"}
