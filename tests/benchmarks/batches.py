@@ -31,7 +31,7 @@ import harness
 from tests.benchmarks.contest import OURS, Bound, Result, alternate
 from tests.support.docstrings import PACKAGES, of_package
 
-DOCUMENTS, LONGEST, BATCH_SIZE, MAX_TOKENS = 600, 512, 8, 1024
+DOCUMENTS, LONGEST, BATCH_SIZE, MAX_TOKENS = 900, 512, 8, 1024
 TRAINER, DEFAULT, BY_TOKENS = "Trainer's default", "ours, its default", "ours, by tokens"
 COMMON: dict[str, Any] = {
     "num_train_epochs": 1,

@@ -219,8 +219,8 @@ ARGUMENTS = {
         ({"task_args": {"stream": True}, "max_steps": 2}, "divides the data by the lengths of all samples, and a str"),
     ],
 )
-def test_what_does_not_go_with_batches_by_tokens_is_refused(changed: dict[str, Any], says: str) -> None:
-    arguments = {**ARGUMENTS, "report_to": "none", "use_cpu": True, **changed}
+def test_what_does_not_go_with_batches_by_tokens_is_refused(changed: dict[str, Any], says: str, tmp_path: Path) -> None:
+    arguments = {**ARGUMENTS, "report_to": "none", "use_cpu": True, "output_dir": tmp_path / "out", **changed}
     options = Json(arguments.pop("task_args", {}))
     with pytest.raises(ConfigError, match=says):
         harness.run(as_flags(arguments), **own(options))
@@ -264,10 +264,11 @@ def test_a_run_on_batches_by_tokens_resumes_to_the_bit(tmp_path: Path, monkeypat
     assert recording_task.recorded(resumed, 1)[0] == batches[7:]
 
 
-def test_an_evaluation_by_tokens_scores_what_one_in_batches_of_samples_does() -> None:
+def test_an_evaluation_by_tokens_scores_what_one_in_batches_of_samples_does(tmp_path: Path) -> None:
     found = []
     for size in ("--per_device_eval_batch_size=8", "--max_tokens_per_batch=80"):
         flags_ = [size, "--max_steps=1", "--eval_on_start", "--report_to=none", "--use_cpu", "--save_strategy=no"]
+        flags_.append(f"--output_dir={tmp_path / str(len(found))}")
         torch.manual_seed(0)
         rows = harness.run(flags_, **own()).state.log_history
         found.append({name: rows[0][name] for name in ("eval_loss", "eval_accuracy")})
