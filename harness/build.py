@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,7 +217,9 @@ def _tell_of_labels(task: Task, loss: Loss) -> None:
 
 
 def _check_batches(config: Config, task: Task, num_processes: int) -> None:
-    """Refuse an evaluation of which --dataloader_drop_last would leave nothing."""
+    """Refuse batches by tokens that can't be, and --dataloader_drop_last where it leaves an evaluation nothing."""
+    if config.data.max_tokens_per_batch is not None:
+        _check_tokens(config, task)
     if not config.data.dataloader_drop_last or config.data.overfit_batches is not None:
         return
     a_round = config.data.per_device_eval_batch_size * num_processes
@@ -227,6 +230,28 @@ def _check_batches(config: Config, task: Task, num_processes: int) -> None:
                 f"--dataloader_drop_last leaves no batch of the {name} data: {len(samples)} samples, and a round takes "
                 f"{a_round}; use a smaller --per_device_eval_batch_size, or leave it out."
             )
+
+
+def _check_tokens(config: Config, task: Task) -> None:
+    flag = f"--max_tokens_per_batch={config.data.max_tokens_per_batch}"
+    if config.modeling.loss_scaling == "trainer":
+        raise ConfigError(
+            f"--loss_scaling=trainer takes means of batches' means, which would depend on how many samples {flag} puts "
+            "into each: leave one of the two out."
+        )
+    if any(isinstance(each, torch.utils.data.IterableDataset) for each in _data_sets(config, task)):
+        raise ConfigError(
+            f"{flag} divides the data by the lengths of all samples, and a stream has none: use "
+            "--per_device_train_batch_size."
+        )
+
+
+def _data_sets(config: Config, task: Task) -> list[Any]:
+    """Return the data sets that are read."""
+    sets = task.eval_dataset.values() if isinstance(task.eval_dataset, Mapping) else [task.eval_dataset]
+    train = [task.train_dataset] if config.run.trains else []
+    test = [task.test_dataset] if config.run.do_predict else []
+    return [each for each in (*train, *sets, *test) if each is not None]
 
 
 def _check_best_metric(config: Config, task: Task, evaluator: Evaluator) -> None:
@@ -259,7 +284,9 @@ def plan_run(session: Session) -> Planned:
     )
     fills = config.modeling.loss_scaling == "trainer"
     loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed, fills=fills)
-    samples_per_step = data.per_device_train_batch_size * accumulation * accelerator.num_processes
+    samples_per_step: float = data.per_device_train_batch_size * accumulation * accelerator.num_processes
+    if loader.by_tokens is not None:
+        samples_per_step = (loader.num_samples or 0) / math.ceil((loader.num_batches or 1) / accumulation)
     plan = resolve_plan(
         config.plan,
         num_batches=loader.num_batches,

@@ -265,16 +265,20 @@ def _hyperparameters(config: Config, own_optimizer: str | None) -> dict[str, obj
     if "adam" in optim.optim:
         betas = f"betas=({optim.adam_beta1},{optim.adam_beta2})"
         with_arguments = f"{betas} and epsilon={optim.adam_epsilon} and {with_arguments}"
+    by_samples = data.max_tokens_per_batch is None
     values = {
         "learning_rate": optim.learning_rate if own_optimizer is None else None,
-        "train_batch_size": train_size,
-        "eval_batch_size": eval_size,
+        "train_batch_size": train_size if by_samples else None,
+        "eval_batch_size": eval_size if by_samples else None,
+        "max_tokens_per_batch": data.max_tokens_per_batch,
         "seed": config.topology.seed,
         "distributed_type": processes.distributed_type.value.replace("MULTI_", "multi-") if num_devices > 1 else None,
         "num_devices": num_devices if num_devices > 1 else None,
         "gradient_accumulation_steps": accumulated if (accumulated := data.gradient_accumulation_steps) > 1 else None,
-        "total_train_batch_size": train_size * num_devices * accumulated if num_devices * accumulated > 1 else None,
-        "total_eval_batch_size": eval_size * num_devices if num_devices > 1 else None,
+        "total_train_batch_size": train_size * num_devices * accumulated
+        if by_samples and num_devices * accumulated > 1
+        else None,
+        "total_eval_batch_size": eval_size * num_devices if by_samples and num_devices > 1 else None,
         "optimizer": f"Use {own_optimizer or f'{optim.optim} with {with_arguments}'}",
         "lr_scheduler_type": optim.lr_scheduler_type,
         "lr_scheduler_warmup_steps": optim.warmup_steps or None,

@@ -13,10 +13,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers.trainer_utils import unwrap_peft_model
 
 from harness.checkpoint.writer import Checkpoints
+from harness.data.by_tokens import TokenLimit
 from harness.data.isolation import check_isolation
+from harness.data.lengths import LengthGroups
 from harness.data.loader import TrainLoader
 from harness.data.packing import Packing, check_rows_of_evaluation, packed
-from harness.data.samples import LengthGroups, Samples, build_eval_loader, usable_samples
+from harness.data.samples import Samples, build_eval_loader, usable_samples
 from harness.distributed.backend import Backend, Stepper, StepSize
 from harness.flags import Config
 from harness.model.flags import OptimConfig
@@ -80,7 +82,11 @@ class Session:
         if self.config.task.packing and not samples.is_stream:
             check_rows_of_evaluation(len(samples.dataset), config, self.accelerator.num_processes)
         return EvalSet(
-            prefix=prefix, loader=build_eval_loader(samples, config, self.accelerator), batch_size=batch_size
+            prefix=prefix,
+            loader=build_eval_loader(samples, config, self.accelerator),
+            batch_size=batch_size,
+            order=samples.eval_order,
+            num_batches=None if samples.by_tokens is None else len(samples.by_tokens),
         )
 
     def check_rows(self, model: torch.nn.Module) -> None:
@@ -92,19 +98,35 @@ class Session:
 
     def samples(self, dataset: Any, group_size: int, *, seed: int | None, order_seed: int | None = None) -> Samples:
         """
-        Return a data set as the model takes it; with grouping by length, in groups of `group_size` samples.
+        Return a data set as the model takes it, to train on, or with a seed to evaluate on.
 
-        With --packing its samples are rows, of documents in an order drawn from `order_seed`, or else in the data's.
+        With grouping by length it is in groups of `group_size` samples, or else it may be divided by tokens. With
+        --packing its samples are rows, of documents in an order drawn from `order_seed`, or else in the data's.
         """
         task, config = self.task, self.config.data
         if self.config.task.packing:
             return packed(dataset, packing_of(self.config.task, task.processing_class, seed=order_seed))
-        group = None
-        if config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
+        group: LengthGroups | TokenLimit | None = None
+        if config.max_tokens_per_batch is not None:
+            group = self._token_limit(config.max_tokens_per_batch, evaluates=seed is not None)
+        elif config.train_sampling_strategy == "group_by_length" and hasattr(dataset, "__len__"):
             names = getattr(task.processing_class, "model_input_names", None) or ["input_ids"]
             group = LengthGroups(size=group_size, input_name=names[0], seed=seed)
         model, labels = unwrap_peft_model(task.model), self.loss.label_names
         return usable_samples(dataset, task.data_collator, model, config, labels=labels, group=group)
+
+    def _token_limit(self, max_tokens: int, *, evaluates: bool) -> TokenLimit:
+        config, seed = self.config.data, self.config.topology.seed
+        of_model = getattr(self.task.model, "config", None)
+        # What a decoder reads is padded by itself.
+        targets = ("labels",) if getattr(of_model, "is_encoder_decoder", False) else ()
+        return TokenLimit(
+            max_tokens=max_tokens,
+            names=("input_ids", *targets),
+            seed=seed if config.data_seed is None else config.data_seed,
+            in_order=config.train_sampling_strategy == "sequential" and not evaluates,
+            num_ranks=self.accelerator.num_processes if evaluates else 1,
+        )
 
 
 def packing_of(config: TaskConfig, processing_class: Any, *, seed: int | None) -> Packing:

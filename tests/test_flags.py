@@ -195,7 +195,7 @@ def test_every_flag_is_read(name: str, reads: set[str]) -> None:
 def test_order_that_depends_on_timing_is_refused() -> None:
     with pytest.raises(ConfigError, match="--dataloader_in_order=false"):
         parse(["--dataloader_in_order", "false"])
-    with pytest.raises(ConfigError, match=r"--train_sampling_strategy=batch_rebalance .* use group_by_length"):
+    with pytest.raises(ConfigError, match=r"--train_sampling_strategy=batch_rebalance .* use --max_tokens_per_batch"):
         parse(["--train_sampling_strategy", "batch_rebalance"])
 
 

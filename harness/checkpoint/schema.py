@@ -113,6 +113,9 @@ POSITION = {
     "seed": WHOLE,
     "data_digest": TEXT | NOTHING,
     "packing": TEXT | NOTHING,
+    "max_tokens_per_batch": POSITIVE,
+    "token_batches": POSITIVE,
+    "token_batches_digest": TEXT,
 }
 NEEDED_OF_POSITION = tuple(POSITION)[:6]
 TRACKING = {"rows": COUNT, "run": MAPPING | NOTHING, "attached": MAPPING, "shown": MAPPING}

@@ -20,8 +20,15 @@ class DataConfig:
     gradient_accumulation_steps: int = arg(
         1, "Micro-batches of a device in an optimizer step.", on_resume="checked", common=True
     )
+    max_tokens_per_batch: int | None = arg(
+        help="Batches of as many samples as fit into so many tokens on a device, padding included, in evaluations too; "
+        "instead of --per_device_train_batch_size and --per_device_eval_batch_size.",
+        on_resume="checked",
+    )
     train_sampling_strategy: str = arg("random", "Order of the training data: random, sequential, group_by_length.")
-    length_column_name: str = arg("length", "Column with the lengths for group_by_length; else they are measured.")
+    length_column_name: str = arg(
+        "length", "Column with the lengths for group_by_length and --max_tokens_per_batch; else they are measured."
+    )
     data_seed: int | None = arg(help="Seed of the order alone; default: --seed.")
     dataloader_drop_last: bool = arg(False, "Leave out the last batch of an epoch if it is not full.")
     dataloader_num_workers: int = arg(
@@ -60,18 +67,21 @@ class DataConfig:
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             dataloader_prefetch_factor=self.dataloader_prefetch_factor,
             overfit_batches=self.overfit_batches,
+            max_tokens_per_batch=self.max_tokens_per_batch,
         )
         at_least(0, dataloader_num_workers=self.dataloader_num_workers, data_seed=self.data_seed)
         if self.train_sampling_strategy == "batch_rebalance":
             raise ConfigError(
                 "--train_sampling_strategy=batch_rebalance makes micro-batches of any size, and a resume needs to know "
-                "how many samples a step had; use group_by_length, which saves padding too."
+                "how many samples a step had; use --max_tokens_per_batch, or group_by_length."
             )
         choice(
             "train_sampling_strategy",
             self.train_sampling_strategy,
             ("random", "sequential", "group_by_length"),
         )
+        if self.max_tokens_per_batch is not None:
+            self._check_tokens()
         if self.dataloader_multiprocessing_context is not None:
             allowed = ("fork", "spawn", "forkserver")
             choice("dataloader_multiprocessing_context", self.dataloader_multiprocessing_context, allowed)
@@ -85,4 +95,30 @@ class DataConfig:
             raise ConfigError(
                 "--dataloader_in_order=false makes the order of the data depend on timing, so no run could be "
                 "resumed or repeated; leave it out."
+            )
+
+    def _check_tokens(self) -> None:
+        """Raise ConfigError for a flag that means nothing where batches are made by tokens."""
+        flag = f"--max_tokens_per_batch={self.max_tokens_per_batch}"
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            value, default = getattr(self, name), DataConfig.__dataclass_fields__[name].default
+            if value != default:
+                raise ConfigError(
+                    f"--{name}={value} says nothing beside {flag}, by which a batch holds as many samples as fit: "
+                    f"leave it out, or give its default, {default}, where a recipe has it."
+                )
+        if self.train_sampling_strategy == "group_by_length":
+            raise ConfigError(
+                f"--train_sampling_strategy=group_by_length says nothing beside {flag}, whose batches are of samples "
+                "of similar length: leave it out."
+            )
+        if self.dataloader_drop_last:
+            raise ConfigError(
+                f"--dataloader_drop_last leaves out a batch that is not full, and with {flag} each holds what fits: "
+                "leave it out."
+            )
+        if self.overfit_batches is not None:
+            raise ConfigError(
+                f"--overfit_batches={self.overfit_batches} counts batches of --per_device_train_batch_size samples: "
+                f"leave {flag} out."
             )

@@ -7,16 +7,16 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast, send_to_device
 from torch.utils.data import DataLoader
 
 from harness.data.batches import BatchMaker, IndexedBatches, as_it_is
+from harness.data.by_tokens import TokenBatches
 from harness.data.digest import digest_of_samples
 from harness.data.flags import DataConfig
+from harness.data.lengths import Order, random_order
 from harness.data.packing import PackedRows, PackedStream
 from harness.data.samples import Samples, class_if_loaded, pins_memory, start_worker, worker_options
 from harness.data.streams import StreamBatches
@@ -25,7 +25,6 @@ from harness.training import rng
 from harness.training.weighing import Repeated, num_documents
 
 Batch = dict[str, Any]
-Order = npt.NDArray[np.int64]
 # Each rank's state besides the position.
 NOTHING_KEPT = {"epoch_start": None, "ahead": None, "stream": None}
 
@@ -46,10 +45,10 @@ class RankBatches:
         self.process_index, self.num_processes = ranks
         a_round = batch_size * self.num_processes
         self.num_batches = num_samples // a_round if drop_last else -(-num_samples // a_round)
-        self.order: Callable[[], Order] = lambda: np.arange(num_samples)
+        self.order: Callable[[], Order | range] = lambda: range(num_samples)
         self.start = 0
 
-    def begin(self, order: Callable[[], Order], start: int) -> None:
+    def begin(self, order: Callable[[], Order | range], start: int) -> None:
         """
         Set the epoch's order of samples and the position to start from.
 
@@ -64,13 +63,15 @@ class RankBatches:
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
         real = len(order)
-        missing = self.num_batches * self.batch_size * self.num_processes - len(order)
-        if self.num_processes > 1 and missing > 0:
-            order = np.concatenate([order, np.resize(order[: self.batch_size * self.num_processes], missing)])
         for i in range(self.start, self.num_batches):
             begin = (i * self.num_processes + self.process_index) * self.batch_size
             end = begin + self.batch_size
-            yield order[begin : end if self.fills or begin >= real else min(end, real)].tolist()
+            own = order[begin:end]
+            batch = list(own) if isinstance(own, range) else own.tolist()
+            if self.num_processes > 1 and (self.fills or begin >= real):  # filled up from the epoch's first round
+                first = min(self.batch_size * self.num_processes, real)
+                batch += [int(order[(place - real) % first]) for place in range(max(begin, real), end)]
+            yield batch
 
     def is_repeated(self, number: int) -> bool:
         """Whether this rank's batch of this number, from 0, has only samples that are in others already."""
@@ -80,14 +81,23 @@ class RankBatches:
 
 
 class NumberedBatches:
-    """The index batches of a rank as (epoch, number among those of all ranks, indices)."""
+    """
+    The index batches of a rank as (epoch, number among those of all ranks, indices of samples).
 
-    def __init__(self, batches: RankBatches) -> None:
-        self.batches, self.epoch = batches, 0
+    With `by_tokens` an index of `batches` is the number of such a batch.
+    """
+
+    def __init__(self, batches: RankBatches, by_tokens: TokenBatches | None) -> None:
+        self.batches, self.by_tokens, self.epoch = batches, by_tokens, 0
 
     def __iter__(self) -> Iterator[tuple[int, int, list[int]]]:
         for i, indices in enumerate(self.batches, start=self.batches.start):
-            yield self.epoch, i * self.batches.num_processes + self.batches.process_index, indices
+            number = i * self.batches.num_processes + self.batches.process_index
+            yield self.epoch, number, self.samples_of(indices)
+
+    def samples_of(self, indices: list[int]) -> list[int]:
+        """Return the samples of an index batch."""
+        return indices if self.by_tokens is None else self.by_tokens[indices[0]]
 
 
 class TrainLoader:
@@ -111,11 +121,12 @@ class TrainLoader:
         self.make = BatchMaker(
             samples.collate, seed=seed if config.dataloader_seed_batches else None, device=accelerator.device
         )
-        self.dataset, self.lengths = samples.dataset, samples.lengths
+        self.dataset, self.lengths, self.by_tokens = samples.dataset, samples.lengths, samples.by_tokens
         packs = isinstance(samples.dataset, (PackedRows, PackedStream))
         self.documents_drawn = 0  # of packed rows, by this rank and in this process
         self.packing: str | None = samples.dataset.described if packs else None
         self.num_samples: int | None = None
+        self.num_units = 0  # what the order is of: samples, or batches by tokens
         self.num_batches: int | None = None
         self.stream: StreamBatches | None = None
         ranks = ranks_of(accelerator)
@@ -140,10 +151,12 @@ class TrainLoader:
             )
             self.loader: DataLoader[Any] = DataLoader(self.stream, **options)
             return
-        self.num_samples = len(samples.dataset)
-        self.batches = RankBatches(self.num_samples, batch_size, ranks=ranks, drop_last=drop_last, fills=fills)
+        self.num_samples = self.num_units = len(samples.dataset)
+        if self.by_tokens is not None:
+            self.num_units, batch_size = len(self.by_tokens), 1
+        self.batches = RankBatches(self.num_units, batch_size, ranks=ranks, drop_last=drop_last, fills=fills)
         self.num_batches = len(self.batches)
-        self.numbered = NumberedBatches(self.batches)
+        self.numbered = NumberedBatches(self.batches, self.by_tokens)
         dataset: Any = IndexedBatches(samples.dataset, self.make)
         self.loader = DataLoader(dataset, sampler=self.numbered, **options)
 
@@ -219,18 +232,17 @@ class TrainLoader:
             yield batch, current[1]
             current = following
 
-    def _order(self, epoch: int) -> Order:
+    def _order(self, epoch: int) -> Order | range:
         # As RandomSampler, after accelerate has made it a SeedableRandomSampler.
         if self.config.train_sampling_strategy == "random":
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            return torch.randperm(self.num_samples or 0, generator=generator).numpy()
+            return random_order(self.num_units, torch.Generator().manual_seed(self.seed + epoch))
         if self.lengths is None:
-            return np.arange(self.num_samples or 0)
+            return range(self.num_units)
         # It draws from the global generator, which may differ between ranks after dropout.
-        order = [list(self.lengths)]
+        order = self.lengths.order()
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(order)
-        return np.asarray(order[0])
+            order = broadcast(torch.from_numpy(order).to(self.accelerator.device)).cpu().numpy()
+        return order
 
     def finish_epoch(self) -> None:
         """Mark the epoch and its work at the end as done: a resume begins with the next one."""
@@ -258,6 +270,7 @@ class TrainLoader:
             "seed": self.seed,
             "data_digest": self.data_digest,
             "packing": self.packing,
+            **({} if self.by_tokens is None else self.by_tokens.state_dict()),
         }
 
     @cached_property
@@ -316,8 +329,8 @@ class TrainLoader:
         if self.stream is not None:
             batch = next(iter(self.loader))[0]
         else:
-            indices = self._order(0)[: self.config.per_device_train_batch_size].tolist()
-            batch = IndexedBatches(self.dataset, self.make)[0, 0, indices][0]
+            self.batches.begin(partial(self._order, 0), 0)
+            batch = IndexedBatches(self.dataset, self.make)[next(iter(self.numbered))][0]
         rng.restore_host(before)
         return dict(send_to_device(batch, self.accelerator.device))
 

@@ -52,6 +52,11 @@ def check_packing(data: DataConfig, *, use_cache: bool) -> None:
             "--train_sampling_strategy=group_by_length does nothing with --packing, whose rows are equally long; use "
             "random or sequential."
         )
+    if data.max_tokens_per_batch is not None:
+        raise ConfigError(
+            f"--max_tokens_per_batch={data.max_tokens_per_batch} does nothing with --packing, whose batches have "
+            "--per_device_train_batch_size rows of --max_length tokens; leave one of the two out."
+        )
     if data.overfit_batches is not None:
         raise ConfigError(
             f"--overfit_batches={data.overfit_batches} counts samples, and --packing joins them to rows; use "

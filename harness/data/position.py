@@ -10,6 +10,8 @@ from harness.data.loader import RankBatches
 Position = Mapping[str, Any]
 # Their product is the global batch, the samples of an optimizer step.
 LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+# With batches by tokens a step has so many batches, whatever is in them, out of so many of an epoch.
+TOKENS, TOKEN_BATCHES = "max_tokens_per_batch", "token_batches"
 WHERE = ("epoch", "batches")
 
 
@@ -31,6 +33,9 @@ def why_other_order(saved: Position, now: Position) -> str:
     """Return what makes the samples come in other steps than in the saved run; empty if nothing does."""
     if not saved:  # a Trainer's checkpoint
         return ""
+    for name in (TOKENS, TOKEN_BATCHES):
+        if bool(saved.get(name)) != bool(now.get(name)):
+            return f"{name} {saved.get(name)} (now {now.get(name)})"
     reasons = []
     if _global_batch(saved) != _global_batch(now):
         reasons.append(f"a global batch of {_describe_batch(saved)} (now {_describe_batch(now)})")
@@ -77,13 +82,24 @@ def at_step(global_step: int, *, updates_per_epoch: int, accumulation: int) -> d
     return {"epoch": epoch, "batches": steps * accumulation}
 
 
-def _global_batch(position: Position) -> int:
+def _layout(position: Position) -> tuple[int, int, int]:
+    """Return units a micro-batch, micro-batches a step, and processes; a unit is a sample or a batch by tokens."""
     size, accumulation, processes = (int(position[name]) for name in LAYOUT)
+    return (1 if position.get(TOKENS) else size), accumulation, processes
+
+
+def _global_batch(position: Position) -> int:
+    size, accumulation, processes = _layout(position)
     return size * accumulation * processes
 
 
 def _describe_batch(position: Position) -> str:
-    size, accumulation, processes = (position[name] for name in LAYOUT)
+    size, accumulation, processes = _layout(position)
+    if position.get(TOKENS):
+        return (
+            f"{_global_batch(position)} batches by tokens: --gradient_accumulation_steps {accumulation} x {processes} "
+            "processes"
+        )
     return (
         f"{_global_batch(position)} samples: --per_device_train_batch_size {size} x "
         f"--gradient_accumulation_steps {accumulation} x {processes} processes"
@@ -94,9 +110,10 @@ def _batches_of_epoch(position: Position) -> int | None:
     """Return the number of batches of a rank in an epoch; None for a stream."""
     if position["num_samples"] is None:
         return None
-    size, _, processes = (int(position[name]) for name in LAYOUT)
+    size, _, processes = _layout(position)
     drop_last = bool(position.get("dataloader_drop_last"))
-    return len(RankBatches(position["num_samples"], size, ranks=(0, processes), drop_last=drop_last))
+    units = int(position[TOKEN_BATCHES] if position.get(TOKENS) else position["num_samples"])
+    return len(RankBatches(units, size, ranks=(0, processes), drop_last=drop_last))
 
 
 def _steps_of_epoch(position: Position) -> int | None:

@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, SequentialSampler, Subset
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import RemoveColumnsCollator, seed_worker
 
+from harness.data.by_tokens import TokenBatches, TokenLimit
 from harness.data.flags import DataConfig
+from harness.data.lengths import Grouped, LengthGroups, Order, measure
 from harness.errors import ConfigError
 from harness.signals import outlive_stops
 
@@ -28,16 +29,28 @@ Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A data set as the model takes it: without unused columns, with its collator, and with lengths where needed."""
+    """
+    A data set as the model takes it: without unused columns, and with its collator.
+
+    Where the flags ask for it samples come in groups of similar length, or are divided into batches by their tokens.
+    """
 
     dataset: Any
     collate: Collator
-    lengths: LengthGroupedSampler | None = None
+    lengths: Grouped | None = None
+    by_tokens: TokenBatches | None = None
 
     @property
     def is_stream(self) -> bool:
         """Whether the samples come one after the other, without a length or an index."""
         return isinstance(self.dataset, torch.utils.data.IterableDataset)
+
+    @property
+    def eval_order(self) -> Order | None:
+        """The order in which an evaluation reads the samples, the same each time; None if it is the data's."""
+        if self.by_tokens is not None:
+            return self.by_tokens.order
+        return None if self.lengths is None else self.lengths.order()
 
 
 def class_if_loaded(module: str, name: str) -> Any:
@@ -63,13 +76,15 @@ def build_eval_loader(samples: Samples, config: DataConfig, accelerator: Acceler
 
     With group_by_length the set is grouped too, always in the same way (as the Trainer does).
     """
+    if samples.by_tokens is not None:
+        return TokenRounds(samples, samples.by_tokens, config, accelerator)
     if samples.is_stream and accelerator.num_processes > 1:
         return StreamRounds(samples, config, accelerator)
     options: dict[str, Any] = {}
     if not samples.is_stream:
         options["drop_last"] = config.dataloader_drop_last
         if samples.lengths is not None:
-            options["sampler"] = list(samples.lengths)  # drawn once, so that each evaluation has the same order
+            options["sampler"] = samples.lengths.order().tolist()
         elif accelerator.num_processes == 1:
             options["sampler"] = SequentialSampler(samples.dataset)
     loader = DataLoader(
@@ -114,6 +129,40 @@ class StreamRounds:
         self.accelerator.gradient_state._remove_dataloader(self)
 
 
+class TokenRounds:
+    """
+    The evaluation batches of one rank where batches are made by tokens: its share of each.
+
+    An uneven last one is filled up with its own samples; `gather_for_metrics` drops that.
+    """
+
+    def __init__(self, samples: Samples, batches: TokenBatches, config: DataConfig, accelerator: Accelerator) -> None:
+        self.dataset, self.batches, self.accelerator = samples.dataset, batches, accelerator
+        # `gather_for_metrics` reads these from the active loader.
+        self.end_of_dataloader, self.remainder = False, -1
+        self.shares: DataLoader[Any] = DataLoader(
+            samples.dataset,
+            batch_sampler=[self._share(i) for i in range(len(batches))],
+            collate_fn=samples.collate,
+            **worker_options(config, accelerator.device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def _share(self, number: int) -> list[int]:
+        whole, rank, ranks = self.batches[number], self.accelerator.process_index, self.accelerator.num_processes
+        share = -(-len(whole) // ranks)
+        return [whole[i % len(whole)] for i in range(rank * share, (rank + 1) * share)]
+
+    def __iter__(self) -> Iterator[Any]:
+        self.accelerator.gradient_state._add_dataloader(self)
+        for i, batch in enumerate(self.shares):
+            self.end_of_dataloader, self.remainder = i + 1 == len(self), len(self.batches[i])
+            yield send_to_device(batch, self.accelerator.device)
+        self.accelerator.gradient_state._remove_dataloader(self)
+
+
 def pins_memory(config: DataConfig, device: torch.device) -> bool:
     """
     Whether batches on their way to `device` lie in pinned memory, from which a copy need not be waited for.
@@ -148,7 +197,7 @@ def usable_samples(
     model: torch.nn.Module,
     config: DataConfig,
     *,
-    group: LengthGroups | None,
+    group: LengthGroups | TokenLimit | None,
     labels: Sequence[str] = (),
 ) -> Samples:
     """
@@ -158,45 +207,39 @@ def usable_samples(
 
     Raises ConfigError if nothing is left, or if samples are to be grouped by a length they don't have.
     """
-    lengths = _length_sampler(dataset, config, group) if group is not None else None
+    shown, collate = _without_unused(dataset, collate, model, config, labels)
+    if isinstance(group, TokenLimit):
+        by_tokens = group.divide(dataset, column=config.length_column_name)
+        return Samples(dataset=shown, collate=collate, by_tokens=by_tokens)
+    lengths = None if group is None else _grouped(dataset, config, group)
+    return Samples(dataset=shown, collate=collate, lengths=lengths)
+
+
+def _without_unused(
+    dataset: Any, collate: Collator, model: torch.nn.Module, config: DataConfig, labels: Sequence[str]
+) -> tuple[Any, Collator]:
     if not config.remove_unused_columns:
-        return Samples(dataset=dataset, collate=collate, lengths=lengths)
+        return dataset, collate
     wanted = [*inspect.signature(model.forward).parameters, *sorted({"label", "label_ids", *labels})]
     name = type(model).__name__
     tables = tuple(class_if_loaded("datasets", name) for name in ("Dataset", "IterableDataset"))
     if not isinstance(dataset, tables) or dataset.column_names is None:
-        hiding = RemoveColumnsCollator(collate, wanted, logger=library_logger, model_name=name)
-        return Samples(dataset=dataset, collate=hiding, lengths=lengths)
+        return dataset, RemoveColumnsCollator(collate, wanted, logger=library_logger, model_name=name)
     unused = [column for column in dataset.column_names if column not in wanted]
     if len(unused) == len(dataset.column_names):
         raise ConfigError(
             f"No column of the data ({', '.join(unused)}) is an argument of {name}.forward "
             f"({', '.join(wanted)}); rename them, or give --remove_unused_columns false."
         )
-    return Samples(dataset=dataset.remove_columns(unused), collate=collate, lengths=lengths)
+    return dataset.remove_columns(unused), collate
 
 
-@dataclass(frozen=True, kw_only=True)
-class LengthGroups:
-    """Settings of group_by_length: samples a group, the key to measure, and a seed (None: the global generator)."""
-
-    size: int
-    input_name: str
-    seed: int | None = None
-
-
-def _length_sampler(dataset: Any, config: DataConfig, group: LengthGroups) -> LengthGroupedSampler:
-    columns = getattr(dataset, "column_names", None) or ()
+def _grouped(dataset: Any, config: DataConfig, group: LengthGroups) -> Grouped:
     try:
-        return LengthGroupedSampler(
-            group.size,
-            dataset=dataset,
-            lengths=list(dataset[config.length_column_name]) if config.length_column_name in columns else None,
-            model_input_name=group.input_name,
-            generator=None if group.seed is None else torch.Generator().manual_seed(group.seed),
-        )
+        lengths = measure(dataset, [group.input_name], column=config.length_column_name)
     except ValueError as error:
         raise ConfigError(
             f"--train_sampling_strategy=group_by_length: samples have no {group.input_name} to measure; "
             "name a column with --length_column_name."
         ) from error
+    return Grouped(lengths=lengths[:, 0], size=group.size, seed=group.seed)

@@ -28,11 +28,18 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """A prepared loader over one evaluation set and the prefix of its metrics: eval, eval_<name> or test."""
+    """
+    A prepared loader over one evaluation set and the prefix of its metrics: eval, eval_<name> or test.
+
+    `order` is that of the samples in the loader, None if it is the data's. `num_batches` is given where they are not of
+    `batch_size` samples a rank.
+    """
 
     prefix: str
     loader: Any
     batch_size: int
+    order: npt.NDArray[np.integer[Any]] | None = None
+    num_batches: int | None = None
 
     @property
     def num_samples(self) -> int | None:
@@ -63,6 +70,7 @@ class Evaluation:
 # What is measured of a batch. A loss that is in part a mean and in part a sum over num_items is measured in two parts.
 COLUMNS = ("loss", "weight", "samples", "token_loss", "tokens", "summed", "items")
 Row = dict[str, torch.Tensor | int]
+ROWS_OF_A_BLOCK = 256
 
 
 class Measured:
@@ -115,6 +123,7 @@ class EvalLosses:
     def __init__(self, loss: Loss, accelerator: Accelerator, *, batch_size: int) -> None:
         self.loss, self.accelerator, self.batch_size = loss, accelerator, batch_size
         self._rows: list[torch.Tensor] = []
+        self._blocks: list[torch.Tensor] = []
 
     def measure(self, model: torch.nn.Module, batch: Batch, *, has_tokens: bool) -> Any:
         """
@@ -138,6 +147,9 @@ class EvalLosses:
         else:
             measured |= self._weighed(model, real, of_real, items)
         self._rows.append(_row(measured, self.accelerator.device))
+        if len(self._rows) == ROWS_OF_A_BLOCK:  # a tensor of its own takes many times its numbers
+            self._blocks.append(torch.stack(self._rows))
+            self._rows = []
         return outputs
 
     def _share(self, left: int, size: int) -> int:
@@ -170,9 +182,10 @@ class EvalLosses:
 
     def gather(self) -> Measured | None:
         """Collective: return the losses of all ranks; None if none was measured. One host sync."""
-        if not self._rows:
+        if not (self._blocks or self._rows):
             return None
-        gathered = self.accelerator.gather(torch.stack(self._rows).unsqueeze(0))
+        rows = torch.cat([*self._blocks, *([torch.stack(self._rows)] if self._rows else [])])
+        gathered = self.accelerator.gather(rows.unsqueeze(0))
         return Measured(gathered.transpose(0, 1).flatten(0, 1).cpu().numpy())
 
 
@@ -245,12 +258,12 @@ class Evaluator:
         if num_samples is None:  # a stream
             num_samples = seen if measured is None else measured.num_samples
         values = self._values(data.prefix, measured, metrics if labels is not None else None)
-        steps = math.ceil(num_samples / (data.batch_size * self.accelerator.num_processes))
+        steps = data.num_batches or math.ceil(num_samples / (data.batch_size * self.accelerator.num_processes))
         values |= speed_metrics(data.prefix, started_at, num_samples=data.num_documents or num_samples, num_steps=steps)
         return Evaluation(
             metrics=values,
             extras=self._per_token(data.prefix, measured),
-            predictions=_joined(kept) if kept else None,
+            predictions=_in_order(_joined(kept), data.order) if kept else None,
         )
 
     def _labels(self, batch: Batch) -> Any:
@@ -323,6 +336,11 @@ def _joined(kept: list[torch.Tensor]) -> npt.NDArray[Any]:
         kept = [pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1]), value=-100) for part in kept]
     joined: npt.NDArray[Any] = torch.cat(kept).numpy()
     return joined
+
+
+def _in_order(predictions: npt.NDArray[Any], order: npt.NDArray[np.integer[Any]] | None) -> npt.NDArray[Any]:
+    """Return the predictions, made in an order of samples, in the data's."""
+    return predictions if order is None else predictions[np.argsort(order[: len(predictions)])]
 
 
 def _logits(outputs: Any, ignored: list[str]) -> Any:

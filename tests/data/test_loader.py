@@ -19,8 +19,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from harness.data.digest import digest_of_samples
 from harness.data.flags import DataConfig
+from harness.data.lengths import Grouped, LengthGroups
 from harness.data.loader import RankBatches, TrainLoader, step_groups
-from harness.data.samples import LengthGroups, Samples, build_eval_loader, first_samples, usable_samples
+from harness.data.samples import Samples, build_eval_loader, first_samples, usable_samples
 from harness.errors import ConfigError
 from harness.training import rng
 
@@ -257,7 +258,7 @@ def test_samples_are_read_for_a_digest_where_nothing_of_them_is_shared_with_work
 
 def grouped(accelerator: Accelerator, size: int = 40, **config: Any) -> TrainLoader:
     dataset = Sequences(size)
-    lengths = LengthGroupedSampler(8, dataset=dataset, model_input_name="input_ids")
+    lengths = Grouped(lengths=np.array(dataset.lengths), size=8, seed=None)
 
     def first_ids(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {"ids": torch.tensor([sample["input_ids"][0] for sample in samples])}
@@ -390,10 +391,10 @@ def test_grouping_measures_the_input_or_takes_the_named_column() -> None:
     group = LengthGroups(size=2, input_name="input_ids")
     measured = usable_samples(rows, stack, tiny_bert(), DataConfig(), group=group)
     assert measured.lengths is not None
-    assert measured.lengths.lengths == [1, 2, 1]
+    assert measured.lengths.lengths.tolist() == [1, 2, 1]
     named = usable_samples(rows, stack, tiny_bert(), DataConfig(length_column_name="size"), group=group)
     assert named.lengths is not None
-    assert named.lengths.lengths == [9, 8, 7]
+    assert named.lengths.lengths.tolist() == [9, 8, 7]
 
 
 def test_grouping_samples_without_a_length_is_refused() -> None:

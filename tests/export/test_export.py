@@ -257,7 +257,7 @@ def test_what_a_killed_export_has_left_goes_with_the_next_one(tmp_path: Path) ->
 PEAK = """
 import sys
 from harness.__main__ import main
-from tests.benchmarks.evaluation_memory import peak
+from tests.benchmarks.evaluation import peak
 peaks = []
 for checkpoint, out in ((sys.argv[1], sys.argv[2]), (sys.argv[3], sys.argv[4])):
     assert main(["export", checkpoint, out, "--max_shard_size=16MB"]) == 0

@@ -16,9 +16,11 @@ import datasets
 import torch
 from accelerate import Accelerator
 
+from harness.data.by_tokens import TokenLimit
 from harness.data.flags import DataConfig
+from harness.data.lengths import LengthGroups
 from harness.data.loader import TrainLoader
-from harness.data.samples import LengthGroups, Samples, build_eval_loader, usable_samples
+from harness.data.samples import Samples, build_eval_loader, usable_samples
 from harness.distributed.ranks import settle
 from harness.tasks import TaskConfig
 from harness.training.evaluation import EvalSet, Evaluator
@@ -31,7 +33,10 @@ SIZES, BATCH_SIZES, KINDS = (7, 8, 13), (1, 2, 4), ("map", "stream", "grouped")
 CASES = [
     *((kind, *values, 0) for kind, *values in itertools.product(KINDS, SIZES, BATCH_SIZES, (False, True))),
     ("stream", 13, 2, False, 2),  # each worker ends with a batch that is not full
+    # Batches by tokens: on two ranks an odd number to train on, and a last one to evaluate that is uneven, or not.
+    *(("tokens", size, 1, False, workers) for size, workers in itertools.product(SIZES, (0, 1))),
 ]
+MAX_TOKENS = 70
 
 
 class Seen:
@@ -82,7 +87,12 @@ def found_on(accelerator: Accelerator) -> dict[str, Any]:
         case = f"{kind}, {size} samples, {batch_size} a batch, drop_last {drop_last}, {workers} workers"
 
         def samples(seed: int | None, kind: str = kind, size: int = size, config: DataConfig = config) -> Samples:
-            groups = LengthGroups(size=2, input_name="input_ids", seed=seed) if kind == "grouped" else None
+            groups: LengthGroups | TokenLimit | None = None
+            if kind == "grouped":
+                groups = LengthGroups(size=2, input_name="input_ids", seed=seed)
+            elif kind == "tokens":
+                ranks = 1 if seed is None else accelerator.num_processes
+                groups = TokenLimit(max_tokens=MAX_TOKENS, names=("input_ids",), seed=3, num_ranks=ranks)
             return usable_samples(data(kind, size), recording_task.collate, model, config, group=groups)
 
         torch.manual_seed(accelerator.process_index)  # ranks draw differently after some dropout

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from harness.training.evaluation import _joined, _logits
-from tests.benchmarks.evaluation_memory import LENGTH, WORDS, measured
+from tests.benchmarks.contest import OURS, in_process
+from tests.benchmarks.evaluation import LENGTH, WORDS
 from tests.support.parity import TRAINING, history, run_harness
 
 
@@ -48,7 +49,7 @@ def test_a_scalar_among_the_outputs_is_a_part_of_the_loss_and_no_prediction() ->
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_logits_are_kept_however_many_sequences_are_evaluated() -> None:
     """In a process of its own; 500 sequences over a large vocabulary would take 800 MB."""
-    found = measured("harness", 500)
+    found = in_process("tests.benchmarks.evaluation", OURS, "500")
     logits = 500 * LENGTH * WORDS * 4
     assert found["grown"] < 0.1 * logits
     assert 0 < found["accuracy"] < 1

@@ -130,7 +130,7 @@ def test_where_a_models_operations_are_not_known_there_is_the_common_estimate_al
         ({"input_ids": torch.ones(2, 8)}, [8, 8]),
         ({"input_ids": torch.ones(1, 8), "attention_mask": torch.zeros(1, 1, 8, 8)}, [8]),  # a mask of its own
         ({"input_ids": torch.ones(1, 8), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])}, [3, 2, 3]),
-        ({"input_ids": torch.ones(2, 3), "position_ids": torch.tensor([[0, 1, 2], [0, 0, 0]])}, [3, 1, 1, 1]),
+        ({"input_ids": torch.ones(2, 3), "position_ids": torch.tensor([[0, 1, 2], [0, 0, 0]])}, [3]),  # padding
         ({**BATCH, "position_ids": torch.arange(8).expand(2, 8)}, [8, 4]),  # the mask tells
     ],
     ids=["mask", "no mask", "whole", "packed", "packed, two rows", "mask and positions"],
