@@ -21,9 +21,12 @@ from harness.checkpoint.writer import Checkpoints
 from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
 from harness.data.samples import first_samples
-from harness.distributed.backend import Backend
+from harness.distributed.backend import Backend, Stepper
 from harness.distributed.ranks import agree, is_first, main_process_first, ranks_of
 from harness.errors import ConfigError
+from harness.fitting.reduction import DDP_BUCKET_MB, LateReduction
+from harness.fitting.search import Trial, check_findable, find_size, size_kept
+from harness.fitting.splitting import Splitting
 from harness.flags import Config
 from harness.model.adapters import add_adapter, check_scores
 from harness.model.optim import build_optimizer, build_scheduler, check_elementwise, name_of
@@ -239,23 +242,31 @@ def _check_best_metric(config: Config, task: Task, evaluator: Evaluator) -> None
         )
 
 
-def plan_run(session: Session) -> Planned:
-    """Collective: make the loader of the training data, and the plan. Raises ConfigError."""
+def plan_run(session: Session, saved: Mapping[str, Any] | None = None, *, size: int | None = None) -> Planned:
+    """
+    Collective: make the loader of the training data, and the plan. Raises ConfigError.
+
+    With --auto_find_batch_size the micro-batches have `size` samples, or as many as those of the checkpoint whose
+    manifest is `saved`, if its steps are the same.
+    """
     config, accelerator, task = session.config, session.accelerator, session.task
     data: DataConfig = config.data
     if data.overfit_batches is not None:
         data = replace(data, train_sampling_strategy="sequential")
+    of_device = data.per_device_train_batch_size * data.gradient_accumulation_steps
+    kept = size_kept(saved or {}, of_device, accelerator.num_processes) if data.auto_find_batch_size else None
+    if (size := size or kept) is not None:
+        data = replace(data, per_device_train_batch_size=size, gradient_accumulation_steps=of_device // size)
     accumulation = data.gradient_accumulation_steps
-    samples = session.samples(task.train_dataset, data.per_device_train_batch_size * accumulation, seed=None)
+    samples = session.samples(task.train_dataset, of_device, seed=None)
     fills = config.modeling.loss_scaling == "trainer"
     loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed, fills=fills)
-    samples_per_step = data.per_device_train_batch_size * accumulation * accelerator.num_processes
     plan = resolve_plan(
         config.plan,
         num_batches=loader.num_batches,
         num_samples=loader.num_samples,
         accumulation=accumulation,
-        samples_per_step=samples_per_step,
+        samples_per_step=of_device * accelerator.num_processes,
     )
     plan = replace(plan, generate_steps=config.task.generate_steps)
     asked = Asked(
@@ -268,16 +279,28 @@ def plan_run(session: Session) -> Planned:
     return Planned(loader=loader, plan=plan, asked=asked)
 
 
-def build_run(session: Session, planned: Planned, state: TrainState, tracker: WandbTracker) -> Run:
-    """Collective: make optimizer and schedule, and wrap them and the model as the Trainer wraps them."""
+def build_run(
+    session: Session,
+    planned: Planned,
+    state: TrainState,
+    tracker: WandbTracker,
+    saved: Mapping[str, Any] | None = None,
+) -> Run:
+    """
+    Collective: make optimizer and schedule, and wrap them and the model as the Trainer wraps them.
+
+    `saved` is the manifest of the checkpoint that is restored next, if there is one.
+    """
     config, accelerator, backend, task = session.config, session.accelerator, session.backend, session.task
+    optimizer, optimizer_name = _optimizer(session)
+    planned = _with_size_that_fits(session, planned, optimizer, saved or {})
     plan = planned.plan
     plan.show_in(state)
-    state.train_batch_size = config.data.per_device_train_batch_size
-    optimizer, optimizer_name = _optimizer(session)
+    state.train_batch_size = planned.loader.config.per_device_train_batch_size
     model, optimizer, stepper = backend.prepare(task.model, optimizer, session.step_size)
     saves = config.plan.save_strategy != "no"
     pad_token_id = getattr(task.processing_class, "pad_token_id", None)
+    window = Window(accelerator, config.metrics, session.hooks.logged_outputs)
     work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id)
     checkpoints = _checkpoints(session)
     stop = _stop(session, tracker, checkpoints)
@@ -292,13 +315,14 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
         # Not passed to `prepare`: accelerate would step it once for each process.
         scheduler=build_scheduler(optimizer, config.optim, plan.max_steps),
         stepper=stepper,
+        splitting=_splitting(session, planned, model, window, stepper),
         loader=planned.loader,
         plan=plan,
         evaluator=session.evaluator,
         eval_sets=session.eval_sets(),
         best=BestModel(config.best, metric=config.best_metric, keeps_checkpoints=saves),
         checkpoints=checkpoints,
-        window=Window(accelerator, config.metrics, session.hooks.logged_outputs),
+        window=window,
         nonfinite=NonFinite(accelerator, config.stopping, scales_loss=stepper.scales_loss),
         work=work,
         throughput=Throughput(task.model, config.throughput, accelerator, flops_per_token=work.flos_per_element),
@@ -315,6 +339,52 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
         optimizer_name=optimizer_name,
         arguments=planned.asked.arguments,
     )
+
+
+def _with_size_that_fits(
+    session: Session, planned: Planned, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
+) -> Planned:
+    """Collective: with --auto_find_batch_size return the plan with the largest micro-batches that fit in memory."""
+    loader, task = planned.loader, session.task
+    given = loader.config
+    if not given.auto_find_batch_size:
+        return planned
+    check_findable(task.model, session.backend, session.config.modeling, session.config.topology)
+    of_device = given.per_device_train_batch_size * given.gradient_accumulation_steps
+    size = given.per_device_train_batch_size
+    kept = size_kept(saved, of_device, session.accelerator.num_processes)
+    if kept is not None:
+        size, why = kept, "as in the checkpoint"
+    elif loader.stream is not None:
+        why = "as given, since a stream is not read ahead"
+    else:
+        size = find_size(Trial(model=task.model, loss=session.loss, optimizer=optimizer, loader=loader))
+        why = "the most that fit in memory"
+    if size != given.per_device_train_batch_size:
+        planned = plan_run(session, size=size)
+    session.console.line(
+        f"Micro-batches have {size} samples, {why}; a device takes {of_device // size} of them in a step."
+    )
+    return planned
+
+
+def _splitting(
+    session: Session, planned: Planned, model: torch.nn.Module, window: Window, stepper: Stepper
+) -> Splitting:
+    """Collective: make what goes on after an out-of-memory; with several ranks it has a process group of its own."""
+    config, accelerator = planned.loader.config, session.accelerator
+    splitting = Splitting(
+        session.loss,
+        window,
+        stepper,
+        session.console,
+        batch_size=config.per_device_train_batch_size,
+        is_on=config.auto_find_batch_size,
+    )
+    if splitting.is_on and accelerator.num_processes > 1:
+        bucket_mb = session.config.topology.ddp_bucket_cap_mb or DDP_BUCKET_MB
+        splitting.reduction = LateReduction(accelerator, model, bucket_mb=bucket_mb)
+    return splitting
 
 
 def _optimizer(session: Session) -> tuple[torch.optim.Optimizer, str]:

@@ -28,7 +28,7 @@ LAYERS = (
     ("tasks",),
     ("training",),
     ("data",),
-    ("checkpoint",),
+    ("checkpoint", "fitting"),
     ("tracking",),
     ("export",),
     ("flags",),

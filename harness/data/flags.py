@@ -20,6 +20,12 @@ class DataConfig:
     gradient_accumulation_steps: int = arg(
         1, "Micro-batches of a device in an optimizer step.", on_resume="checked", common=True
     )
+    auto_find_batch_size: bool = arg(
+        False,
+        "Find the largest micro-batch that fits in memory; the samples of a step stay as many. One that is too large "
+        "later is split.",
+        on_resume="free",
+    )
     train_sampling_strategy: str = arg("random", "Order of the training data: random, sequential, group_by_length.")
     length_column_name: str = arg("length", "Column with the lengths for group_by_length; else they are measured.")
     data_seed: int | None = arg(help="Seed of the order alone; default: --seed.")
@@ -72,6 +78,7 @@ class DataConfig:
             self.train_sampling_strategy,
             ("random", "sequential", "group_by_length"),
         )
+        self._check_finding()
         if self.dataloader_multiprocessing_context is not None:
             allowed = ("fork", "spawn", "forkserver")
             choice("dataloader_multiprocessing_context", self.dataloader_multiprocessing_context, allowed)
@@ -85,4 +92,16 @@ class DataConfig:
             raise ConfigError(
                 "--dataloader_in_order=false makes the order of the data depend on timing, so no run could be "
                 "resumed or repeated; leave it out."
+            )
+
+    def _check_finding(self) -> None:
+        if self.auto_find_batch_size and self.dataloader_drop_last:
+            raise ConfigError(
+                "--auto_find_batch_size with --dataloader_drop_last: how many samples an epoch leaves out would depend "
+                "on the machine; leave one of them out."
+            )
+        if self.auto_find_batch_size and self.per_device_train_batch_size * self.gradient_accumulation_steps == 1:
+            raise ConfigError(
+                "--auto_find_batch_size divides the samples of a device in a step, and --per_device_train_batch_size=1 "
+                "with --gradient_accumulation_steps=1 leaves one: give their number as --per_device_train_batch_size."
             )
