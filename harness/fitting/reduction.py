@@ -45,7 +45,8 @@ class LateReduction:
         for bucket in self._buckets():
             flat = torch.cat([each.reshape(-1) for each in bucket]).mul_(1 / self.num_ranks)
             torch.distributed.all_reduce(flat)
-            for gradient, mean in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            means = torch.split(flat, [each.numel() for each in bucket])
+            for gradient, mean in zip(bucket, means, strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
     def _buckets(self) -> Iterator[list[torch.Tensor]]:

@@ -26,8 +26,9 @@ from harness.training.loss import Loss
 from harness.training.weighing import BATCHES
 
 FLAG = "--auto_find_batch_size"
-# The share of an accelerator's memory that a trial leaves free, and of the host's free memory that one may take.
-MARGIN, OF_HOST = 0.02, 0.9
+# What a trial leaves free: a share of an accelerator's memory, and on the host the bytes of address space that threads
+# of the training reserve, which count where that is limited. And the share of the host's free memory that one may take.
+MARGIN, FOR_THREADS, OF_HOST = 0.02, 256 * 2**20, 0.9
 DEPENDS = "the numbers depend on the size of a micro-batch"
 CHOOSE = "choose one with --per_device_train_batch_size and --gradient_accumulation_steps"
 
@@ -79,7 +80,8 @@ def find_size(trial: Trial) -> int:
     numbers depend on how a batch is split, and MemoryShortError if not even one sample fits.
     """
     device = trial.accelerator.device
-    trial.model.to(device)  # where it is going to be trained
+    if any(parameter.device.type != device.type for parameter in trial.model.parameters()):
+        trial.model.to(device)  # where it is going to be trained
     with as_it_was(trial.model, trial.optimizer, device):
         samples = longest_samples(trial.loader, trial.of_device)
         _check_loss(trial, [samples[0], samples[-1]])
@@ -93,8 +95,8 @@ def find_size(trial: Trial) -> int:
         raise failure
     if message is not None:
         raise ConfigError(f"{FLAG} has failed on another rank: {message}")
-    found = min(gather_object([found]))
-    if found == 0:
+    sizes: list[int] = gather_object([found])
+    if (found := min(sizes)) == 0:
         raise MemoryShortError(
             "Out of memory: not even a micro-batch of one sample fits. Use --activation_checkpointing, --bf16, shorter "
             "samples, or an optimizer that keeps less (--optim adafactor)."
@@ -203,11 +205,11 @@ class _Search:
     def _prepare(self) -> None:
         """Take what is there in each step beside activations: the optimizer's state, DDP's buckets, a margin."""
         device = self.trial.accelerator.device
+        margin = FOR_THREADS  # never written to, so that it takes no memory of a host
         if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            self.held.append(torch.empty(int(total * MARGIN), dtype=torch.uint8, device=device))
-        if self.trial.accelerator.num_processes > 1:
-            self.held.append(torch.empty(trained_bytes(self.trial.model), dtype=torch.uint8, device=device))
+            margin = int(torch.cuda.get_device_properties(device).total_memory * MARGIN)
+        buckets = trained_bytes(self.trial.model) if self.trial.accelerator.num_processes > 1 else 0
+        self.held.append(torch.empty(margin + buckets, dtype=torch.uint8, device=device))
         before = {name: buffer._version for name, buffer in self.trial.model.named_buffers()}
         self._run(1)
         for name, buffer in self.trial.model.named_buffers():
@@ -231,7 +233,7 @@ class _Search:
                 items = torch.as_tensor(loss.targets.count(batch), device=accelerator.device).clamp(min=1) / 1
             with accelerator.autocast():
                 value, _ = loss.compute(self._model(), batch, items)
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
         if peak.grown is not None and accelerator.device.type == "cpu":
             self.measured = _Measured(size=size, grown=peak.grown)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -9,6 +10,7 @@ from typing import Any
 
 from harness.data.loader import Batch
 from harness.distributed.backend import Stepper
+from harness.distributed.ranks import SECONDS_FOR_TRACEBACK
 from harness.errors import MemoryShortError, is_memory_short
 from harness.fitting.memory import release
 from harness.fitting.reduction import LateReduction
@@ -104,6 +106,7 @@ class Splitting:
                 self.reduction.reduce()
             return False
         if error is None and not self.can_split:
+            time.sleep(SECONDS_FOR_TRACEBACK)
             raise MemoryShortError("Another rank is out of memory, with a micro-batch that can't be split.")
         return self.can_split
 

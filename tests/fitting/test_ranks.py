@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
+from tests.support.fitting.limited_task import BACKWARD, FORWARD
 from tests.support.launching import DDP, FSDP2, SCRIPT, Ended, launcher, needs_fsdp, run
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history
-from tests.support.tasks.limited_task import BACKWARD, FORWARD
 
 pytestmark = pytest.mark.slow
 SHORT: dict[str, Any] = {
     **TRAINING,
-    "task": "tests.support.tasks.limited_task:build",
+    "task": "tests.support.fitting.limited_task:build",
     "report_to": "none",
     "train_sampling_strategy": "sequential",
     "max_steps": 5,

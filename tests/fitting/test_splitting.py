@@ -11,10 +11,10 @@ import pytest
 import harness
 from harness.fitting.splitting import evenly
 from harness.train import main
+from tests.support.fitting.limited_task import BACKWARD, FORWARD, Limited, Samples, collate
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history, reset, run_harness
-from tests.support.tasks.limited_task import BACKWARD, FORWARD, Limited, Samples, collate
 
-TASK = "tests.support.tasks.limited_task:build"
+TASK = "tests.support.fitting.limited_task:build"
 SHORT: dict[str, Any] = {
     **TRAINING,
     "train_sampling_strategy": "sequential",

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from harness.tasks import Task, TaskConfig
-from tests.support.tasks.limited_task import WIDTH, Samples, collate
+from tests.support.fitting.limited_task import WIDTH, Samples, collate
 
 MIB = 2**20
-A_SAMPLE = 24 * MIB  # bytes that its forward pass keeps for the backward pass
+A_SAMPLE = 16 * MIB  # bytes that its forward pass keeps for the backward pass
 
 
 class Hungry(nn.Module):
