@@ -37,6 +37,7 @@ DEAD_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemot
 SHORT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 )
+LESS_MEMORY = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
 GO_ON = "The checkpoints are whole: go on with --resume_from_checkpoint auto"
 
 
@@ -89,8 +90,7 @@ def meaning_of(error: RuntimeError) -> HarnessError | None:
     text = f"{error} {error.__cause__}"
     first = (str(error).strip().splitlines() or [""])[0]
     if is_memory_short(error):
-        remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
-        return MemoryShortError(f"Out of memory: {remedy}. ({first})")
+        return MemoryShortError(f"Out of memory: {LESS_MEMORY}. ({first})")
     if worker := DEAD_WORKER.search(text):
         return WorkerError(f"Data worker {worker[1]} {_death_of_worker(text)}. {GO_ON}.")
     if DEAD_RANK.search(text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -10,8 +9,7 @@ from typing import Any
 
 from harness.data.loader import Batch
 from harness.distributed.backend import Stepper
-from harness.distributed.ranks import SECONDS_FOR_TRACEBACK
-from harness.errors import MemoryShortError, is_memory_short
+from harness.errors import LESS_MEMORY, MemoryShortError, is_memory_short
 from harness.fitting.memory import release
 from harness.fitting.reduction import LateReduction
 from harness.training import rng
@@ -106,8 +104,7 @@ class Splitting:
                 self.reduction.reduce()
             return False
         if error is None and not self.can_split:
-            time.sleep(SECONDS_FOR_TRACEBACK)
-            raise MemoryShortError("Another rank is out of memory, with a micro-batch that can't be split.")
+            raise MemoryShortError(f"Out of memory on another rank: {LESS_MEMORY}.")
         return self.can_split
 
     def state_dict(self) -> dict[str, Any]:
