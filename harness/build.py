@@ -19,13 +19,16 @@ from harness.agent.processes import is_orphan
 from harness.checkpoint.arguments import recorded
 from harness.checkpoint.fit import Asked
 from harness.checkpoint.writer import Checkpoints
+from harness.checks import check_best_metric, check_data, tell_of_labels
 from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
-from harness.data.packing import check_packing
 from harness.data.samples import first_samples
-from harness.distributed.backend import Backend
+from harness.distributed.backend import Backend, Stepper
 from harness.distributed.ranks import agree, is_first, main_process_first, ranks_of
 from harness.errors import ConfigError
+from harness.fitting.reduction import DDP_BUCKET_MB, LateReduction
+from harness.fitting.search import Trial, check_findable, find_size, size_kept
+from harness.fitting.splitting import Splitting
 from harness.flags import Config
 from harness.model.adapters import add_adapter, check_scores
 from harness.model.flops import flops_of
@@ -92,7 +95,7 @@ def assemble(
     )
     task = replace(task, model=add_adapter(task.model, config.adapters))
     rng.seed_everything(seed, full_determinism=full_determinism)
-    _check_data(config, task, accelerator.num_processes)
+    check_data(config, task, accelerator.num_processes)
     if config.adapters.save_merged_model and backend.is_sharded:
         raise ConfigError(
             "--save_merged_model needs whole weights in one place, and ZeRO-3 and FSDP divide them; leave it out."
@@ -105,8 +108,8 @@ def assemble(
     hooks = Hooks(task)
     evaluator = _evaluator(config, task, hooks, loss)
     check_scores(task.model, has_scores=evaluator.metrics is not None)
-    _check_best_metric(config, task, evaluator)
-    _tell_of_labels(task, loss)
+    check_best_metric(config, task, evaluator)
+    tell_of_labels(task, loss)
     progress = config.console.shows_progress and not config.debug.is_on  # a bar and a debugger disturb each other
     console = Console(enabled=accelerator.is_main_process, progress=progress)
     return Session(
@@ -151,140 +154,32 @@ def _build(task_config: TaskConfig, builder: Builder | None, console: ConsoleCon
     return build_task(task_config, builder)
 
 
-def _check_data(config: Config, task: Task, num_processes: int) -> None:
-    if config.task.packing:
-        check_packing(config.data, use_cache=config.modeling.use_cache)
-    _check_labels(config, task)
-    _check_batches(config, task, num_processes)
-    needs_eval = config.plan.eval_strategy != "no" or config.plan.eval_on_start or config.run.do_eval
-    if config.run.trains and task.train_dataset is None:
-        raise ConfigError(f"--task={config.task.task} has no training data: give --train_file or --dataset_name.")
-    if config.run.trains and hasattr(task.train_dataset, "__len__") and len(task.train_dataset) == 0:
-        raise ConfigError("The training data is empty.")
-    if needs_eval and task.eval_dataset is None and config.data.overfit_batches is None:
-        flag = f"--eval_strategy {config.plan.eval_strategy}" if config.plan.eval_strategy != "no" else "An evaluation"
-        raise ConfigError(f"{flag} needs validation data: give --validation_file, or a data set that has some.")
-    if config.run.do_predict and task.test_dataset is None:
-        raise ConfigError("--do_predict needs test data: give --test_file, or a data set with a test split.")
-    if config.run.trains:
-        _check_texts(config, task)
-    count = config.tracking.wandb_eval_samples
-    if count is not None and config.tracking.uses_wandb and config.run.trains:
-        if config.plan.eval_strategy == "no":
-            raise ConfigError(f"--wandb_eval_samples={count} needs evaluations: give --eval_strategy epoch or steps.")
-        if task.predict_samples is None:
-            raise ConfigError(
-                f"--wandb_eval_samples={count}: --task={config.task.task} has no predict_samples that shows what the "
-                "model makes of samples; give it one, or leave the flag out."
-            )
+def plan_run(session: Session, saved: Mapping[str, Any] | None = None, *, size: int | None = None) -> Planned:
+    """
+    Collective: make the loader of the training data, and the plan. Raises ConfigError.
 
-
-def _check_texts(config: Config, task: Task) -> None:
-    prompts_of(config.task)  # raises for a file that can't be read
-    steps, samples = config.task.generate_steps, config.task.generate_samples
-    if steps is not None and task.complete is None:
-        raise ConfigError(
-            f"--generate_steps={steps}: --task={config.task.task} has no `complete` that writes a text for a prompt; "
-            "use causal-lm or seq2seq, give the task one, or leave the flag out."
-        )
-    if samples is not None and task.draw is None:
-        raise ConfigError(
-            f"--generate_samples={samples}: --task={config.task.task} has no `draw` that draws texts; use causal-lm, "
-            "give the task one, or leave the flag out."
-        )
-    if samples is not None and config.plan.eval_strategy == "no":
-        raise ConfigError(f"--generate_samples={samples} needs evaluations: give --eval_strategy epoch or steps.")
-
-
-def _check_labels(config: Config, task: Task) -> None:
-    factor = config.modeling.label_smoothing_factor
-    kind = getattr(getattr(task.model, "config", None), "problem_type", None)
-    if factor > 0 and kind in ("regression", "multi_label_classification"):
-        what = "numbers" if kind == "regression" else "several labels a sample"
-        raise ConfigError(
-            f"--label_smoothing_factor={factor} is of one label out of many, and the labels here are {what}; leave it "
-            "out."
-        )
-
-
-def _tell_of_labels(task: Task, loss: Loss) -> None:
-    if task.eval_dataset is not None and not (loss.label_names or loss.needs_no_labels):
-        logger.warning(
-            "%s.forward has no argument with `label` in its name: evaluations have no loss and no metrics. Give "
-            "--label_names with the keys of a batch that are labels.",
-            type(task.model).__name__,
-        )
-
-
-def _check_batches(config: Config, task: Task, num_processes: int) -> None:
-    """Refuse batches by tokens that can't be, and --dataloader_drop_last where it leaves an evaluation nothing."""
-    if config.data.max_tokens_per_batch is not None:
-        _check_tokens(config, task)
-    if not config.data.dataloader_drop_last or config.data.overfit_batches is not None:
-        return
-    a_round = config.data.per_device_eval_batch_size * num_processes
-    sets = task.eval_dataset if isinstance(task.eval_dataset, Mapping) else {"evaluation": task.eval_dataset}
-    for name, samples in {**sets, "test": task.test_dataset}.items():
-        if hasattr(samples, "__len__") and 0 < len(samples) < a_round:
-            raise ConfigError(
-                f"--dataloader_drop_last leaves no batch of the {name} data: {len(samples)} samples, and a round takes "
-                f"{a_round}; use a smaller --per_device_eval_batch_size, or leave it out."
-            )
-
-
-def _check_tokens(config: Config, task: Task) -> None:
-    flag = f"--max_tokens_per_batch={config.data.max_tokens_per_batch}"
-    if config.modeling.loss_scaling == "trainer":
-        raise ConfigError(
-            f"--loss_scaling=trainer takes means of batches' means, which would depend on how many samples {flag} puts "
-            "into each: leave one of the two out."
-        )
-    if any(isinstance(each, torch.utils.data.IterableDataset) for each in _data_sets(config, task)):
-        raise ConfigError(
-            f"{flag} divides the data by the lengths of all samples, and a stream has none: use "
-            "--per_device_train_batch_size."
-        )
-
-
-def _data_sets(config: Config, task: Task) -> list[Any]:
-    """Return the data sets that are read."""
-    sets = task.eval_dataset.values() if isinstance(task.eval_dataset, Mapping) else [task.eval_dataset]
-    train = [task.train_dataset] if config.run.trains else []
-    test = [task.test_dataset] if config.run.do_predict else []
-    return [each for each in (*train, *sets, *test) if each is not None]
-
-
-def _check_best_metric(config: Config, task: Task, evaluator: Evaluator) -> None:
-    if config.best_metric is None or config.plan.eval_strategy == "no":
-        return
-    sets = task.eval_dataset if isinstance(task.eval_dataset, Mapping) else {None: task.eval_dataset}
-    prefixes = ["eval" if name is None else f"eval_{name}" for name in sets]
-    known = sorted(f"{prefix}_{name}" for prefix in prefixes for name in evaluator.metric_names())
-    if config.best_metric not in known:
-        own = " The values of after_evaluation are not known before, so none of them can decide."
-        raise ConfigError(
-            f"--metric_for_best_model={config.best.metric_for_best_model or 'loss'} is in no evaluation; "
-            f"there are: {', '.join(known)}.{own if task.after_evaluation is not None else ''}"
-        )
-
-
-def plan_run(session: Session) -> Planned:
-    """Collective: make the loader of the training data, and the plan. Raises ConfigError."""
+    With --auto_find_batch_size the micro-batches have `size` samples, or as many as those of the checkpoint whose
+    manifest is `saved`, if its steps are the same.
+    """
     config, accelerator, task = session.config, session.accelerator, session.task
     data: DataConfig = config.data
     if data.overfit_batches is not None:
         data = replace(data, train_sampling_strategy="sequential")
+    of_device = data.per_device_train_batch_size * data.gradient_accumulation_steps
+    kept = size_kept(saved or {}, of_device, accelerator.num_processes) if data.auto_find_batch_size else None
+    if (size := size or kept) is not None:
+        data = replace(data, per_device_train_batch_size=size, gradient_accumulation_steps=of_device // size)
     accumulation = data.gradient_accumulation_steps
     data_seed = config.topology.seed if data.data_seed is None else data.data_seed
     samples = session.samples(
         task.train_dataset,
-        data.per_device_train_batch_size * accumulation,
+        of_device,
         seed=None,
         order_seed=data_seed if data.train_sampling_strategy == "random" else None,
     )
     fills = config.modeling.loss_scaling == "trainer"
     loader = TrainLoader(samples, data, accelerator, seed=config.topology.seed, fills=fills)
-    samples_per_step: float = data.per_device_train_batch_size * accumulation * accelerator.num_processes
+    samples_per_step: float = of_device * accelerator.num_processes
     if loader.by_tokens is not None:
         samples_per_step = (loader.num_samples or 0) / math.ceil((loader.num_batches or 1) / accumulation)
     plan = resolve_plan(
@@ -305,19 +200,30 @@ def plan_run(session: Session) -> Planned:
     return Planned(loader=loader, plan=plan, asked=asked)
 
 
-def build_run(session: Session, planned: Planned, state: TrainState, tracker: WandbTracker) -> Run:
-    """Collective: make optimizer and schedule, and wrap them and the model as the Trainer wraps them."""
+def build_run(
+    session: Session,
+    planned: Planned,
+    state: TrainState,
+    tracker: WandbTracker,
+    saved: Mapping[str, Any] | None = None,
+) -> Run:
+    """
+    Collective: make optimizer and schedule, and wrap them and the model as the Trainer wraps them.
+
+    `saved` is the manifest of the checkpoint that is restored next, if there is one.
+    """
     config, accelerator, backend, task = session.config, session.accelerator, session.backend, session.task
+    optimizer, optimizer_name = _optimizer(session)
+    planned = _with_size_that_fits(session, planned, optimizer, saved or {})
     plan = planned.plan
     plan.show_in(state)
-    state.train_batch_size = config.data.per_device_train_batch_size
-    optimizer, optimizer_name = _optimizer(session)
+    state.train_batch_size = planned.loader.config.per_device_train_batch_size
     model, optimizer, stepper = backend.prepare(task.model, optimizer, session.step_size)
-    packs = config.task.packing
     session.check_rows(model)
     saves = config.plan.save_strategy != "no"
     pad_token_id = getattr(task.processing_class, "pad_token_id", None)
-    work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id, packs=packs)
+    window = Window(accelerator, config.metrics, session.hooks.logged_outputs)
+    work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id, packs=config.task.packing)
     checkpoints = _checkpoints(session)
     stop = _stop(session, tracker, checkpoints)
     return Run(
@@ -331,13 +237,14 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
         # Not passed to `prepare`: accelerate would step it once for each process.
         scheduler=build_scheduler(optimizer, config.optim, plan.max_steps),
         stepper=stepper,
+        splitting=_splitting(session, planned, model, window, stepper),
         loader=planned.loader,
         plan=plan,
         evaluator=session.evaluator,
         eval_sets=session.eval_sets(),
         best=BestModel(config.best, metric=config.best_metric, keeps_checkpoints=saves),
         checkpoints=checkpoints,
-        window=Window(accelerator, config.metrics, session.hooks.logged_outputs),
+        window=window,
         nonfinite=NonFinite(accelerator, config.stopping, scales_loss=stepper.scales_loss),
         work=work,
         throughput=Throughput(
@@ -361,6 +268,52 @@ def build_run(session: Session, planned: Planned, state: TrainState, tracker: Wa
         optimizer_name=optimizer_name,
         arguments=planned.asked.arguments,
     )
+
+
+def _with_size_that_fits(
+    session: Session, planned: Planned, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
+) -> Planned:
+    """Collective: with --auto_find_batch_size return the plan with the largest micro-batches that fit in memory."""
+    loader, task = planned.loader, session.task
+    given = loader.config
+    if not given.auto_find_batch_size:
+        return planned
+    check_findable(task.model, session.backend, session.config.modeling, session.config.topology)
+    of_device = given.per_device_train_batch_size * given.gradient_accumulation_steps
+    size = given.per_device_train_batch_size
+    kept = size_kept(saved, of_device, session.accelerator.num_processes)
+    if kept is not None:
+        size, why = kept, "as in the checkpoint"
+    elif loader.stream is not None:
+        why = "as given, since a stream is not read ahead"
+    else:
+        size = find_size(Trial(model=task.model, loss=session.loss, optimizer=optimizer, loader=loader))
+        why = "the most that fit in memory"
+    if size != given.per_device_train_batch_size:
+        planned = plan_run(session, size=size)
+    session.console.line(
+        f"Micro-batches have {size} samples, {why}; a device takes {of_device // size} of them in a step."
+    )
+    return planned
+
+
+def _splitting(
+    session: Session, planned: Planned, model: torch.nn.Module, window: Window, stepper: Stepper
+) -> Splitting:
+    """Collective: make what goes on after an out-of-memory; with several ranks it has a process group of its own."""
+    config, accelerator = planned.loader.config, session.accelerator
+    splitting = Splitting(
+        session.loss,
+        window,
+        stepper,
+        session.console,
+        batch_size=config.per_device_train_batch_size,
+        is_on=config.auto_find_batch_size,
+    )
+    if splitting.is_on and accelerator.num_processes > 1:
+        bucket_mb = session.config.topology.ddp_bucket_cap_mb or DDP_BUCKET_MB
+        splitting.reduction = LateReduction(accelerator, model, bucket_mb=bucket_mb)
+    return splitting
 
 
 def _optimizer(session: Session) -> tuple[torch.optim.Optimizer, str]:

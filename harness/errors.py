@@ -33,6 +33,11 @@ from harness.masking import masked
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited)")
 KILLED_BY = re.compile(r"is killed by signal: ([\w ]*\w)")
 DEAD_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process exited")
+# What torch says, beside an error of its own class, where memory can't be had: on the CPU, and of a driver.
+SHORT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
+LESS_MEMORY = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
 GO_ON = "The checkpoints are whole: go on with --resume_from_checkpoint auto"
 
 
@@ -84,9 +89,8 @@ def meaning_of(error: RuntimeError) -> HarnessError | None:
     """
     text = f"{error} {error.__cause__}"
     first = (str(error).strip().splitlines() or [""])[0]
-    if type(error).__name__ == "OutOfMemoryError":  # torch's class; torch may not be imported
-        remedy = "use a smaller --per_device_train_batch_size, --activation_checkpointing, or --bf16"
-        return MemoryShortError(f"Out of memory: {remedy}. ({first})")
+    if is_memory_short(error):
+        return MemoryShortError(f"Out of memory: {LESS_MEMORY}. ({first})")
     if worker := DEAD_WORKER.search(text):
         return WorkerError(f"Data worker {worker[1]} {_death_of_worker(text)}. {GO_ON}.")
     if DEAD_RANK.search(text):
@@ -95,6 +99,13 @@ def meaning_of(error: RuntimeError) -> HarnessError | None:
             f"memory ran out (the launcher shows SIGKILL, `sacct` OUT_OF_MEMORY). {GO_ON}. ({first})"
         )
     return None
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether an error says that the device, or the host, has no memory left for what was asked."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; it may not be imported
+        return True
+    return isinstance(error, RuntimeError) and SHORT_OF_MEMORY.search(str(error)) is not None
 
 
 def _death_of_worker(text: str) -> str:

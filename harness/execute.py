@@ -10,6 +10,7 @@ import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -131,14 +132,16 @@ def run_on(accelerator: Accelerator, config: Config, lock: Lock, builder: Builde
     # Absolute: a wandb-core that an earlier run of this process has started may have another working directory.
     chosen = trackers(config.tracking, dir=str(output_dir.absolute()), resumes=config.checkpoint.resumes)
     session = assemble(config, backend, output_dir, is_resumed=found.is_there, builder=builder)
-    planned, state = plan_run(session) if config.run.trains else None, TrainState()
+    state = TrainState()
+    planned = plan_run(session, manifest_at(found.path)) if config.run.trains else None
     found = tell_all(accelerator, lambda: beginning.claim(accepts=lambda path: _accept(path, session, planned)))
     if found.path is not None:
         load_weights(session.task.model, found.path)
     if config.run.trains and not config.tracking.uses_wandb:
         chosen = [local_tracker(output_dir, resumes=found.path is not None), *chosen]
     tracker = wandb_tracker(chosen)
-    run = build_run(session, planned, state, tracker) if planned is not None else None
+    saved = manifest_at(found.path)
+    run = build_run(session, planned, state, tracker, saved) if planned is not None else None
     if run is not None and found.path is not None:
         restore(run, state, found.path)
     is_new = found.path is None
@@ -194,6 +197,11 @@ def carry_out(
         rows.append(("folder", str(output_dir)))  # the only place that names it, however the run ended
         session.console.table(rows + describe_trackers(accelerator))  # after W&B's closing messages
     return Result(metrics=metrics, model=model, output_dir=output_dir, run_id=found[0], run_url=found[1], state=state)
+
+
+def manifest_at(path: Path | None) -> dict[str, Any]:
+    """Return the manifest of a checkpoint; {} without one."""
+    return {} if path is None else manifest_of(path)
 
 
 def stop_if_finished(accelerator: Accelerator, record: JobRecord) -> None:

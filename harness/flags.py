@@ -76,7 +76,6 @@ _BY_HAND = "upload --output_dir with `hf upload`"
 _STREAMED = "metrics are computed batch by batch here, so logits never pile up"
 REFUSED = {
     "accelerator_config": "the loop needs its values for exact resume; batches are even and not split",
-    "auto_find_batch_size": "a batch size found by failing differs between attempts of a run; give one that fits",
     "batch_eval_metrics": _STREAMED,
     "enable_jit_checkpoint": "SIGTERM always saves before it stops the training",
     "eval_accumulation_steps": _STREAMED,

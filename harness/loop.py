@@ -6,16 +6,16 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 from accelerate.utils.memory import clear_device_cache
 
 from harness.data.loader import Batch, step_groups
 from harness.distributed.transfer import gather_numbers
 from harness.errors import CheckpointError
+from harness.fitting.splitting import Part
 from harness.model.flags import BY_METRIC
 from harness.model.optim import current_learning_rate
-from harness.model.weights import load_weights
+from harness.results import take_best
 from harness.session import Run
 from harness.snapshot import save
 from harness.tracking import rewrite
@@ -80,13 +80,10 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
     """Collective: make one optimizer step over its micro-batches, without a host sync."""
     run.optimizer.train()
     shares = run.loss.shares(run.model, window)
-    for i, (batch, share) in enumerate(zip(window, shares, strict=True), start=1):
-        with run.stepper.micro_batch(is_last=i == len(window)):
-            loss, outputs = run.loss(run.model, batch, share)
-            if run.window.outputs:
-                run.window.add_outputs(outputs, part=share.part)
-            run.stepper.backward(loss)
-        run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
+    for attempt in run.splitting.attempts(window, shares, step=state.global_step + 1):  # one, unless memory runs out
+        with attempt as parts:
+            accumulate(run, state, parts)
+    for batch, share in zip(window, shares, strict=True):
         run.work.add(batch)
         run.throughput.add(batch, targets=share.targets)
     run.tracker.observe(state.global_step + 1, scaler=run.accelerator.scaler)
@@ -98,6 +95,17 @@ def train_step(run: Run, state: TrainState, window: list[Batch]) -> None:
     run.stepper.zero_grad()
     if run.modeling.torch_empty_cache_steps and state.global_step % run.modeling.torch_empty_cache_steps == 0:
         clear_device_cache()
+
+
+def accumulate(run: Run, state: TrainState, parts: Sequence[Part]) -> None:
+    """Collective: forward and backward of a step's micro-batches, each with its share; the last reduces gradients."""
+    for i, (batch, share) in enumerate(parts, start=1):
+        with run.stepper.micro_batch(is_last=i == len(parts)):
+            loss, outputs = run.loss(run.model, batch, share)
+            if run.window.outputs:
+                run.window.add_outputs(outputs, part=share.part)
+            run.stepper.backward(loss)
+        run.window.add(loss.detach(), steps_since_report=state.global_step - state.last_logged_step)
 
 
 def after_step(run: Run, state: TrainState, due: Due, window: Sequence[Batch]) -> dict[str, float]:
@@ -237,13 +245,5 @@ def finish(run: Run, state: TrainState) -> dict[str, float]:
     metrics["train_loss"] = state.total_loss / max(state.global_step - state.loss_from_step, 0.001)
     emit(run, state, metrics, {})
     run.checkpoints.settle()
-    best = state.best_model_checkpoint
-    if best is not None and not Path(best).is_dir():
-        logger.warning("The best checkpoint %s was not saved: the weights stay those of the last step.", best)
-        best = state.best_model_checkpoint = None
-    if best is not None and run.best.config.load_best_model_at_end:
-        load_weights(run.bare_model, Path(best))
-    if best is not None and run.checkpoints.config.save_total_limit == 1:
-        run.accelerator.wait_for_everyone()  # no rank may still read what is deleted
-        run.checkpoints.keep_only(best)
+    take_best(run, state)
     return metrics

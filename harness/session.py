@@ -20,6 +20,7 @@ from harness.data.loader import TrainLoader
 from harness.data.packing import Packing, check_rows_of_evaluation, packed
 from harness.data.samples import Samples, build_eval_loader, usable_samples
 from harness.distributed.backend import Backend, Stepper, StepSize
+from harness.fitting.splitting import Splitting
 from harness.flags import Config
 from harness.model.flags import OptimConfig
 from harness.tasks import Task, TaskConfig, View
@@ -63,6 +64,7 @@ class Session:
             batch_size=data.per_device_train_batch_size,
             accumulation=data.gradient_accumulation_steps,
             max_grad_norm=self.config.modeling.max_grad_norm,
+            is_reduced_late=data.auto_find_batch_size,
         )
 
     def eval_sets(self) -> tuple[EvalSet, ...]:
@@ -151,6 +153,7 @@ class Run:
     optimizer: AcceleratedOptimizer
     scheduler: Any
     stepper: Stepper
+    splitting: Splitting
     loader: TrainLoader
     plan: Plan
     evaluator: Evaluator

@@ -239,6 +239,7 @@ def parts(run: Run, state: TrainState) -> tuple[Part, ...]:
         Tracking(run),
         Data(run, state),
         LossScaling(run),
+        MicroBatches(run),
         LossWindow(run),
     )
 
@@ -445,6 +446,22 @@ class LossScaling:
     def load(self, saved: Saved) -> None:
         """Load it, so that nothing is learned again; what a Trainer or an older version lacks is learned."""
         self.run.loss.load_state_dict(saved.shared.get("loss", {}))
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """How far micro-batches are split since memory ran out."""
+
+    run: Run
+
+    def save(self, content: Content) -> None:
+        """Save into harness_state.json, if they are."""
+        if split := self.run.splitting.state_dict():
+            content.shared["splitting"] = split
+
+    def load(self, saved: Saved) -> None:
+        """Load it: the first step begins with what has fitted."""
+        self.run.splitting.load_state_dict(saved.shared.get("splitting", {}))
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ MANIFEST = {
     "only_model": FLAG,
     "optim": TEXT,
     "zero_stage": Kind("0, 1, 2 or 3", lambda value: _is_whole(value) and 0 <= value <= 3),
-    **dict.fromkeys(("state", "software", "arguments", "data", "tracking", "loss"), MAPPING),
+    **dict.fromkeys(("state", "software", "arguments", "data", "tracking", "loss", "splitting"), MAPPING),
 }
 POSITION = {
     "epoch": COUNT,
@@ -119,6 +119,7 @@ POSITION = {
 }
 NEEDED_OF_POSITION = tuple(POSITION)[:6]
 TRACKING = {"rows": COUNT, "run": MAPPING | NOTHING, "attached": MAPPING, "shown": MAPPING}
+SPLITTING = {"batch_size": POSITIVE, "most_rows": POSITIVE}
 LOSS = {"sums": FLAG, "means": FLAG, "by": TEXT}
 SCHEDULE = {"last_epoch": COUNT, "_step_count": COUNT, "base_lrs": NUMBERS, "_last_lr": NUMBERS}
 # What a schedule goes on from, where it has it; other values are its arguments.
@@ -184,6 +185,8 @@ def check_manifest(file: str, manifest: Any, *, step: int) -> None:
     check(f"{file}: tracking", manifest.get("tracking", {}), TRACKING)
     if loss := manifest.get("loss", {}):
         check(f"{file}: loss", loss, LOSS, needs=LOSS)
+    if splitting := manifest.get("splitting", {}):
+        check(f"{file}: splitting", splitting, SPLITTING, needs=SPLITTING)
     check(f"{file}: arguments", manifest.get("arguments", {}), {"total_steps": COUNT})
 
 

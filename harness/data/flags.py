@@ -82,6 +82,8 @@ class DataConfig:
         )
         if self.max_tokens_per_batch is not None:
             self._check_tokens()
+        if self.auto_find_batch_size:
+            self._check_finding()
         if self.dataloader_multiprocessing_context is not None:
             allowed = ("fork", "spawn", "forkserver")
             choice("dataloader_multiprocessing_context", self.dataloader_multiprocessing_context, allowed)
@@ -121,4 +123,22 @@ class DataConfig:
             raise ConfigError(
                 f"--overfit_batches={self.overfit_batches} counts batches of --per_device_train_batch_size samples: "
                 f"leave {flag} out."
+            )
+
+    def _check_finding(self) -> None:
+        """Raise ConfigError where no size of a micro-batch can be found, or the run would depend on it."""
+        if self.max_tokens_per_batch is not None:
+            raise ConfigError(
+                f"--auto_find_batch_size finds a number of samples, and --max_tokens_per_batch="
+                f"{self.max_tokens_per_batch} puts as many into a batch as fit: leave one of them out."
+            )
+        if self.dataloader_drop_last:
+            raise ConfigError(
+                "--auto_find_batch_size with --dataloader_drop_last: how many samples an epoch leaves out would depend "
+                "on the machine; leave one of them out."
+            )
+        if self.per_device_train_batch_size * self.gradient_accumulation_steps == 1:
+            raise ConfigError(
+                "--auto_find_batch_size divides the samples of a device in a step, and --per_device_train_batch_size=1 "
+                "with --gradient_accumulation_steps=1 leaves one: give their number as --per_device_train_batch_size."
             )

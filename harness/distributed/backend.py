@@ -25,11 +25,16 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """The size of an optimizer step: samples a micro-batch, micro-batches a step, and the norm to clip gradients to."""
+    """
+    The size of an optimizer step: samples a micro-batch, micro-batches a step, and the norm to clip gradients to.
+
+    With `is_reduced_late` no backward pass reduces gradients: the caller does it once all ranks have made theirs.
+    """
 
     batch_size: int
     accumulation: int
     max_grad_norm: float
+    is_reduced_late: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,8 +49,9 @@ class AcceleratedStepper:
     """
     A Stepper by Accelerate's backward and step, in the Trainer's order.
 
-    With `reduces_each` every micro-batch reduces its gradients over the ranks, not only the last one of a step. With
-    `copies_gradients` they are kept apart from the memory in which the next micro-batch's backward is computed.
+    With `reduces_each` every micro-batch reduces its gradients over the ranks, not only the last one of a step; with
+    `reduces_none` the caller reduces those of the step. With `copies_gradients` they are kept apart from the memory in
+    which the next micro-batch's backward is computed.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class AcceleratedStepper:
         optimizer: AcceleratedOptimizer,
         *,
         reduces_each: bool = False,
+        reduces_none: bool = False,
         copies_gradients: bool = False,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.reduces_each, self.copies_gradients = reduces_each, copies_gradients
+        self.reduces_each, self.reduces_none, self.copies_gradients = reduces_each, reduces_none, copies_gradients
         self._copies: dict[torch.nn.Parameter, torch.Tensor] = {}
         self.num_skipped: torch.Tensor | int = 0
         self._has_stepped = False
@@ -91,7 +93,8 @@ class AcceleratedStepper:
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         """Return a context without a reduction over the ranks, unless it is the last micro-batch or each reduces."""
         self.accelerator.gradient_state._set_sync_gradients(is_last)
-        with nullcontext() if is_last or self.reduces_each else self.accelerator.no_sync(self.model):
+        reduces = not self.reduces_none and (is_last or self.reduces_each)
+        with nullcontext() if reduces else self.accelerator.no_sync(self.model):
             yield
         if self.copies_gradients and not is_last:
             self._copy_gradients()
@@ -155,7 +158,11 @@ class Replicated:
         if (kind := self.accelerator.distributed_type) in DDP_TYPES:
             check_wrapped(wrapped, DistributedDataParallel, kind)
         stepper = AcceleratedStepper(
-            self.accelerator, wrapped, prepared, copies_gradients=uses_cudagraphs(self.accelerator)
+            self.accelerator,
+            wrapped,
+            prepared,
+            reduces_none=size.is_reduced_late and self.accelerator.num_processes > 1,
+            copies_gradients=uses_cudagraphs(self.accelerator),
         )
         return wrapped, prepared, stepper
 

@@ -247,6 +247,23 @@ class Loss:
         items = torch.as_tensor(count, device=self.accelerator.device).clamp(min=1) / 1
         return items if over is None else items / (known(over) * ranks)
 
+    def divide(self, share: Share, batch: Batch, parts: Sequence[Batch]) -> list[Share]:
+        """Return the shares of the parts that a micro-batch is split into. Neither communication nor a host sync."""
+        by = self.targets.candidates(batch)[0]
+        weighing = self.weighing or self._guess or Weighing(sums=True, means=True, by=by)  # as `shares` has it
+        if not weighing.means:
+            return [replace(share, weight=self.targets.count(part)) for part in parts]
+        found = []
+        for part in parts:
+            weight = self.targets.weight(part, weighing.by)
+            own = _mean_share(weight, share.total, self.accelerator.num_processes)
+            items = share.num_items
+            if items is not None and weighing.both and not isinstance(batch, Repeated):
+                of_batch = weight / torch.as_tensor(share.weight).clamp(min=1)
+                items = then(items, partial(torch.mul, of_batch))
+            found.append(replace(own, num_items=items, weight=weight, total=share.total))
+        return found
+
     def _over_ranks(self, model: torch.nn.Module, numbers: list[torch.Tensor | int]) -> Sequence[torch.Tensor | int]:
         """Collective: return the sums of integer scalars over the ranks, which may be Awaited."""
         if self.num_ranks == 1:

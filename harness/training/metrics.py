@@ -42,7 +42,7 @@ class Window:
         self.outputs = {name: torch.zeros((), device=accelerator.device) for name in logged_outputs}
         # The sum of the losses, and the number of those that are not finite.
         self.sums = torch.zeros(2, device=accelerator.device)
-        self._before = self.sums  # those before the step under way
+        self._before, self._outputs_before = self.sums, dict(self.outputs)  # those before the step under way
         self.grad_norm: torch.Tensor | float = 0.0
         self.learning_rate = 0.0
 
@@ -65,13 +65,17 @@ class Window:
             if isinstance(part, torch.Tensor):
                 value = torch.where(part > 0, value, 0.0)  # without a target it may be no number
             if isinstance(part, torch.Tensor) or part > 0:
-                total += value
+                self.outputs[name] = total + value  # not in place, as above
 
     def end_step(self, norm: torch.Tensor | float, *, learning_rate: float, nonfinite: NonFinite) -> None:
         """Note a step's norm of the gradients and learning rate, and for later whether it was finite: no host sync."""
         self.grad_norm, self.learning_rate = norm, learning_rate
         nonfinite.add(norm, sums=(self._before, self.sums))
-        self._before = self.sums
+        self._before, self._outputs_before = self.sums, dict(self.outputs)
+
+    def restart_step(self) -> None:
+        """Forget what the micro-batches of the step under way have added: it is made again."""
+        self.sums, self.outputs = self._before, dict(self._outputs_before)
 
     def values(self) -> dict[str, torch.Tensor | float]:
         """Return this rank's numbers, for a report to gather: no host sync."""
@@ -91,8 +95,8 @@ class Window:
         loss = torch.tensor([values["loss"] for values in of_ranks], dtype=torch.float32, device="cpu").mean()
         self.grad_norm = of_ranks[self.accelerator.process_index]["grad_norm"]
         self.sums = self._before = torch.zeros_like(self.sums)
-        for total in self.outputs.values():
-            total.zero_()
+        self.outputs = {name: torch.zeros_like(total) for name, total in self.outputs.items()}
+        self._outputs_before = dict(self.outputs)
         return loss.item(), int(sum(values["nonfinite_losses"] for values in of_ranks))
 
     def undrained(self) -> float:
