@@ -32,10 +32,17 @@ import transformers.trainer_utils
 accelerate.utils.extract_model_from_parallel(torch.nn.Identity())
 print(*{name.partition(".")[0] for name in sys.modules})
 """
+# No garbage is collected while the libraries are loaded, and what they are made of is not looked through again.
 TRAINING = """
-import sys
+import gc, sys
 from harness.train import main
+collected = []
+is_loading = lambda: "torch" in sys.modules and not hasattr(sys.modules.get("harness.execute"), "run_command")
+gc.callbacks.append(lambda phase, found: collected.append(found) if is_loading() else None)
 main(sys.argv[1:])
+assert not collected, collected
+assert gc.isenabled()
+assert gc.get_freeze_count() > 100_000, gc.get_freeze_count()
 print(*{name.partition(".")[0] for name in sys.modules})
 """
 

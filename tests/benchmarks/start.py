@@ -48,10 +48,12 @@ def end_after_a_step() -> None:
 
 
 def build(config: Any) -> Task:
+    from transformers import default_data_collator  # which the Trainer takes by itself
+
     from harness.tasks import Task
 
     end_after_a_step()
-    return Task(model=model(), train_dataset=samples())
+    return Task(model=model(), train_dataset=samples(), data_collator=default_data_collator)
 
 
 def by_trainer(folder: str, report_to: str) -> None:

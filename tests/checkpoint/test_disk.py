@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 import time
 import zipfile
@@ -16,7 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from harness.checkpoint.disk import CHUNK_BYTES, SHARE, SMALL_BYTES, Pace, PacedFile, PacedFolder, share_beside
+from harness.checkpoint.disk import (
+    CHUNK_BYTES,
+    NICENESS,
+    SHARE,
+    SMALL_BYTES,
+    Pace,
+    PacedFile,
+    PacedFolder,
+    share_beside,
+)
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.layout import why_invalid
 from harness.checkpoint.writer import Checkpoints, Content
@@ -136,6 +146,23 @@ def test_a_writer_takes_no_more_of_the_time_than_its_share() -> None:
     worked = time.thread_time() - worked
     assert time.monotonic() - began > (worked - 0.02) / 0.25
     assert pace.rested_seconds > 0.1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives threads priorities")
+def test_a_writer_that_rests_has_a_lower_priority_than_the_training() -> None:
+    found: dict[float, int] = {}
+
+    def begin(share: float) -> None:
+        Pace(share).begin()
+        found[share] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    for share in (0.5, 1.0):
+        thread = threading.Thread(target=begin, args=(share,))
+        thread.start()
+        thread.join()
+    assert found == {0.5: min(before + NICENESS, 19), 1.0: before}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_a_rest_ends_when_somebody_waits() -> None:
