@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -92,6 +91,8 @@ def with_trainer(folder: Path, task: Task, where: Mapping[str, Any] = CPU) -> Ca
 
 def with_accelerate(folder: Path, task: Task) -> tuple[Callable[[], Any], Callable[[], Callable[[], object]]]:
     """What saves by `save_state`, and what saves the same by dcp: it returns what waits for the disk."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # torch 2.9 or newer
+
     project = ProjectConfiguration(project_dir=str(folder), automatic_checkpoint_naming=True, total_limit=KEPT)
     accelerator = Accelerator(cpu=True, project_config=project)
     model, optimizer = accelerator.prepare(task.model, torch.optim.AdamW(task.model.parameters(), fused=True))

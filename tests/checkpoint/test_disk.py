@@ -185,26 +185,41 @@ def alone(error: BaseException | None) -> str | None:
     return None if error is None else str(error)
 
 
-def test_the_next_save_and_the_end_hurry_a_writer_that_rests(tmp_path: Path) -> None:
-    resting = Checkpoints(
-        tmp_path, CheckpointConfig(), ranks=(0, 1), agree=alone, gather=lambda each: [each], meet=alone, share=HOURS
+def with_a_share(folder: Path, share: float) -> Checkpoints:
+    return Checkpoints(
+        folder, CheckpointConfig(), ranks=(0, 1), agree=alone, gather=lambda each: [each], meet=alone, share=share
     )
-    large = torch.randn(SMALL_BYTES)
+
+
+def content(step: int, large: torch.Tensor) -> Content:
+    return Content(
+        step=step,
+        weights={"large": large},
+        write_model=lambda folder, weights: save_file(dict(weights), folder / "model.safetensors"),
+        files={"optimizer.pt": {"state": {0: {"exp_avg": large}}, "param_groups": []}},
+        trainer_state={"global_step": step},
+        rank_state=rng.capture_host(),
+    )
+
+
+def test_the_next_save_and_the_end_hurry_a_writer_that_rests(tmp_path: Path) -> None:
+    large, resting = torch.randn(SMALL_BYTES), with_a_share(tmp_path, HOURS)
     for step in (1, 2):
-        resting.save(
-            Content(
-                step=step,
-                weights={"large": large},
-                write_model=lambda folder, weights: save_file(dict(weights), folder / "model.safetensors"),
-                files={"optimizer.pt": {"state": {0: {"exp_avg": large}}, "param_groups": []}},
-                trainer_state={"global_step": step},
-                rank_state=rng.capture_host(),
-            )
-        )
+        resting.save(content(step, large))
     resting.check_last()
     assert [why_invalid(tmp_path / f"checkpoint-{step}") for step in (1, 2)] == [None, None]
-    assert resting._pace.share == HOURS
     assert torch.equal(load_file(tmp_path / "checkpoint-2" / "model.safetensors")["large"], large)
+
+
+def test_a_time_limit_counts_on_what_a_save_works_and_not_on_its_rests(tmp_path: Path) -> None:
+    checkpoints, began = with_a_share(tmp_path, 0.3), time.monotonic()
+    checkpoints.save(content(1, torch.randn(SMALL_BYTES)))
+    while not (tmp_path / "checkpoint-1").is_dir():  # nobody waits for it, which would hurry it
+        time.sleep(0.01)
+    checkpoints.settle()
+    rested = checkpoints._pace.rested_seconds
+    assert rested > 0
+    assert checkpoints.seconds_to_save() <= time.monotonic() - began - rested
 
 
 def test_a_writer_rests_only_beside_a_training_that_computes_on_all_cores() -> None:
