@@ -180,6 +180,10 @@ def _load(config: Config) -> None:
     if config.topology.use_cpu and is_first:
         hide_accelerators()
     with uncollected() if is_first else nullcontext():
+        if is_first and is_first_rank() and config.run.trains and config.tracking.sends:
+            from harness.tracking.client import import_ahead
+
+            import_ahead()
         import harness.execute  # noqa: F401
 
 

@@ -73,6 +73,23 @@ def test_trainings_import_no_more_than_their_libraries_and_data(tmp_path: Path) 
     assert with_rows.result() - theirs == {"datasets", "pandas"}  # the rows are read by one, which loads the other
 
 
+@pytest.mark.slow
+def test_a_tracked_start_imports_wandb_first_and_nothing_of_it_later(tmp_path: Path) -> None:
+    """Its public API takes half a second where torch is loaded, a tenth of one where it is not."""
+    own = ["--task", "tests.support.tasks.noting_task:build", "--task_args", json.dumps({"file": str(tmp_path / "n")})]
+    code = """
+import sys
+from harness.train import main
+assert not main(sys.argv[1:])
+names = list(sys.modules)
+assert names.index("wandb.apis.public") < names.index("torch")
+assert names.index("wandb.apis.public") < names.index("wandb.sdk.launch")  # opening a run imports this, and so the API
+print("done")
+"""
+    options = ["--max_steps", "1", "--use_cpu", "--save_strategy", "no", "--wandb_mode", "offline"]
+    assert loaded(code, *own, *options, "--output_dir", str(tmp_path / "out")) == set()
+
+
 @pytest.mark.parametrize("path", sorted(HARNESS.rglob("*.py")), ids=lambda path: str(path.relative_to(HARNESS)))
 def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
     found = set()
