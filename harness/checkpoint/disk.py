@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
@@ -64,8 +65,9 @@ class Pace:
         """Count from now on what this thread works; unless it is to work all the time its priority is lowered."""
         if self.share < 1 and sys.platform == "linux":  # elsewhere a thread has no priority of its own
             thread = threading.get_native_id()
-            own = os.getpriority(os.PRIO_PROCESS, thread)
-            os.setpriority(os.PRIO_PROCESS, thread, min(own + NICENESS, 19))
+            with suppress(OSError):  # a sandbox that does not let one
+                own = os.getpriority(os.PRIO_PROCESS, thread)
+                os.setpriority(os.PRIO_PROCESS, thread, min(own + NICENESS, 19))
         self._mark()
 
     def hurry(self) -> None:
