@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from harness.agent import sweep_run
 from harness.agent.processes import is_orphan
 from harness.checkpoint.arguments import recorded
+from harness.checkpoint.disk import share_beside
 from harness.checkpoint.fit import Asked
 from harness.checkpoint.writer import Checkpoints
 from harness.checks import check_best_metric, check_data, tell_of_labels
@@ -336,6 +337,7 @@ def _checkpoints(session: Session) -> Checkpoints:
         agree=lambda error: agree(accelerator, error),
         gather=lambda value: gather_object([value]),
         meet=session.backend.writers_agreement(),
+        share=share_beside(accelerator.device, accelerator.num_processes),
     )
 
 

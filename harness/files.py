@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,14 @@ def update_json(path: Path, content: dict[str, Any]) -> None:
     write_json(path, present | content)
 
 
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
+def digest_of(path: Path, *, between: Callable[[], object] | None = None) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits; `between` two chunks something is called, a rest say."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            if between is not None:
+                between()
     return digest.hexdigest()
 
 

@@ -17,8 +17,8 @@ from harness.checkpoint.find import list_checkpoints
 from harness.checkpoint.fit import Asked, changes, check_arguments, check_optimizer
 from harness.checkpoint.host_copies import emptied
 from harness.checkpoint.layout import SCALER_FILE, SCHEDULER_FILE, Saved, read
+from harness.checkpoint.rescue import Trial
 from harness.checkpoint.schema import OF_A_SCHEDULE, check_ours
-from harness.checkpoint.trial import Trial
 from harness.checkpoint.writer import Content
 from harness.data.position import at_step, converted, describe_change, has_other_layout, why_other_order
 from harness.distributed.accelerator import software

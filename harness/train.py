@@ -27,11 +27,12 @@ from harness.signals import (
 if __name__ == "__main__":
     prepare_command()  # before any slower import
 
+import gc
 import os
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -175,9 +176,33 @@ def _load(config: Config) -> None:
     is_told = config.console.log_level in ("passive", "info", "debug") and is_first_rank()
     if is_told and "torch" not in sys.modules:
         say("Loading torch, transformers and accelerate ...", sys.stderr)
-    if config.topology.use_cpu and "torch" not in sys.modules:
+    is_first = "torch" not in sys.modules
+    if config.topology.use_cpu and is_first:
         hide_accelerators()
-    import harness.execute  # noqa: F401
+    with uncollected() if is_first else nullcontext():
+        if is_first and is_first_rank() and config.run.trains and config.tracking.sends:
+            from harness.tracking.client import import_ahead
+
+            import_ahead()
+        import harness.execute  # noqa: F401
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """
+    Import without garbage collections, and let later ones pass over what is there by then.
+
+    What modules are made of stays, and is many objects: to look through them again and again is a fifth of an import's
+    time, and later a pause in the middle of a step.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def _say(code: int, message: str) -> None:

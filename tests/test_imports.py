@@ -32,10 +32,17 @@ import transformers.trainer_utils
 accelerate.utils.extract_model_from_parallel(torch.nn.Identity())
 print(*{name.partition(".")[0] for name in sys.modules})
 """
+# No garbage is collected while the libraries are loaded, and what they are made of is not looked through again.
 TRAINING = """
-import sys
+import gc, sys
 from harness.train import main
+collected = []
+is_loading = lambda: "torch" in sys.modules and not hasattr(sys.modules.get("harness.execute"), "run_command")
+gc.callbacks.append(lambda phase, found: collected.append(found) if is_loading() else None)
 main(sys.argv[1:])
+assert not collected, collected
+assert gc.isenabled()
+assert gc.get_freeze_count() > 100_000, gc.get_freeze_count()
 print(*{name.partition(".")[0] for name in sys.modules})
 """
 
@@ -64,6 +71,22 @@ def test_trainings_import_no_more_than_their_libraries_and_data(tmp_path: Path) 
     assert without.result() - theirs <= {"datasets", "pandas"}
     assert HEAVY & set(noted.read_text(encoding="utf-8").split()) - theirs == set()
     assert with_rows.result() - theirs == {"datasets", "pandas"}  # the rows are read by one, which loads the other
+
+
+@pytest.mark.slow
+def test_a_tracked_start_imports_wandb_first_and_nothing_of_it_later(tmp_path: Path) -> None:
+    """Its public API takes half a second where torch is loaded, a tenth of one where it is not."""
+    own = ["--task", "tests.support.tasks.noting_task:build", "--task_args", json.dumps({"file": str(tmp_path / "n")})]
+    code = """
+import sys
+from harness.train import main
+assert not main(sys.argv[1:])
+names = list(sys.modules)
+assert max(map(names.index, ("wandb", "wandb.apis.public"))) < names.index("torch")
+print("done")
+"""
+    options = ["--max_steps", "1", "--use_cpu", "--save_strategy", "no", "--wandb_mode", "offline"]
+    assert loaded(code, *own, *options, "--output_dir", str(tmp_path / "out")) == set()
 
 
 @pytest.mark.parametrize("path", sorted(HARNESS.rglob("*.py")), ids=lambda path: str(path.relative_to(HARNESS)))

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from harness.checkpoint.disk import Pace, PacedFolder
 from harness.checkpoint.find import list_checkpoints, remove_checkpoint
 from harness.checkpoint.flags import CheckpointConfig
 from harness.checkpoint.host_copies import HostCopies
 from harness.checkpoint.layout import read, rng_file
 from harness.checkpoint.lock import Lock
 from harness.checkpoint.manifest import FORMAT_VERSION, OWN_DIGEST, STATE_FILE, digest_of_manifest
-from harness.checkpoint.rescue import leave_weights
-from harness.checkpoint.trial import Trial, pickle
+from harness.checkpoint.rescue import Trial, leave_weights, pickle
 from harness.errors import CheckpointError, ConfigError
-from harness.files import digest_of, put_in_place, sync, write_json
+from harness.files import put_in_place, sync, write_json
 from harness.training.state import TRAINER_STATE_FILE
 
 logger = logging.getLogger(__name__)
@@ -63,24 +63,24 @@ class Content:
         """Whether other ranks than rank zero write into the folder."""
         return self.write_shards is not None or bool(self.rank_files)
 
-    def write(self, folder: Path, rank_states: Sequence[Mapping[str, Any]], *, only_model: bool) -> None:
+    def write(self, folder: PacedFolder, rank_states: Sequence[Mapping[str, Any]], *, only_model: bool) -> None:
         """Rank zero: write its files. Creates the folder, unless it is shared with other ranks and exists."""
         if not self.is_shared:
-            _fresh(folder)
-        self.write_model(folder, self.weights)
+            _fresh(folder.path)
+        folder.save_model(self.weights, self.write_model)
         self.write_states(folder, rank_states, only_model=only_model)
 
-    def write_states(self, folder: Path, rank_states: Sequence[Mapping[str, Any]], *, only_model: bool) -> None:
+    def write_states(self, folder: PacedFolder, rank_states: Sequence[Mapping[str, Any]], *, only_model: bool) -> None:
         """Rank zero: write what there is beside the model, into a folder that exists."""
-        write_json(folder / TRAINER_STATE_FILE, self.trainer_state)
+        write_json(folder.path / TRAINER_STATE_FILE, self.trainer_state)
         if only_model:
             return
         for name, state in self.files.items():
-            torch.save(state, folder / name)
+            folder.save(name, state)
         for name, write in self.others.items():
-            write(folder / name)
+            write(folder.path / name)
         for i, state in enumerate(rank_states):
-            torch.save(dict(state), folder / rng_file(i, len(rank_states)))
+            folder.save(rng_file(i, len(rank_states)), dict(state))
 
 
 class Checkpoints:
@@ -93,6 +93,7 @@ class Checkpoints:
     - agree: collective; takes this rank's error or None and returns the first error of any rank; also a barrier.
     - gather: collective; returns the values of all ranks, in rank order.
     - meet: as `agree`, among the writers' threads.
+    - share: of a core that the thread takes, until somebody waits for it (see Pace).
 
     With a `lock` on the folder nothing is put in place after a takeover by another process.
     """
@@ -106,8 +107,10 @@ class Checkpoints:
         agree: Callable[[BaseException | None], str | None],
         gather: Callable[[Any], list[Any]],
         meet: Callable[[BaseException | None], str | None],
+        share: float = 1.0,
     ) -> None:
         self.output_dir, self.config = output_dir, config
+        self.share, self._pace = share, Pace()
         self.process_index, self.num_processes = ranks
         self.agree, self.gather, self.meet = agree, gather, meet
         self.lock: Lock | None = None
@@ -157,6 +160,7 @@ class Checkpoints:
         if self.is_writer or content.rank_files:
             copied = self._copied(content, rank_states) if self.config.async_save else None
             self._unsaved = copied[0] if copied is not None else content
+            self._pace = Pace(self.share if copied is not None else 1.0)
             arguments = (*(copied or (content, rank_states)), partial, best, then)
             self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint-writer")
             self._thread.start()
@@ -256,10 +260,11 @@ class Checkpoints:
         return f"{leave_weights(weights, self.output_dir, step=step)}."
 
     def wait(self) -> None:
-        """Local: wait for the writer's thread. For use after an error, when other ranks may have ended."""
+        """Local: hurry the writer's thread and wait for it. For use after an error too: other ranks may have ended."""
         if self._thread is None:
             return
         began = time.monotonic()
+        self._pace.hurry()
         self._thread.join()
         self._thread = None
         waited = time.monotonic() - began
@@ -332,13 +337,14 @@ class Checkpoints:
             raise ConfigError(message) from failure
 
     def _write_and_read(self, content: Content, rank_states: Sequence[Mapping[str, Any]], folder: Path) -> None:
-        content.write_states(folder, rank_states, only_model=self.config.save_only_model)
+        paced = PacedFolder(folder, Pace())
+        content.write_states(paced, rank_states, only_model=self.config.save_only_model)
         if not self.config.save_only_model:
-            self._write_manifest(content, folder)
+            self._write_manifest(content, paced)
             read(folder, ranks=(0, self.num_processes))
 
     def seconds_to_save(self) -> float:
-        """Rank zero: return the seconds that the longest save took, or twice that while one is being written."""
+        """Rank zero: return how long the longest save has worked, in seconds, or twice that while one is written."""
         is_writing = self._thread is not None and self._thread.is_alive()
         return self.longest_seconds * (2 if is_writing else 1)
 
@@ -363,14 +369,15 @@ class Checkpoints:
         best: str | None,
         then: Callable[[Path], None] | None,
     ) -> None:
-        began = time.monotonic()
-        final = self.path_of(content.step)
+        began, pace = time.monotonic(), self._pace
+        pace.begin()
+        final, folder = self.path_of(content.step), PacedFolder(partial, pace)
         try:
-            self._write_together(content, rank_states, partial)
+            self._write_together(content, rank_states, folder)
             if not self.is_writer:
                 return
-            self._commit(content, partial, final)
-            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+            self._commit(content, folder, final)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began - pace.rested_seconds)
             self._unsaved = None
             if then is not None:
                 then(final)
@@ -393,15 +400,14 @@ class Checkpoints:
         token = "" if self.lock is None else f".{self.lock.token}"
         return self.path_of(step).with_name(f"checkpoint-{step}{token}.partial")
 
-    def _write_together(self, content: Content, rank_states: list[Any], folder: Path) -> None:
+    def _write_together(self, content: Content, rank_states: list[Any], folder: PacedFolder) -> None:
         """Write the folder; collective if there are `rank_files`: then all ranks are done, or each raises."""
         failure: Exception | None = None
         try:
             if self.is_writer:
                 content.write(folder, rank_states, only_model=self.config.save_only_model)
             for name, state in content.rank_files.items():
-                torch.save(state, folder / name)
-                sync(folder / name)
+                folder.save(name, state)
         except Exception as error:  # told to the other writers, then raised
             failure = _of_disk(error)
         message = self.meet(failure) if content.rank_files else None
@@ -410,34 +416,28 @@ class Checkpoints:
         if message is not None:
             raise OSError(message)
 
-    def _commit(self, content: Content, partial: Path, final: Path) -> None:
+    def _commit(self, content: Content, folder: PacedFolder, final: Path) -> None:
         """Write the manifest last, rename the folder: from then on the checkpoint exists, whole."""
-        self._write_manifest(content, partial)
+        self._write_manifest(content, folder)
         if self.is_shut_out:
             raise CheckpointError(
                 f"Another process has taken over {self.output_dir}: this one ends and does not write {final.name}."
             )
-        put_in_place(partial, final)
+        put_in_place(folder.path, final)
 
-    def _write_manifest(self, content: Content, partial: Path) -> None:
+    def _write_manifest(self, content: Content, folder: PacedFolder) -> None:
         """Sync all files, and write their sizes and digests, with the shared values, into a file that is synced too."""
-        files = {}
-        for path in sorted(partial.rglob("*")):
-            sync(path)
-            if path.is_file():
-                name = path.relative_to(partial).as_posix()
-                files[name] = {"size": path.stat().st_size, "sha256": digest_of(path)}
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": content.step,
             "world_size": self.num_processes,
             "only_model": self.config.save_only_model,
-            "files": files,
+            "files": folder.facts(),
             **content.shared,
         }
-        write_json(partial / STATE_FILE, {**manifest, OWN_DIGEST: digest_of_manifest(manifest)})
-        sync(partial / STATE_FILE)
-        sync(partial)
+        write_json(folder.path / STATE_FILE, {**manifest, OWN_DIGEST: digest_of_manifest(manifest)})
+        sync(folder.path / STATE_FILE)
+        sync(folder.path)
 
     def _prune(self, saved: Path, best: str | None) -> None:
         """

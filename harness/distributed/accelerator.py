@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -223,5 +224,9 @@ def _check_processes(accelerator: Accelerator) -> None:
 
 def software() -> dict[str, str | int]:
     """Return what the last bits of a number depend on besides the data: versions, and the number of CPU threads."""
-    versions: dict[str, str | int] = {name: version(name) for name in ("accelerate", "torch", "transformers")}
-    return versions | {"accelerate-harness": harness.__version__, "num_threads": torch.get_num_threads()}
+    return {**_versions(), "accelerate-harness": harness.__version__, "num_threads": torch.get_num_threads()}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("accelerate", "torch", "transformers")}

@@ -90,6 +90,16 @@ mutation CommitArtifact($artifactID: ID!) {
 }"""
 
 
+def import_ahead() -> None:
+    """
+    Import what opening a run imports, if wandb is there: before other libraries, in a process that has few modules yet.
+
+    `wandb.init` imports the public API too, which looks through all modules for the texts of each of its classes.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("wandb.apis.public")
+
+
 # Errors
 
 

@@ -19,7 +19,7 @@ from tests.benchmarks.gpu import models
 from tests.benchmarks.gpu.contest import Bare, alone
 from tests.benchmarks.gpu.models import Work, stacked
 from tests.benchmarks.gpu.outcomes import Bound, Device, Figures, rounded
-from tests.benchmarks.save_time import KEPT, STEPS_BESIDE, with_harness, with_trainer
+from tests.benchmarks.save import KEPT, STEPS_BESIDE, with_harness, with_trainer
 
 MOST_OF_TRAINER = 0.1
 MIN_ROUNDS, MAX_ROUNDS = 2, 6
