@@ -75,7 +75,7 @@ def trainer(folder: str, layers: int) -> None:
         use_cpu=True,
         disable_tqdm=True,
     )
-    Trainer(work.model(), arguments, data_collator=work.collate, train_dataset=work.samples).train()
+    Trainer(work.model(), arguments, data_collator=work.collator, train_dataset=work.samples).train()
 
 
 def ours(folder: str, layers: int, *, saves: bool = False) -> None:

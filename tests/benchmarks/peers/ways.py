@@ -30,7 +30,7 @@ Way = Callable[[Work, str], None]
 
 
 def loader_of(work: Work) -> DataLoader[Any]:
-    return DataLoader(work.samples, batch_size=work.batch, shuffle=True, collate_fn=work.collate)
+    return DataLoader(work.samples, batch_size=work.batch, shuffle=True, collate_fn=work.collator)
 
 
 def torch_alone(work: Work, folder: str) -> None:
@@ -143,7 +143,7 @@ def lightning(work: Work, folder: str) -> None:
 def trainer(work: Work, folder: str) -> None:
     """https://huggingface.co/docs/transformers/trainer"""
     arguments = TrainingArguments(**_arguments(work, folder))
-    Trainer(work.model(), arguments, data_collator=work.collate, train_dataset=work.samples).train()
+    Trainer(work.model(), arguments, data_collator=work.collator, train_dataset=work.samples).train()
     _finish_wandb(work)
 
 
@@ -152,6 +152,7 @@ def trl(work: Work, folder: str) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from tests.support.inputs import save_gpt_tokenizer
 
@@ -162,8 +163,8 @@ def trl(work: Work, folder: str) -> None:
     SFTTrainer(
         work.model(),
         arguments,
-        data_collator=work.collate,
-        train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        data_collator=work.noting(DataCollatorForLanguageModeling(tokenizer.pad_token_id)),
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
         processing_class=tokenizer,
     ).train()
     _finish_wandb(work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from harness.tasks import Task, TaskConfig
 
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]
 LEARNING_RATE, MAX_GRAD_NORM, SEED = 1e-3, 1.0, 42
 WARMUP_STEPS = 5
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 256, "n_positions": 32}
@@ -47,9 +48,22 @@ class Work:
     def samples(self) -> Samples:
         return Samples(self.tokens)
 
-    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        self.calls.append(time.perf_counter())
-        return {name: torch.stack([torch.as_tensor(s[name]) for s in samples]) for name in ("input_ids", "labels")}
+    def noting(self, collate: Collate) -> Collate:
+        """A collator that notes when it is called."""
+
+        def noted(samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+            self.calls.append(time.perf_counter())
+            return collate(samples)
+
+        return noted
+
+    @property
+    def collator(self) -> Collate:
+        """What stacks samples, and notes it."""
+        return self.noting(self._stacked)
+
+    def _stacked(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
 
     def milliseconds(self) -> float:
         """The middle step, from one batch to the next, without the first ones."""
@@ -81,7 +95,7 @@ TASK = f"{__name__}:build"
 def build(config: TaskConfig | None = None) -> Task:
     """The task for harness, which finds it by its name."""
     (work,) = _given
-    return Task(model=work.model(), train_dataset=work.samples, data_collator=work.collate)
+    return Task(model=work.model(), train_dataset=work.samples, data_collator=work.collator)
 
 
 @contextmanager
