@@ -14,6 +14,7 @@ from tests.benchmarks.runner.find import FOLDER, found, read
 from tests.benchmarks.runner.measure import measure
 from tests.benchmarks.runner.results import Results
 from tests.benchmarks.runner.table import FILE, PAGE, TITLE, table, written
+from tests.support.launching import run
 
 
 def turns(repeats: int, *, warmup: int = 0, again: bool = True) -> tuple[list[str], dict[str, list[float]]]:
@@ -150,3 +151,24 @@ def test_a_benchmark_runs_in_a_process_of_its_own_and_its_file_keeps_the_others(
     failed = measure(found()["graph"], "cpu", -1)  # no figures to take the middle of
     assert failed["error"].splitlines()[0] == "it ended with 1"
     assert "Error" in failed["error"].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_every_loop_makes_all_its_steps() -> None:
+    """In a process of their own: some of them leave hooks and warnings."""
+    code = (
+        "from tests.benchmarks.peers.ways import WAYS, milliseconds\n"
+        "from tests.benchmarks.peers.work import SMALL, Work\n"
+        "from importlib.util import find_spec\n"
+        "absent = {'Lightning Fabric', 'Lightning'} if find_spec('lightning') is None else set()\n"
+        "absent |= {'TRL'} if find_spec('trl') is None else set()\n"
+        "for name in WAYS.keys() - absent:\n"
+        "    work = Work(SMALL, steps=8)\n"
+        "    assert milliseconds(name, work) > 0\n"
+        "    print(name, len(work.calls))\n"
+    )
+    ended = run([sys.executable, "-c", code], forked=False)
+    assert ended.code == 0, ended.err
+    made = {line.rsplit(" ", 1)[0]: line.rsplit(" ", 1)[1] for line in ended.out.splitlines() if line}
+    assert {"bare torch", "bare Accelerate", "Trainer", OURS} <= made.keys()
+    assert set(made.values()) == {"8"}
