@@ -24,8 +24,8 @@ def measure(device: str, repeats: int) -> list[Result]:
     small = Bound(relation="<=", limit=1.0, over="Trainer")
     large = Bound(relation="<=", limit=1.02, over=BASE)
     found = []
-    for size, shape, steps, bound in (("small", SMALL, 120, small), ("larger", LARGE, 15, large)):
-        work = Work(shape, steps=steps)
+    works = ("small", Work(SMALL, steps=140, warmup=20), small), ("larger", Work(LARGE, steps=15), large)
+    for size, work, bound in works:
         ways = {name: partial(milliseconds, name, work) for name in WAYS}
         figures = alternate(ways, repeats=repeats, warmup=1)
         what = f"step of a {size} model"

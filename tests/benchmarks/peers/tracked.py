@@ -20,7 +20,7 @@ BASE = "bare torch"
 def measure(device: str, repeats: int) -> list[Result]:
     needs("lightning", "trl")
     torch.set_num_threads(1)
-    work = Work(SMALL, steps=120, logging_steps=1, is_tracked=True)
+    work = Work(SMALL, steps=140, warmup=20, logging_steps=1, is_tracked=True)
     ways = {name: partial(milliseconds, name, work) for name in WAYS if name != "Lightning Fabric"}
     figures = alternate(ways, repeats=repeats, warmup=1)
     bound = Bound(relation="<=", limit=0.95, over="Trainer")

@@ -18,7 +18,6 @@ from harness.tasks import Task, TaskConfig
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]
 LEARNING_RATE, MAX_GRAD_NORM, SEED = 1e-3, 1.0, 42
-WARMUP_STEPS = 5
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 256, "n_positions": 32}
 LARGE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 1024, "n_positions": 128}
 
@@ -30,6 +29,7 @@ class Work:
     shape: Mapping[str, int]
     _: KW_ONLY
     steps: int
+    warmup: int = 5  # memory that the loop before has given back is taken again
     batch: int = 8
     logging_steps: int = 1000
     is_tracked: bool = False
@@ -67,7 +67,7 @@ class Work:
 
     def milliseconds(self) -> float:
         """The middle step, from one batch to the next, without the first ones."""
-        times = self.calls[WARMUP_STEPS:]
+        times = self.calls[self.warmup :]
         return statistics.median(1000 * (b - a) for a, b in pairwise(times))
 
     @property
