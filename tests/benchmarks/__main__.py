@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [GPU] and "--json" not in sys.argv[2:3]:
+    if sys.argv[1:2] == [GPU]:
         del sys.argv[0]  # it reads its own arguments
         runpy.run_module(f"tests.benchmarks.{GPU}", run_name="__main__", alter_sys=True)
     sys.exit(main(sys.argv[1:]))

@@ -63,7 +63,12 @@ class LogReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._forget(inode=None)
+        self._inode, self._end = 0, 0
+        self._run: Any = None
+        self._rows: list[dict[str, Any]] = []
+        self._summary: dict[str, Any] = {}
+        self._exit_code: int | None = None
+        self._is_preempting = False
 
     def read(self) -> TransactionLog | None:
         """Return what the file holds by now, as `read_log` does. What it returned before may change."""
@@ -94,13 +99,10 @@ class LogReader:
             resumes=bool(self._run.resume),
         )
 
-    def _forget(self, inode: int | None) -> None:
+    def _forget(self, inode: int) -> None:
         self._inode, self._end = inode, 0
-        self._run: Any = None
-        self._rows: list[dict[str, Any]] = []
-        self._summary: dict[str, Any] = {}
-        self._exit_code: int | None = None
-        self._is_preempting = False
+        self._run, self._rows, self._summary = None, [], {}
+        self._exit_code, self._is_preempting = None, False
 
     def _take(self, record: Any) -> bool:
         """Take a record; returns whether its kind is one of this version of wandb."""
