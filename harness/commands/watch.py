@@ -21,7 +21,7 @@ from harness.tracking.client import one_line, open_api, server_answers
 from harness.tracking.rows.wandb_file import read_log
 from harness.tracking.run import identity as identities
 from harness.tracking.run.identity import IDENTITY_FILE, RUN_FOLDER, Identity, home_of
-from harness.tracking.sync import OfflineRun, OnlineRuns, Outcome
+from harness.tracking.sync import OfflineRun, OnlineRuns, Outcome, Reading
 
 LOCK = "wandb_sync.lock"
 # Files that mark a folder with runs, and how deep it may be: the given folder, runs/NAME, sweeps/runs/NAME.
@@ -45,6 +45,7 @@ class Watch:
         self._heartbeats = Heartbeats()
         self._said: dict[Key, str] = {}
         self._whole: dict[Key, object] = {}  # the state of a run's files when all of them had been uploaded
+        self._readings: dict[Key, Reading] = {}
 
     def check(self, *, needs_runs: bool) -> None:
         """Raise ConfigError if there is nothing to do."""
@@ -99,6 +100,8 @@ class Watch:
             if self._whole.get(key) == before:
                 continue
             self._whole.pop(key, None)
+            if isinstance(run, OfflineRun):
+                run.reading = self._readings.setdefault(key, run.reading)
             if isinstance(run, OnlineRuns) and state == GOING:
                 self._tell(run, "running online: it sends its rows itself")
                 self._whole[key] = before
@@ -106,6 +109,8 @@ class Watch:
                 self._tell(run, _described(outcome, state, run.identity.exit_code if run.identity else None))
                 if outcome.is_whole:
                     self._whole[key] = before
+                    if state == FINISHED:
+                        self._readings.pop(key, None)
         if not states and not self._said:
             _say(f"{self._folders[0]}: no run yet; waiting")
             self._said[self._folders[0], ""] = ""

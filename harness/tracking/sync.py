@@ -19,7 +19,7 @@ from harness.tracking.artifacts.staging import RECORD_FILE, STAGING_FOLDER, Stag
 from harness.tracking.artifacts.upload import deliver_staged, versions_of
 from harness.tracking.client import REOPEN_RUN, execute, one_line, server_answers
 from harness.tracking.rows.events import is_own, is_same_row, num_beyond
-from harness.tracking.rows.journal import JOURNAL_FILE, Journal
+from harness.tracking.rows.journal import JOURNAL_FILE, Journal, RowCount
 from harness.tracking.rows.server import (
     AtServer,
     Connection,
@@ -30,7 +30,7 @@ from harness.tracking.rows.server import (
     online_logs,
     sync_without_rows,
 )
-from harness.tracking.rows.wandb_file import TransactionLog, mark_synced, read_log, read_records
+from harness.tracking.rows.wandb_file import LogReader, TransactionLog, mark_synced, read_records
 from harness.tracking.run.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,25 @@ class Sent:
         write_whole(output_dir / SENT_FILE, json.dumps(values, indent=2) + "\n")
 
 
+@dataclass
+class Reading:
+    """What has been read of a run's files while they are written, so that each look at it reads what is new."""
+
+    logs: dict[Path, LogReader] = field(default_factory=dict)
+    rows: RowCount | None = None
+
+    def log(self, path: Path) -> TransactionLog | None:
+        """Return what a .wandb file holds, as `read_log` does."""
+        return self.logs.setdefault(path, LogReader(path)).read()
+
+    def num_journaled(self, output_dir: Path, identity: Identity) -> int:
+        """Return how many rows of the run are in the journal."""
+        first = {"first_row": identity.first_row, "first_step": identity.steps_elsewhere}
+        if self.rows is None or first != {"first_row": self.rows.first_row, "first_step": self.rows.first_step}:
+            self.rows = RowCount(Journal(output_dir / JOURNAL_FILE), **first)
+        return self.rows.read()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """After a delivery: rows and artifacts that W&B has, those that are on this disk alone, and what went wrong."""
@@ -92,17 +111,19 @@ class OfflineRun:
     The offline run of an output_dir. Only its own file is written there, and what W&B has confirmed is unstaged.
 
     The order is: what makes the run, its rows by number, the rest of each attempt that is over, then artifacts.
+    `reading` is what has been read of its files: a later look at the run takes it over.
     """
 
     def __init__(self, output_dir: Path, identity: Identity) -> None:
         self.output_dir, self.identity = output_dir, identity
+        self.reading = Reading()
         self._logs: dict[Path, TransactionLog] = {}
         self._problems: list[str] = []
 
     def _read(self) -> None:
         for path in self.files():
             try:
-                log = read_log(path)
+                log = self.reading.log(path)
             except (OSError, ValueError) as error:
                 self._problems.append(f"{path} can't be read: {one_line(error)}")
                 continue
@@ -186,16 +207,16 @@ class OfflineRun:
             steps = [row.get("_step") for row in log.rows]
             if steps != list(range(len(steps))):
                 raise RowsError(f"the rows in {log.folder} aren't numbered one by one; `wandb sync` can bring them")
-            rows += log.rows
+            first = first_row + len(rows)  # as in W&B; a long run's rows are not copied where they have these numbers
+            rows += log.rows if first == 0 else [{**row, "_step": first + step} for step, row in enumerate(log.rows)]
             summary |= log.summary
         if is_finished:
             latest = max((row.get("_timestamp", 0.0) for row in rows), default=0.0)
             for line in self._journaled():
                 if line["_timestamp"] > latest:
                     row = {name: value for name, value in line.items() if name != "_row" and is_plain(value)}
-                    rows.append(row)
+                    rows.append({**row, "_step": first_row + len(rows)})
                     summary |= row
-        rows = [{**row, "_step": first_row + number} for number, row in enumerate(rows)]
         if rows:
             summary["_step"] = rows[-1]["_step"]
         exit_code = (1 if logs[-1].exit_code is None else logs[-1].exit_code) if is_over else None
@@ -257,7 +278,7 @@ class OfflineRun:
         # A row that wandb's process had not written when it was killed is in the journal; the next attempt sends it.
         return Outcome(
             rows=rows,
-            unsent_rows=max(len(self._journaled()) - rows, 0),
+            unsent_rows=max(self.reading.num_journaled(self.output_dir, self.identity) - rows, 0),
             num_delivered=num_delivered,
             num_waiting=len(self._staged()),
             problems=self._problems,

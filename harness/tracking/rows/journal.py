@@ -256,3 +256,26 @@ def _decoded(value: Any) -> Any:
             split_table=value["split_table"],
         )
     return value
+
+
+class RowCount:
+    """Counts the rows of a journal from a row and a step on; each time it reads what was written since the last."""
+
+    def __init__(self, journal: Journal, *, first_row: int, first_step: int) -> None:
+        self.journal, self.first_row, self.first_step = journal, first_row, first_step
+        self._count = 0
+        self._last: tuple[int, int, Any] = (0, 0, None)  # where the last line begins and ends, and which it is
+
+    def read(self) -> int:
+        """Return how many rows there are by now."""
+        start, end, columns = self._last
+        if columns is not None and [_columns(line) for line, _ in self.journal.lines(start, end)] != [columns]:
+            self._count, self._last = 0, (0, 0, None)  # another attempt has cut it
+        for line, end in self.journal.lines(self._last[1]):
+            self._count += line["_row"] >= self.first_row and line["_step"] >= self.first_step
+            self._last = (self._last[1], end, _columns(line))
+        return self._count
+
+
+def _columns(line: Mapping[str, Any]) -> list[Any]:
+    return [line[name] for name in COLUMNS]

@@ -364,11 +364,13 @@ def _is_same(at_server: dict[str, Any], row: dict[str, Any]) -> bool:
 
 def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     batch: list[str] = []
+    size = 0
     for line in map(json.dumps, rows):
-        if batch and (len(batch) == BATCH_ROWS or sum(map(len, batch)) + len(line) > BATCH_CHARACTERS):
+        if batch and (len(batch) == BATCH_ROWS or size + len(line) > BATCH_CHARACTERS):
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(line)
+        size += len(line)
     if batch:
         yield batch
 

@@ -55,44 +55,70 @@ class TransactionLog:
 
 def read_log(path: Path) -> TransactionLog | None:
     """Read a .wandb file; None if it was cut off before it named its run. Raises OSError and ValueError."""
-    run: Any = None
-    num_unknown = 0
-    rows: list[dict[str, Any]] = []
-    summary: dict[str, Any] = {}
-    exit_code, is_preempting = None, False
-    for record, _ in read_records(path):
+    return LogReader(path).read()
+
+
+class LogReader:
+    """Reads a .wandb file that grows: each time only what was written since the last."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._end = 0, 0
+        self._run: Any = None
+        self._rows: list[dict[str, Any]] = []
+        self._summary: dict[str, Any] = {}
+        self._exit_code: int | None = None
+        self._is_preempting = False
+
+    def read(self) -> TransactionLog | None:
+        """Return what the file holds by now, as `read_log` does. What it returned before may change."""
+        stat = self._path.stat()
+        if stat.st_ino != self._inode or stat.st_size < self._end:  # another file
+            self._forget(stat.st_ino)
+        num_unknown = 0
+        for record, end in read_records(self._path, start=self._end):
+            num_unknown += not self._take(record) and _has_unknown(record)
+            self._end = end
+        if num_unknown:
+            logger.warning(
+                "%s: %d records are of kinds that wandb %s does not have, and passed over.",
+                *(self._path, num_unknown, WRITER),
+            )
+        if self._run is None:
+            return None
+        return TransactionLog(
+            folder=self._path.parent,
+            entity=self._run.entity,
+            project=self._run.project,
+            run_id=self._run.run_id,
+            started_at=self._run.start_time.seconds + self._run.start_time.nanos / 1e9,
+            rows=self._rows,
+            summary=self._summary,
+            exit_code=self._exit_code,
+            is_preempting=self._is_preempting,
+            resumes=bool(self._run.resume),
+        )
+
+    def _forget(self, inode: int) -> None:
+        self._inode, self._end = inode, 0
+        self._run, self._rows, self._summary = None, [], {}
+        self._exit_code, self._is_preempting = None, False
+
+    def _take(self, record: Any) -> bool:
+        """Take a record; returns whether its kind is one of this version of wandb."""
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run = record.run
+            self._run = record.run
         elif kind == "history":
-            rows.append(_put({}, record.history.item))
+            self._rows.append(_put({}, record.history.item))
         elif kind == "summary":
-            _put(summary, record.summary.update)
-            _remove(summary, record.summary.remove)
+            _put(self._summary, record.summary.update)
+            _remove(self._summary, record.summary.remove)
         elif kind == "preempting":
-            is_preempting = True
-        elif kind == "exit" and exit_code is None:  # a second one is of the process, not of the run
-            exit_code = int(record.exit.exit_code)
-        elif kind is None:
-            num_unknown += _has_unknown(record)
-    if num_unknown:
-        logger.warning(
-            "%s: %d records are of kinds that wandb %s does not have, and passed over.", path, num_unknown, WRITER
-        )
-    if run is None:
-        return None
-    return TransactionLog(
-        folder=path.parent,
-        entity=run.entity,
-        project=run.project,
-        run_id=run.run_id,
-        started_at=run.start_time.seconds + run.start_time.nanos / 1e9,
-        rows=rows,
-        summary=summary,
-        exit_code=exit_code,
-        is_preempting=is_preempting,
-        resumes=bool(run.resume),
-    )
+            self._is_preempting = True
+        elif kind == "exit" and self._exit_code is None:  # a second one is of the process, not of the run
+            self._exit_code = int(record.exit.exit_code)
+        return kind is not None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -102,20 +128,22 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield _put({}, record.history.item)
 
 
-def read_records(source: bytes | Path) -> Iterator[tuple[Any, int]]:
+def read_records(source: bytes | Path, *, start: int = 0) -> Iterator[tuple[Any, int]]:
     """
     Yield the whole records of a file, or of its content, in their order, each with the number of bytes up to its end.
 
-    Of a file it holds a record at a time. A torn record at the end, which a kill leaves, is left out. Raises ValueError
-    for another kind of file, and UnknownFormError for one of a version that is not known.
+    `start` is such a number: those behind it. Of a file it holds a record at a time. A torn record at the end, which a
+    kill leaves, is left out. Raises ValueError for another kind of file, and UnknownFormError for one of a version that
+    is not known.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        yield from _read_records(file)
+        _check_header(file.read(HEADER_BYTES))
+        yield from _read_records(file, max(start, HEADER_BYTES))
 
 
-def _read_records(file: BinaryIO) -> Iterator[tuple[Any, int]]:
-    _check_header(file.read(HEADER_BYTES))
-    position, body = HEADER_BYTES, b""
+def _read_records(file: BinaryIO, position: int) -> Iterator[tuple[Any, int]]:
+    file.seek(position)
+    body = b""
     while True:
         left = BLOCK_BYTES - position % BLOCK_BYTES
         if left < CHUNK_HEADER.size:

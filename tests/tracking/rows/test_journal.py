@@ -14,7 +14,7 @@ import pytest
 import torch
 import wandb
 
-from harness.tracking.rows.journal import Journal, decoded, encoded
+from harness.tracking.rows.journal import Journal, RowCount, decoded, encoded
 
 
 def test_a_torn_line_is_no_row_and_is_cut_off(tmp_path: Path) -> None:
@@ -32,6 +32,27 @@ def test_a_torn_line_is_no_row_and_is_cut_off(tmp_path: Path) -> None:
     again.append(3, 3, 2.5, {"train/loss": 2.0})
     lines = [json.loads(line) for line in journal.path.read_text().splitlines()]
     assert [line["_row"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_the_rows_of_a_journal_that_grows_are_counted_once_each(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    count = RowCount(Journal(journal.path), first_row=2, first_step=0)
+    assert count.read() == 0
+    journal.begin(0)
+    for number in range(5):
+        journal.append(number, number, float(number), {"train/loss": math.nan})
+    assert count.read() == 3
+    with journal.path.open("r+b") as file:  # what was counted is lost: nobody reads it again, but for the last line
+        file.write(b"#" * (journal.size // 2))
+    journal.append(5, 5, 5.0, {})
+    with journal.path.open("ab") as file:
+        file.write(b'{"_row": 6, "_step": 6, "_time')
+    assert [count.read(), count.read()] == [4, 4]
+    again = Journal(journal.path)  # an attempt that goes on from a checkpoint, and from then on makes other rows
+    again.begin(0)
+    for number in range(9):
+        again.append(number, number, 10.0 + number, {"train/loss": 1.0})
+    assert count.read() == 7
 
 
 def test_what_a_process_that_was_shut_out_still_writes_is_seen_by_nobody(tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ import pytest
 from wandb.proto import wandb_internal_pb2 as pb
 
 from harness.tracking.rows.server import online_logs
-from harness.tracking.rows.wandb_file import FORMAT, MARK, READER, encode, read_log, read_records, seal_all
+from harness.tracking.rows.wandb_file import (
+    FORMAT,
+    HEADER_BYTES,
+    MARK,
+    READER,
+    LogReader,
+    encode,
+    read_log,
+    read_records,
+    seal_all,
+)
 from tests.support.wandb.artifact_processes import command, ended, start
 from tests.support.wandb.file import read, records_of, written
 from tests.support.wandb_server import WandbServer
@@ -35,6 +45,27 @@ def test_a_log_torn_by_a_kill_gives_what_is_whole(tmp_path: Path) -> None:
     empty = tmp_path / "run-b.wandb"
     empty.write_bytes(b":W&B" + bytes(3))
     assert read_log(empty) is None
+
+
+@pytest.mark.parametrize("size", [10, 5000, 40_000])
+def test_a_file_that_grows_is_read_on_from_where_it_was_read_to(tmp_path: Path, size: int) -> None:
+    whole = written(tmp_path / "whole", records_of("a", start=5, rows=40, size=size)).read_bytes()
+    path = tmp_path / "run-a.wandb"
+    path.write_bytes(whole[:HEADER_BYTES])
+    reader = LogReader(path)
+    assert reader.read() is None
+    for share in (0.3, 0.301, 0.8, 1.0):  # torn anywhere: wandb writes blocks
+        known = b"".join([whole[:HEADER_BYTES], bytes(reader._end - HEADER_BYTES)]) if reader._end else b""
+        upto = int(share * len(whole))
+        path.write_bytes(known + whole[len(known) : upto])  # what was read is lost: nobody reads it again
+        found = reader.read()
+        (tmp_path / "plain").write_bytes(whole[:upto])
+        expected = read_log(tmp_path / "plain")
+        assert found == expected
+    assert found is not None
+    assert (len(found.rows), found.exit_code) == (40, 3)
+    whole_again = written(tmp_path / "other", records_of("b", start=6, rows=2)).rename(path)
+    assert reader.read() == read_log(whole_again), "another file in its place is read from its beginning"
 
 
 @pytest.mark.parametrize("torn_bytes", [0, 3, 40, 150])
