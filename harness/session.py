@@ -1,4 +1,4 @@
-"""The objects that a command works with: a Session, and a Run if it trains. build.py makes both."""
+"""The objects that a command works with: a Session, and a Run if it trains. build/ makes both."""
 
 from __future__ import annotations
 

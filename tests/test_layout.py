@@ -33,7 +33,7 @@ LAYERS = (
     ("export",),
     ("flags",),
     ("session",),
-    ("snapshot", "resume", "results", "checks"),
+    ("snapshot", "resume", "results"),
     ("loop",),
     ("build",),
     ("execute",),

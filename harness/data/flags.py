@@ -25,6 +25,12 @@ class DataConfig:
         "instead of --per_device_train_batch_size and --per_device_eval_batch_size.",
         on_resume="checked",
     )
+    auto_find_batch_size: bool = arg(
+        False,
+        "Find the largest micro-batch that fits in memory; the samples of a step stay as many. One that is too large "
+        "later is split.",
+        on_resume="free",
+    )
     train_sampling_strategy: str = arg("random", "Order of the training data: random, sequential, group_by_length.")
     length_column_name: str = arg(
         "length", "Column with the lengths for group_by_length and --max_tokens_per_batch; else they are measured."

@@ -404,7 +404,7 @@ def _is_compiled(module: torch.nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _mean_share(weight: torch.Tensor | int, total: torch.Tensor | int, ranks: int) -> Share:
+def _mean_share(weight: torch.Tensor | int, total: torch.Tensor | float, ranks: int) -> Share:
     """Return the share of a loss that is a mean, by its weight among `total` of these ranks."""
     if isinstance(weight, int):
         return Share(over=then(total, lambda total: total / ranks / weight)) if weight > 0 else Share(times=0)

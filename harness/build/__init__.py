@@ -20,7 +20,7 @@ from harness.checkpoint.arguments import recorded
 from harness.checkpoint.disk import share_beside
 from harness.checkpoint.fit import Asked
 from harness.checkpoint.writer import Checkpoints
-from harness.checks import check_best_metric, check_data, tell_of_labels
+from harness.build.checks import check_best_metric, check_data, tell_of_labels
 from harness.data.flags import DataConfig
 from harness.data.loader import TrainLoader
 from harness.data.samples import first_samples
