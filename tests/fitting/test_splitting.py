@@ -61,6 +61,7 @@ def test_without_the_flag_the_training_ends(tmp_path: Path, capsys: pytest.Captu
     assert "Out of memory: use a smaller --per_device_train_batch_size" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_resume_begins_with_the_parts_that_fit_and_goes_on_to_the_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
