@@ -222,9 +222,8 @@ def build_run(
     model, optimizer, stepper = backend.prepare(task.model, optimizer, session.step_size)
     session.check_rows(model)
     saves = config.plan.save_strategy != "no"
-    pad_token_id = getattr(task.processing_class, "pad_token_id", None)
     window = Window(accelerator, config.metrics, session.hooks.logged_outputs)
-    work = Work(task.model, config.metrics, accelerator, pad_token_id=pad_token_id, packs=config.task.packing)
+    work = _work(session)
     checkpoints = _checkpoints(session)
     stop = _stop(session, tracker, checkpoints)
     return Run(
@@ -248,14 +247,7 @@ def build_run(
         window=window,
         nonfinite=NonFinite(accelerator, config.stopping, scales_loss=stepper.scales_loss),
         work=work,
-        throughput=Throughput(
-            task.model,
-            config.throughput,
-            accelerator,
-            flops_per_token=work.flos_per_element,
-            flops=flops_of(task.model),
-            has_targets=lambda: session.loss.labels_tokens,
-        ),
+        throughput=_throughput(session, work),
         clock=Clock(state),
         console=session.console,
         tracker=tracker,
@@ -325,6 +317,25 @@ def _optimizer(session: Session) -> tuple[torch.optim.Optimizer, str]:
     if made is not None and session.backend.zero_stage:
         check_elementwise(optimizer)
     return optimizer, name_of(config, made)
+
+
+def _work(session: Session) -> Work:
+    config, task = session.config, session.task
+    pad_token_id = getattr(task.processing_class, "pad_token_id", None)
+    return Work(
+        task.model, config.metrics, session.accelerator, pad_token_id=pad_token_id, packs=config.task.packing
+    )
+
+
+def _throughput(session: Session, work: Work) -> Throughput:
+    return Throughput(
+        session.task.model,
+        session.config.throughput,
+        session.accelerator,
+        flops_per_token=work.flos_per_element,
+        flops=flops_of(session.task.model),
+        has_targets=lambda: session.loss.labels_tokens,
+    )
 
 
 def _checkpoints(session: Session) -> Checkpoints:
