@@ -269,7 +269,7 @@ class TrainLoader:
             "dataloader_num_workers": self.config.dataloader_num_workers if self.stream is not None else None,
             "seed": self.seed,
             "data_digest": self.data_digest,
-            "packing": self.packing,
+            **({} if self.packing is None else {"packing": self.packing}),
             **({} if self.by_tokens is None else self.by_tokens.state_dict()),
         }
 
