@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 
 from harness.data.packing import collate_rows, row_of
 from harness.distributed.ranks import agree
-from harness.distributed.sharding import reshard
+from harness.distributed.sharding import is_divided, reshard
 from harness.errors import ConfigError
 from harness.training.loss import Loss
 from harness.training.weighing import untouched
@@ -105,8 +105,9 @@ def _refusal(model: torch.nn.Module, why: str) -> ConfigError:
 def _look(model: torch.nn.Module, loss: Loss, *, max_length: int, num_rows: int) -> Seen:
     accelerator = loss.accelerator
     bare = model
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        # Without the compiler, which would compile for these few tokens alone.
+    if not any(is_divided(parameter) for parameter in model.parameters()):
+        # Without the compiler, which would compile for these few tokens alone, and without DeepSpeed's engine, which
+        # waits for a backward of its own; it alone can bring weights together that ZeRO-3 has divided.
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     embedding = _embedding(bare)
     first = min(FIRST, max_length // 2)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils import is_deepspeed_available
 
 from harness.train import main
 from tests.support.inputs import save_gpt_tokenizer, write_rows
-from tests.support.launching import DDP, FSDP2, SCRIPT, Ended, flags, launcher, needs_fsdp, run
+from tests.support.launching import DDP, FSDP2, ROOT, SCRIPT, Ended, flags, launcher, needs_fsdp, run
 from tests.support.parity import TRAINING, as_flags, assert_equal_runs, history, reset, run_harness
 
 PACKED: dict[str, Any] = {"packing": True, "max_length": 64, "packing_window": 16}
@@ -199,3 +200,18 @@ def test_sharded_weights_are_tried_and_have_the_same_numbers(tmp_path: Path) -> 
     refused = run([*launcher(FSDP2), "--num_processes=2", SCRIPT, "--model_type=bloom", *bloom])
     assert refused.code != 0
     assert refused.err.count("does not go with a bloom model") == 1, refused.err[-3000:]
+
+
+@pytest.mark.deepspeed
+@pytest.mark.skipif(not is_deepspeed_available(), reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_under_zero_is_tried_and_has_the_same_numbers(stage: int, tmp_path: Path) -> None:
+    arguments = {**SAVING, "max_steps": 4, "save_strategy": "no", "task_args": {"dropout": 0.0}}
+    reset()
+    assert main([*flags(tmp_path / "alone", arguments), "--use_cpu"]) == 0
+    ended = launched(tmp_path / "zero", ROOT / "launch_configs" / f"zero{stage}.yaml", 2, arguments)
+    assert ended.code == 0, ended.err[-3000:]
+    for a, b in zip(history(tmp_path / "alone"), history(tmp_path / "zero"), strict=True):
+        assert {name: pytest.approx(value, rel=1e-3) for name, value in a.items() if name != "total_flos"} == {
+            name: value for name, value in b.items() if name != "total_flos"
+        }
