@@ -29,7 +29,7 @@ from harness.train import main as harness
 from tests.benchmarks.contest import OURS, Bound, Curve, Result, alternate, in_process
 
 WORDS, LENGTH, BATCH = 50_000, 8, 25
-COUNTS = (250, 500, 1000)
+COUNTS = (100, 200, 400)
 
 
 def build(config: TaskConfig) -> Task:
