@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from harness.data.flags import DataConfig
+from harness.data.lengths import measure
 from harness.data.samples import Samples, class_if_loaded
 from harness.errors import ConfigError
 from harness.training import rng
@@ -25,7 +26,6 @@ Row = dict[str, Numbers]
 
 SHORTEST = 2  # tokens: in a document of one there is nothing to predict
 IGNORED = -100
-ROWS_OF_A_TABLE = 10_000  # whose lengths are read at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,23 +234,11 @@ def lengths_of(dataset: Any) -> npt.NDArray[np.integer[Any]]:
 
     Raises ConfigError for samples without input_ids. The generators are left as they are.
     """
-    if isinstance(dataset, class_if_loaded("datasets", "Dataset")) and dataset.format["type"] != "custom":
-        return _lengths_of_table(dataset)
     try:
         with rng.seeded(0):
-            return np.fromiter((len(dataset[i]["input_ids"]) for i in range(len(dataset))), np.int64, len(dataset))
-    except (KeyError, TypeError, IndexError) as error:
-        raise ConfigError(
-            f"--packing: a sample has no input_ids ({error!r}), which are what rows are made of."
-        ) from error
-
-
-def _lengths_of_table(table: Any) -> npt.NDArray[np.integer[Any]]:
-    import pyarrow.compute as pc
-
-    parts = table.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=ROWS_OF_A_TABLE)
-    found = [pc.fill_null(pc.list_value_length(part["input_ids"]), 0).to_numpy() for part in parts]
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+            return measure(dataset, ("input_ids",), column="")[:, 0]
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"--packing: {error}, which rows are made of.") from error
 
 
 class PackedStream(IterableDataset[Row]):

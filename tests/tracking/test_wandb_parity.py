@@ -43,8 +43,10 @@ from tests.support.wandb.seen import Seen, Version
 from tests.support.wandb_server import WandbServer
 
 SECONDS = 200
-NAMES = ("samples_per_second", "samples_per_second_per_device", "tokens_per_second", "tokens_per_second_per_device")
-SPEED = {f"train/throughput/{name}" for name in (*NAMES, "data_wait_share")}
+COUNTED = [
+    f"{what}_per_second{part}" for what in ("samples", "tokens", "useful_tokens") for part in ("", "_per_device")
+]
+SPEED = {f"train/throughput/{name}" for name in (*COUNTED, "data_wait_share")}
 
 BOTH: dict[str, Any] = {**TRAINING, **AS_TRAINER, "num_train_epochs": 2.0, "learning_rate": 1e-2, "logging_steps": 7}
 # Histograms are due at step 100, whose row is that of step 120; the best evaluation is not the last.
