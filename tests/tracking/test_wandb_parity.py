@@ -43,10 +43,10 @@ from tests.support.wandb.seen import Seen, Version
 from tests.support.wandb_server import WandbServer
 
 SECONDS = 200
-COUNTED = [
-    f"{what}_per_second{part}" for what in ("samples", "tokens", "useful_tokens") for part in ("", "_per_device")
-]
-SPEED = {f"train/throughput/{name}" for name in (*COUNTED, "data_wait_share")}
+KINDS, PARTS = ("samples", "tokens", "useful_tokens"), ("", "_per_device")
+SPEED = {f"train/throughput/{kind}_per_second{part}" for kind in KINDS for part in PARTS} | {
+    "train/throughput/data_wait_share"
+}
 
 BOTH: dict[str, Any] = {**TRAINING, **AS_TRAINER, "num_train_epochs": 2.0, "learning_rate": 1e-2, "logging_steps": 7}
 # Histograms are due at step 100, whose row is that of step 120; the best evaluation is not the last.

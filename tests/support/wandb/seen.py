@@ -127,11 +127,15 @@ def _content(name: str, path: Path) -> Any:
         return state
     if name.startswith("rng_state"):
         return {key: _plain(value) for key, value in torch.load(path, weights_only=False).items()}
+    if name.endswith(".pt"):  # within it torch names a folder after the file, or not where it writes to a stream
+        return _plain(torch.load(path, weights_only=True))
     return hashlib.md5(path.read_bytes()).hexdigest()  # noqa: S324
 
 
 def _plain(value: Any) -> Any:
-    """Something that == compares, of a random state."""
+    """Something that == compares, of a state."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, torch.Tensor | np.ndarray):
         return bytes(np.asarray(value))
     return tuple(map(_plain, value)) if isinstance(value, tuple | list) else value
