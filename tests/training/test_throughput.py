@@ -326,8 +326,8 @@ def test_two_processes_are_reported_together(tmp_path: Path) -> None:
     trained = [row for row in journal(tmp_path / "run") if "train/loss" in row]
     assert len(trained) == 2
     for row in trained:
-        assert {name for name in row if name.startswith(MEASURED)} == OF_TEXT
-        for what in ("samples", "tokens"):
+        assert {name for name in row if name.startswith(MEASURED)} == OF_LABELLED
+        for what in ("samples", "tokens", "useful_tokens"):
             together, of_one = (row[f"{SPEED}/{what}_per_second{end}"] for end in ("", "_per_device"))
             assert together == pytest.approx(2 * of_one)
         # Two ranks of 8 sequences of 6 to 32 tokens.
