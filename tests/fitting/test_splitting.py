@@ -91,7 +91,9 @@ def test_a_step_is_made_again_from_the_random_state_of_its_beginning(tmp_path: P
     drawn, sizes = model.draws[trials:], model.sizes[trials:]
     assert sizes == [*[6] * 6, *[3] * 4, *[3] * 4]
     assert drawn[6] == drawn[4]
-    assert len(set(drawn)) == len(drawn) - 1
+    # The second may be there again too: older torch draws one number for a dropout, whatever its size.
+    assert len(set(drawn[:6])) == 6
+    assert len(set(drawn[6:])) == 8
     assert model.failures == 2  # one of them in a trial
 
 
