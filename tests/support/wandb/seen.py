@@ -127,7 +127,7 @@ def _content(name: str, path: Path) -> Any:
         return state
     if name.startswith("rng_state"):
         return {key: _plain(value) for key, value in torch.load(path, weights_only=False).items()}
-    if name.endswith(".pt"):  # within it torch names a folder after the file, or not where it writes to a stream
+    if name in ("optimizer.pt", "scheduler.pt"):  # torch names what is in it after the file, but not in a stream
         return _plain(torch.load(path, weights_only=True))
     return hashlib.md5(path.read_bytes()).hexdigest()  # noqa: S324
 
