@@ -14,7 +14,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from harness.checkpoint.writer import Checkpoints
 from harness.data.by_tokens import TokenLimit
-from harness.data.isolation import check_isolation
+from harness.data.isolation import check_isolation, without_look_for_padding
 from harness.data.lengths import LengthGroups
 from harness.data.loader import TrainLoader
 from harness.data.packing import Packing, check_rows_of_evaluation, packed
@@ -95,6 +95,7 @@ class Session:
         """Collective: with --packing raise ConfigError for a wrapped model in which documents of a row see others."""
         config, data = self.config.task, self.config.data
         if config.packing:
+            without_look_for_padding(model)
             most = max(data.per_device_train_batch_size, data.per_device_eval_batch_size)
             check_isolation(model, self.loss, max_length=config.max_length or 0, num_rows=most)
 

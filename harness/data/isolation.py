@@ -24,6 +24,7 @@ ROWS = 2  # some kernels keep documents apart in a batch of one row alone
 # How far the logits of a document in a row and alone may be apart, as a share of the largest: in float32, and else.
 EXACT, ROUGH = 1e-3, 5e-2
 HALF = (torch.bfloat16, torch.float16)
+LOOKS_FOR_PADDING = "warn_if_padding_and_no_attention_mask"
 # Below this many tokens a row holds one document.
 TWO_DOCUMENTS = 4
 
@@ -87,6 +88,21 @@ def check_isolation(model: torch.nn.Module, loss: Loss, *, max_length: int, num_
         reason = _refusal(model, f"it can't be tried ({type(error).__name__}: {error})")
     if (found := agree(accelerator, reason)) is not None:
         raise ConfigError(found)
+
+
+def without_look_for_padding(model: torch.nn.Module) -> None:
+    """
+    Spare a model of transformers its look for padding where there is no mask: positions say what is padding.
+
+    It would warn of packed rows, and some models (GPT-2) would wait for the device in each forward to find out.
+    """
+    for module in model.modules():
+        if hasattr(module, LOOKS_FOR_PADDING):
+            setattr(module, LOOKS_FOR_PADDING, _looks_for_nothing)
+
+
+def _looks_for_nothing(*_: Any) -> None:
+    return
 
 
 def _refusal(model: torch.nn.Module, why: str) -> ConfigError:

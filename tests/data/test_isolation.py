@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.data.isolation import check_isolation
+from harness.data.isolation import check_isolation, without_look_for_padding
 from harness.data.packing import collate_rows, row_of
 from harness.errors import ConfigError
 from harness.tasks.text.documents import pad
@@ -155,3 +155,16 @@ def test_half_precision_is_tried_as_it_is(precision: str) -> None:
     prepare_model(model, ModelingConfig(), None, accelerator)
     loss = Loss(model, ModelingConfig(), accelerator, None)
     check_isolation(accelerator.prepare_model(model), loss, max_length=LENGTH, num_rows=2)
+
+
+def test_rows_that_are_padded_are_not_looked_through_for_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*_: Any) -> None:
+        raise AssertionError("a model waits for the device to find out what positions say")
+
+    model = model_of("gpt2", {**MODELS["gpt2"], "pad_token_id": 0})
+    monkeypatch.setattr(type(model.transformer), "warn_if_padding_and_no_attention_mask", look)
+    rows = collate_rows([row_of([{"input_ids": [5, 6, 7]}])], max_length=8, pad_token_id=0)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        model(**rows)
+    without_look_for_padding(model)
+    assert model(**rows).loss.isfinite()
